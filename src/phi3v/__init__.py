@@ -1,0 +1,1 @@
+"""phi3v: fine-tune Phi-3.5-vision."""
