@@ -1,0 +1,171 @@
+"""The HD transform: a picture of any shape becomes 336x336 crops, bit for bit as the published processor does it.
+
+A picture is scaled so that at most `num_crops` tiles cover it and padded with white to whole tiles; that padded
+picture, uint8, is what data loading hands on. Normalisation and the global view (the whole picture squeezed into one
+more crop) are float operations on the tiles and run on any device. Sizes of padded pictures are always (h, w) in
+pixels, both multiples of 336; sizes of files are (width, height), as Pillow gives them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from phi3v.errors import InputError
+
+CROP = 336
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_PIXELS = 89_478_485
+"""Largest picture that is decoded, Pillow's own threshold: a quarter of a GiB as RGB (A4 at 600 dpi has 35 M)."""
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) from the header of an image file, without decoding it. Raises InputError as `load_image` does."""
+    with _open(path) as image:
+        return image.size
+
+
+def load_image(source: str | Path | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB picture in a file, or of a Pillow image: alpha dropped, grey repeated, palette looked up, EXIF ignored.
+
+    Raises InputError, naming the file, when it is missing, unreadable, truncated or has more than `max_pixels` pixels.
+    """
+    given = isinstance(source, Image.Image)
+    name = "image" if given else str(source)
+    image = source if isinstance(source, Image.Image) else _open(source)
+    try:
+        if image.width * image.height > max_pixels:
+            raise InputError(f"{name}: {image.width}x{image.height} is more than {max_pixels} pixels")
+        return image.convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
+        raise InputError(f"{name}: unreadable image ({_reason(error)})") from error
+    finally:
+        if not given:
+            image.close()
+
+
+def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
+    """(h, w) in pixels of the padded HD picture of a width x height picture, h/336 * w/336 <= `num_crops` tiles.
+
+    Raises InputError when the picture is so elongated that its scaled short side vanishes.
+    """
+    h, w = _scaled(max(width, height), min(width, height), num_crops)
+    h = math.ceil(h / CROP) * CROP
+    return (w, h) if width < height else (h, w)
+
+
+def num_tiles(h: int, w: int) -> int:
+    """Number of local crops of a padded picture of h x w pixels; the global crop comes on top."""
+    return (h // CROP) * (w // CROP)
+
+
+def num_image_tokens(h: int, w: int) -> int:
+    """Number of positions in the sequence of a padded picture of h x w pixels.
+
+    Every crop gives 12x12 tokens; every row of the local grid (12 a of them) and of the global one (12) ends with a
+    separator, and one separator stands between the two: (a b + 1) 144 + 12 (a + 1) + 1.
+    """
+    a, b = h // CROP, w // CROP
+    return (a * b + 1) * 144 + 1 + (a + 1) * 12
+
+
+def hd_transform(image: Image.Image, num_crops: int) -> NDArray[np.uint8]:
+    """uint8 [h, w, 3]: the RGB picture scaled (antialiased bilinear) and padded with white, (h, w) = `hd_size`.
+
+    A tall picture is transposed, treated as a wide one and transposed back, so its bytes differ slightly from a direct
+    resize: Pillow's first pass then runs along the original's vertical axis.
+    """
+    width, height = image.size
+    tall = width < height
+    if tall:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    h, w = _scaled(image.width, image.height, num_crops)
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.BILINEAR)
+    padded = math.ceil(h / CROP) * CROP
+    top = (padded - h) // 2
+    hd = np.full((padded, w, 3), 255, dtype=np.uint8)
+    hd[top : top + h] = np.asarray(image)
+    return np.ascontiguousarray(hd.swapaxes(0, 1)) if tall else hd
+
+
+def tiles_of(hd: NDArray[np.uint8]) -> Tensor:
+    """uint8 [a*b, 3, 336, 336]: the local crops of an HD picture [336a, 336b, 3], row by row."""
+    h, w, _ = hd.shape
+    tiles = hd.reshape(h // CROP, CROP, w // CROP, CROP, 3).transpose(0, 2, 4, 1, 3)
+    return torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, CROP, CROP))
+
+
+def normalize(tiles: Tensor) -> Tensor:
+    """float32, same shape [..., 3, H, W]: uint8 colours to (x/255 - mean) / std per channel."""
+    mean = torch.tensor(MEAN, device=tiles.device)[:, None, None]
+    std = torch.tensor(STD, device=tiles.device)[:, None, None]
+    return tiles.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def global_view(tiles: Tensor, h: int, w: int) -> Tensor:
+    """float32 [3, 336, 336]: the padded picture of h x w pixels squeezed into one crop, from its normalised tiles.
+
+    tiles: float32 [h/336 * w/336, 3, 336, 336]. Bicubic without antialiasing, and overshoot is kept, as published.
+    """
+    a, b = h // CROP, w // CROP
+    picture = tiles.reshape(a, b, 3, CROP, CROP).permute(2, 0, 3, 1, 4).reshape(1, 3, h, w)
+    return F.interpolate(picture, size=(CROP, CROP), mode="bicubic", align_corners=False)[0]
+
+
+def pixel_values(hd: Sequence[NDArray[np.uint8]], num_crops: int) -> tuple[Tensor, Tensor]:
+    """The published form of n HD pictures: global crop, local crops, then crops of zeros.
+
+    Returns pixel_values float32 [n, num_crops+1, 3, 336, 336] and image_sizes int64 [n, 2], the (h, w) of each.
+    """
+    values = torch.zeros(len(hd), num_crops + 1, 3, CROP, CROP)
+    sizes = torch.tensor([picture.shape[:2] for picture in hd], dtype=torch.int64).reshape(-1, 2)
+    for slots, picture in zip(values, hd, strict=True):
+        tiles = normalize(tiles_of(picture))
+        slots[0] = global_view(tiles, *picture.shape[:2])
+        slots[1 : 1 + len(tiles)] = tiles
+    return values, sizes
+
+
+def _scaled(width: int, height: int, num_crops: int) -> tuple[int, int]:
+    """(h, w) of a wide picture (width >= height) after scaling, before padding.
+
+    The order of the float64 operations is the published one: w / (width / height) differs from w * height // width
+    by a row for some sizes (24x17 with 4 crops).
+    """
+    ratio = width / height
+    columns = 1
+    while (columns + 1) * math.ceil((columns + 1) / ratio) <= num_crops:
+        columns += 1
+    w = columns * CROP
+    h = int(w / ratio)
+    if h == 0:
+        raise InputError(f"picture with sides {width} and {height} is too elongated for {num_crops} crops")
+    return h, w
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: absurdly large image ({_reason(error)})") from error
+    except Exception as error:  # a damaged header raises anything, too
+        raise InputError(f"{path}: unreadable image ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
