@@ -1,0 +1,343 @@
+"""Phi-3.5-vision in plain PyTorch, inside the transformers shell.
+
+What differs from the published code, on purpose:
+- RoPE regime per example, from that example's own length, never from a padded or packed one;
+- image positions carry the id of `<|image|>`; the published negative ids are accepted and mapped;
+- every number of images is checked against the positions that wait for them;
+- without a cache, a padded batch is run as a pack: padding costs nothing and reaches nothing;
+- one call, `model(pack=...)`, runs whole trees of examples and returns logits at the supervised rows only.
+
+Parameters, their names and their shapes are the published ones (592 tensors at the real size).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from phi3v.errors import InputError
+from phi3v.layout import Layout, Tree
+from phi3v.model.attention import Attend, CachedAttention, PackedAttention
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.decoder import Phi3VDecoderLayer, RMSNorm
+from phi3v.model.rope import LongRope
+from phi3v.model.vision import (
+    CLIPEmbeddings,
+    ImageEmbedding,
+    crops_of_pixel_values,
+    crops_of_tiles,
+    grid_of,
+)
+
+if TYPE_CHECKING:
+    from phi3v.data.pack import Pack
+
+# The published processor marks image k's positions with -k.
+MOST_NEGATIVE_ID = -1_000_000_000
+
+
+class Phi3VPreTrainedModel(PreTrainedModel):
+    config_class = Phi3VConfig
+    config: Phi3VConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Phi3VDecoderLayer", "CLIPLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight", r"position_ids$", r"inv_freq$"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, CLIPEmbeddings):
+            nn.init.normal_(module.class_embedding, std=std)
+        elif isinstance(module, ImageEmbedding):
+            nn.init.zeros_(module.glb_GN)
+            nn.init.zeros_(module.sub_GN)
+
+
+class Phi3VModel(Phi3VPreTrainedModel):
+    """Embeddings, image embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        padding = config.pad_token_id
+        if padding is not None and not 0 <= padding < config.vocab_size:
+            padding = None
+        # padding_idx: the row of <|endoftext|> never receives gradient from the input side, as published
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=padding)
+        self.vision_embed_tokens = ImageEmbedding(config)
+        self.layers = nn.ModuleList(Phi3VDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = LongRope(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    # -- embeddings ------------------------------------------------------------------------------------------------
+
+    def with_image_id(self, input_ids: Tensor) -> Tensor:
+        """The published processor's negative ids become the id of `<|image|>`."""
+        negative = (input_ids < 0) & (input_ids > MOST_NEGATIVE_ID)
+        return input_ids.masked_fill(negative, self.config.image_token_id)
+
+    def embed(self, input_ids: Tensor, crops: Tensor | None, grids: list[tuple[int, int]]) -> Tensor:
+        """Token ids [...] and the crops of all their images, in order -> embeddings [..., H]."""
+        x = self.embed_tokens(input_ids)
+        positions = input_ids == self.config.image_token_id
+        if not grids:
+            if bool(positions.any()):
+                raise InputError(f"input_ids hold {int(positions.sum())} image positions, but no images were given")
+            return x
+        assert crops is not None
+        images = self.vision_embed_tokens(crops, grids).to(x.dtype)
+        if int(positions.sum()) != images.shape[0]:
+            raise InputError(
+                f"input_ids hold {int(positions.sum())} image positions, the {len(grids)} images given need {images.shape[0]}"
+            )
+        x = x.masked_scatter(positions[..., None], images)
+        return F.dropout(x, self.config.embd_pdrop, self.training) if self.config.embd_pdrop else x
+
+    def embed_pixel_values(self, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None) -> Tensor:
+        """`embed` for the published batch: pixel_values [n, N+1, 3, 336, 336], image_sizes [n, 2] (h, w)."""
+        ids = self.with_image_id(input_ids)
+        if pixel_values is None or not bool((ids == self.config.image_token_id).any()):
+            return self.embed(ids, None, [])  # pixel values nobody refers to are ignored, as published
+        if image_sizes is None:
+            raise InputError("pixel_values came without image_sizes")
+        grids = [grid_of((h, w)) for h, w in image_sizes.tolist()]
+        return self.embed(ids, crops_of_pixel_values(pixel_values, grids), grids)
+
+    def embed_pack(self, pack: Pack) -> Tensor:
+        """Embeddings [T, H] of a pack."""
+        grids = [grid_of((h, w)) for h, w in pack.image_sizes.tolist()]
+        return self.embed(pack.input_ids, crops_of_tiles(pack.tiles, grids), grids)
+
+    # -- decoder ---------------------------------------------------------------------------------------------------
+
+    def attention_of(self, layout: Layout) -> PackedAttention:
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return PackedAttention(layout, self.config._attn_implementation or "sdpa", self.config.sliding_window, dropout)
+
+    def decode(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """All layers and the final norm: [..., H] -> [..., H], or [R, H] at the token indices `rows` [R]."""
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            wanted = rows if number == last else None
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(layer.__call__, x, rope, attend, wanted)
+            else:
+                x = layer(x, rope, attend, wanted)
+        return self.norm(x)
+
+    def decode_layout(
+        self, x: Tensor, layout: Layout, rows: Tensor | None = None, position: Tensor | None = None
+    ) -> Tensor:
+        """`decode` for embeddings [T, H] of a pack; `position` [T] replaces the layout's own positions in RoPE."""
+        rope = self.rope(layout.position if position is None else position, layout.long, torch.float32)
+        return self.decode(x, rope, self.attention_of(layout), rows)
+
+    def decode_batch(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """[B, L, H] with padding -> [B, L, H]. Real tokens are laid end to end; padding rows come back as zeros."""
+        batch, length = x.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        real = attention_mask.bool()
+        if position_ids is None:
+            position_ids = torch.arange(length, device=x.device)
+        border = self.config.original_max_position_embeddings
+        lengths = [int(n) for n in real.sum(1)]
+        layout = Layout.of([Tree(0, (n,), n > border) for n in lengths if n]).to(x.device)
+        y = self.decode_layout(x[real], layout, position=position_ids.expand(batch, length)[real])
+        return x.new_zeros(x.shape, dtype=y.dtype).masked_scatter(real[..., None], y)
+
+    def decode_cached(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache
+    ) -> Tensor:
+        """[B, L, H] new tokens after what `cache` holds -> [B, L, H]; `attention_mask` [B, past + L]."""
+        past, (batch, length) = cache.get_seq_length(), x.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=x.device)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=x.device)
+        long = attention_mask.sum(1, keepdim=True) > self.config.original_max_position_embeddings
+        rope = self.rope(position_ids.expand(batch, length), long, torch.float32)
+        backend = self.config._attn_implementation or "sdpa"
+        attend = CachedAttention(cache, attention_mask, length, backend, self.config.sliding_window)
+        return self.decode(x, rope, attend)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, L] (or inputs_embeds [B, L, H]) -> last_hidden_state [B, L, H] after the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_pixel_values(input_ids, pixel_values, image_sizes)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if past_key_values is not None:
+            hidden = self.decode_cached(inputs_embeds, attention_mask, position_ids, past_key_values)
+        else:
+            hidden = self.decode_batch(inputs_embeds, attention_mask, position_ids)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+
+class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+    """The whole model. `from_pretrained` reads, and `save_pretrained` writes, the published layout."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (only if the config ties)
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._stop_where_answers_end()
+
+    def _stop_where_answers_end(self) -> None:
+        # The published generation_config stops at </s>, which the model never writes.
+        if self.generation_config is not None and self.generation_config.eos_token_id in (None, self.config.eos_token_id):
+            self.generation_config.eos_token_id = list(self.config.stop_token_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
+        pack: Pack | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits in float32, [B, L, V], or [B, k, V] with `logits_to_keep`; with `pack`, [R, V] at `pack.rows`.
+
+        `labels` [B, L] (-100 ignored, shifted inside) adds the mean cross entropy as `loss`. A pack carries its own
+        targets and weights; its loss is `phi3v.loss.weighted_cross_entropy`.
+        """
+        if pack is not None:
+            hidden = self.model.decode_layout(self.model.embed_pack(pack), pack.layout, pack.rows)
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values, image_sizes, use_cache
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep if labels is None else slice(None)]).float()
+        loss = None
+        if labels is not None:
+            if bool((labels[:, 1:] == -100).all()):
+                raise InputError("labels: every label is -100 (ignored), there is nothing to learn")
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate` for prompts with images: `generate(**processor(...), max_new_tokens=64)`.
+
+        Images are encoded once, also for beams and when a row is encoded anew because it outgrew the short RoPE regime.
+        """
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if ids is None:
+            raise InputError("generate needs input_ids")
+        ids = self.model.with_image_id(ids)
+        kwargs.pop("num_img_tokens", None)
+        embeds = self.model.embed_pixel_values(ids, kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", None))
+        if kwargs.get("use_cache", True) and "past_key_values" not in kwargs and "cache_implementation" not in kwargs:
+            kwargs["past_key_values"] = DynamicCache()  # not one made from the config: that would drop keys by window
+        return super().generate(ids, generation_config, prompt_embeds=embeds, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 1,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next forward: new tokens only, or everything when a row has just outgrown the short RoPE regime."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past:
+            assert past_key_values is not None
+            border = self.config.original_max_position_embeddings
+            now, before = attention_mask.sum(1), attention_mask[:, :past].sum(1)
+            if bool(((before <= border) & (now > border)).any()):
+                past_key_values.crop(-past)
+                past = 0
+        known = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        embeds = self.model.embed_tokens(input_ids[:, max(past, known) :])
+        if past < known:
+            assert prompt_embeds is not None
+            embeds = torch.cat([prompt_embeds[:, past:].to(embeds.dtype), embeds], dim=1)
+        position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 1)
+        return {
+            "inputs_embeds": embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids[:, past:],
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+
+    # -- the published layout --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint with a missing or misshapen tensor is refused, by the tensor's name."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are reported below, all of them by name
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        problems += [f"{name} has shape {list(found)}, expected {list(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise InputError(f"checkpoint {pretrained_model_name_or_path}: {'; '.join(problems[:3])}{more}")
+        model._stop_where_answers_end()
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:
+        """Safetensors under the published key names (sharded above 5 GB, as published), config.json with `auto_map`."""
+        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
