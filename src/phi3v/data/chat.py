@@ -8,15 +8,17 @@ the ids that stood before its answer in training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phi3v.data.image import hd_size, num_image_tokens, num_tiles, read_size
-from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags
+from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags, expand
 from phi3v.errors import InputError
+
+__all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "questions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +99,9 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
     """Token ids and labels of a conversation; `sizes` gives the (width, height) of an image file.
 
     Supervised are, in every turn, the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
-    conversation; nothing, if the last turn waits for its answer: that is a prompt for generation. White space that begins an answer is no token of it: `<|assistant|>` swallows what follows.
-    Raises InputError, naming the example, when tags and images do not match, a text holds what only the processor may
-    write, or an image cannot be read.
+    conversation; nothing, if the last turn waits for its answer: that is a prompt for generation. White space at the
+    start of an answer has no tokens, as the whole text has none there: `<|assistant|>` swallows it. Raises InputError,
+    naming the example, when tags and images do not match, a text holds `<|image|>`, or an image cannot be read.
     """
     ids = [processor.bos_token_id]
     answers: list[tuple[int, int]] = []
@@ -134,13 +136,6 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
         id=example.id,
         where=example.where,
     )
-
-
-def expand(ids: NDArray[np.int32], image_token_id: int, counts: Sequence[int]) -> NDArray[np.int32]:
-    """The ids with the k-th image id repeated counts[k] times: what the model reads."""
-    repeats = np.ones(len(ids), dtype=np.int64)
-    repeats[ids == image_token_id] = counts
-    return np.repeat(ids, repeats)
 
 
 def questions(example: Example) -> list[Example]:

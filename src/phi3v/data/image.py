@@ -112,7 +112,7 @@ def normalize(tiles: Tensor) -> Tensor:
     """float32, same shape [..., 3, H, W]: uint8 colours to (x/255 - mean) / std per channel."""
     mean = torch.tensor(MEAN, device=tiles.device)[:, None, None]
     std = torch.tensor(STD, device=tiles.device)[:, None, None]
-    return tiles.to(torch.float32).div_(255).sub_(mean).div_(std)
+    return tiles.to(torch.float32).div(255).sub_(mean).div_(std)
 
 
 def global_view(tiles: Tensor, h: int, w: int) -> Tensor:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
@@ -21,8 +23,32 @@ from transformers.utils.hub import cached_file
 from phi3v.data.image import MEAN, STD, hd_transform, load_image, num_image_tokens, pixel_values
 from phi3v.errors import InputError
 
+ImageSource = Image.Image | str | Path
+
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
+
+CLASS = "processing_phi3_v.Phi3VProcessor"  # of the published remote code, which readers of our files may still use
+PROCESSOR_CONFIG = {"auto_map": {"AutoProcessor": CLASS}, "processor_class": "Phi3VProcessor"}
+PREPROCESSOR_CONFIG = {
+    "auto_map": {"AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor", "AutoProcessor": CLASS},
+    "do_convert_rgb": True,
+    "image_mean": list(MEAN),
+    "image_processor_type": "Phi3VImageProcessor",
+    "image_std": list(STD),
+    "num_crops": 4,
+    "num_img_tokens": 144,
+    "processor_class": "Phi3VProcessor",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+REMOTE_CODE = "processing_phi3_v.py"  # carried along for other readers, never run
 
 
 def check_tags(numbers: Sequence[int], num_images: int) -> None:
@@ -30,9 +56,17 @@ def check_tags(numbers: Sequence[int], num_images: int) -> None:
     if list(numbers) != list(range(1, num_images + 1)):
         found = f" ({', '.join(map(str, numbers))})" if numbers else ""
         raise InputError(
-            f"prompt has {len(numbers)} image tags{found}, {num_images} images were given; "
-            f"tags count 1, 2, ... up to the number of images, each once and in this order"
+            f"prompt has {len(numbers)} image tags{found}, {num_images} images were given: "
+            "each image needs its tag <|image_1|>, <|image_2|>, ... once and in this order"
         )
+
+
+def expand(ids: Sequence[int] | NDArray[np.int32], image_token_id: int, counts: Sequence[int]) -> NDArray[np.int32]:
+    """The ids with the k-th image id repeated counts[k] times: what the model reads."""
+    array = np.asarray(ids, dtype=np.int32)
+    repeats = np.ones(len(array), dtype=np.int64)
+    repeats[array == image_token_id] = counts
+    return np.repeat(array, repeats)
 
 
 class Phi3VProcessor:
@@ -40,7 +74,7 @@ class Phi3VProcessor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_crops: int = 4) -> None:
         if num_crops < 1:
-            raise InputError(f"num_crops is {num_crops}, at least 1 is needed")
+            raise InputError(f"num_crops is {num_crops}, but a picture needs at least 1")
         self.tokenizer = tokenizer
         self.num_crops = num_crops
         self.bos_token_id = self._special_id("<s>")
@@ -48,27 +82,224 @@ class Phi3VProcessor:
         self.end_of_text_id = self._special_id("<|endoftext|>")
         self.pad_token_id = self.end_of_text_id
         self.stop_token_ids = (self._special_id("<|end|>"), self.end_of_text_id)
+        self._files: dict[str, bytes] = {}
+        self._loaded: tuple[int, str | None] | None = None
 
-    def _special_id(self, token: str) -> int:
-        number = self.tokenizer.get_vocab().get(token)
-        if number is None:
-            raise InputError(f"tokenizer {self.tokenizer.name_or_path} has no {token}: not a Phi-3-vision tokenizer")
-        return number
+    @classmethod
+    def from_pretrained(cls, name: str | Path, num_crops: int | None = None, **hub: Any) -> Phi3VProcessor:
+        """The processor of a model folder, or of a model on the Hub (`hub`: revision, cache_dir, token, ...).
+
+        `num_crops` replaces the checkpoint's own (4 for Phi-3.5-vision, 16 for Phi-3-vision). No code of the checkpoint
+        is run. Raises InputError, naming the file, when something is missing or unreadable.
+        """
+        names = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", REMOTE_CODE)
+        files = {file: content for file in names if (content := _read(name, file, hub)) is not None}
+        if "tokenizer.json" not in files:
+            raise InputError(f"{name}: no tokenizer.json, so this is no model folder")
+        try:
+            settings = json.loads(files.get("preprocessor_config.json", b"{}"))
+        except ValueError as error:
+            raise InputError(f"{name}/preprocessor_config.json: {error}") from error
+        try:
+            # Not AutoTokenizer: it takes LlamaTokenizer from tokenizer_config.json, whose own normaliser tokenises the
+            # newline after a special token differently (14 of the 36 golden texts, transformers 5.17 and 5.23).
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **hub)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise InputError(f"{name}/tokenizer.json: {' '.join(str(error).split())}") from error
+        processor = cls(tokenizer, num_crops if num_crops is not None else settings.get("num_crops", 4))
+        processor._files = files
+        processor._loaded = processor._tokenizer_state()
+        return processor
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the published files: what was loaded, byte for byte, and preprocessor_config.json with `num_crops`.
+
+        A tokenizer that was not loaded by `from_pretrained`, or was changed since, is written as transformers does it.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(self._files.get("preprocessor_config.json", b"null")) or PREPROCESSOR_CONFIG
+        files = {"processor_config.json": _json(PROCESSOR_CONFIG), **self._files}
+        files["preprocessor_config.json"] = _json({**settings, "num_crops": self.num_crops})
+        if self._loaded != self._tokenizer_state():
+            files = {file: content for file, content in files.items() if file not in TOKENIZER_FILES}
+            self.tokenizer.save_pretrained(folder)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
 
     def token_ids(self, text: str) -> list[int]:
-        """Ids of a text: one image id and a `<s>` for each tag, none in front; tags are not checked against anything.
+        """Ids of a text: one image id and a `<s>` for each tag, no `<s>` in front. The tags' numbers do not matter.
 
-        Cutting a text before a special token and joining the ids of the parts gives the same ids.
+        Cutting the text before any special token and joining the ids of the parts gives the same ids, because no
+        special token of this tokenizer swallows what stands before it.
         """
         if IMAGE_TOKEN in text:
-            raise InputError(f"the text holds a literal {IMAGE_TOKEN}; write <|image_1|>, <|image_2|>, ... for images")
+            raise InputError(f"the text holds a literal {IMAGE_TOKEN}: write <|image_1|>, <|image_2|>, ... for images")
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None or backend.padding is not None:  # left behind by an earlier tokenizer(...)
             backend.no_truncation()
             backend.no_padding()
         first, *rest = IMAGE_TAG.split(text)[::2]
-        ids = list(backend.encode(first, add_special_tokens=False).ids)
+        ids = backend.encode(first, add_special_tokens=False).ids
         for chunk in rest:
             ids += [self.image_token_id, self.bos_token_id]
             ids += backend.encode(chunk, add_special_tokens=False).ids
         return ids
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: ImageSource | Sequence[Any] | None = None,
+        *,
+        return_tensors: str | None = "pt",
+        padding: bool | str = False,
+        padding_side: str | None = None,
+    ) -> BatchFeature:
+        """What the model reads, for one prompt or a batch of B.
+
+        images: for one prompt an image or a list of images; for a batch one such entry (or None) per prompt. An image
+        is a Pillow image or a path. Returns input_ids and attention_mask [B, L], int64 (lists without
+        `return_tensors`), and, if there are n > 0 images in all, pixel_values float32 [n, num_crops+1, 3, 336, 336] and
+        image_sizes int64 [n, 2]. Raises InputError when the tags of a prompt are not 1, 2, ..., number of its images.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        groups = [_group(images)] if isinstance(text, str) else _groups(images, len(texts))
+        rows, pictures = [], []
+        for prompt, group in zip(texts, groups, strict=True):
+            check_tags([int(number) for number in IMAGE_TAG.findall(prompt)], len(group))
+            hd = [hd_transform(load_image(image), self.num_crops) for image in group]
+            counts = [num_image_tokens(*picture.shape[:2]) for picture in hd]
+            ids = expand([self.bos_token_id, *self.token_ids(prompt)], self.image_token_id, counts)
+            rows.append(ids.tolist())
+            pictures += hd
+        masks = [[1] * len(row) for row in rows]
+        if padding:
+            if padding not in (True, "longest"):
+                raise InputError(f"padding={padding!r}: only True (to the longest prompt) is known")
+            side = padding_side or self.tokenizer.padding_side
+            rows = _pad(rows, self.pad_token_id, side)
+            masks = _pad(masks, 0, side)
+        data: dict[str, Any] = {"input_ids": rows, "attention_mask": masks}
+        if return_tensors == "pt":
+            if len({len(row) for row in rows}) > 1:
+                raise InputError("prompts of different lengths make no tensor: pass padding=True")
+            data = {name: torch.tensor(value, dtype=torch.int64) for name, value in data.items()}
+        elif return_tensors is not None:
+            raise InputError(f'return_tensors={return_tensors!r}: only "pt" and None are known')
+        if pictures:
+            data["pixel_values"], data["image_sizes"] = pixel_values(pictures, self.num_crops)
+        return BatchFeature(data)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        images: ImageSource | Sequence[Any] | None = None,
+        return_dict: bool = True,
+        **call: Any,
+    ) -> Any:
+        """The text of a conversation (or of a list of them), or, with `tokenize`, what `__call__` makes of it.
+
+        A message is {"role", "content"}; its content is a text with tags, or a list of {"type": "text", "text": ...}
+        and {"type": "image"} items, the latter optionally with their "image" (Pillow) or "path". Image items become
+        tags, numbered through the conversation, with a newline between images and the text that follows.
+        """
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        texts: list[str] = []
+        found: list[list[ImageSource]] = []
+        for messages in conversation if batched else [conversation]:
+            messages, given = _with_tags(messages)
+            found.append(given)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            texts.append(cast(str, text))
+        if not tokenize:
+            return texts if batched else texts[0]
+        if any(found):
+            images = found if batched else found[0]
+        batch = self(texts if batched else texts[0], images, **call)
+        return batch if return_dict else batch["input_ids"]
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        """The text of one sequence of ids; options as of the tokenizer (skip_special_tokens, ...)."""
+        return cast(str, self.tokenizer.decode(ids, **options))
+
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
+        """The texts of several sequences of ids."""
+        return self.tokenizer.batch_decode(ids, **options)
+
+    def _special_id(self, token: str) -> int:
+        number = self.tokenizer.backend_tokenizer.token_to_id(token)
+        if number is None:
+            raise InputError(f"{self.tokenizer.name_or_path or 'tokenizer'}: no token {token}, so not of Phi-3-vision")
+        return number
+
+    def _tokenizer_state(self) -> tuple[int, str | None]:
+        """What a user may have changed in a loaded tokenizer: its size and its template."""
+        return len(self.tokenizer), self.tokenizer.chat_template
+
+
+def _group(images: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    """The images of one prompt as a list."""
+    if images is None:
+        return []
+    group = [images] if isinstance(images, ImageSource) else list(images)
+    for image in group:
+        if not isinstance(image, ImageSource):
+            raise InputError(f"an image is a Pillow image or a path, not {type(image).__name__}")
+    return group
+
+
+def _groups(images: Any, num_prompts: int) -> list[list[ImageSource]]:
+    """The images of every prompt of a batch."""
+    if images is None:
+        return [[] for _ in range(num_prompts)]
+    groups = [images] if isinstance(images, ImageSource) else list(images)
+    if len(groups) != num_prompts:
+        raise InputError(f"{num_prompts} prompts, {len(groups)} lists of images were given: one for each prompt")
+    return [_group(group) for group in groups]
+
+
+def _pad(rows: list[list[int]], value: int, side: str) -> list[list[int]]:
+    longest = max(map(len, rows), default=0)
+    blanks = [[value] * (longest - len(row)) for row in rows]
+    return [blank + row if side == "left" else row + blank for row, blank in zip(rows, blanks, strict=True)]
+
+
+def _with_tags(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[ImageSource]]:
+    """Messages with plain texts for contents, image items turned into tags; and the images that came with the items."""
+    plain: list[dict[str, Any]] = []
+    images: list[ImageSource] = []
+    number = 0
+    for message in messages:
+        content = message["content"]
+        text, after_image = "", False
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if item["type"] == "image":
+                number += 1
+                text += f"<|image_{number}|>"
+                images += [item[key] for key in ("image", "path") if key in item]
+            elif item["type"] == "text":
+                text += "\n" + item["text"] if after_image and not item["text"].startswith("\n") else item["text"]
+                number += len(IMAGE_TAG.findall(item["text"]))
+            else:
+                raise InputError(f"a message holds an item of type {item['type']!r}: only text and image are known")
+            after_image = item["type"] == "image"
+        plain.append({**message, "content": text})
+    return plain, images
+
+
+def _read(name: str | Path, file: str, hub: Mapping[str, Any]) -> bytes | None:
+    """A file of a model folder or Hub model; None if the model has no such file."""
+    try:
+        path = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError as error:
+        raise InputError(f"{name}: no such model folder ({str(error).strip().splitlines()[0]})") from error
+    return None if path is None else Path(path).read_bytes()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

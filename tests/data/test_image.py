@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from phi3v.data.image import (
+    CROP,
+    global_view,
+    hd_size,
+    hd_transform,
+    load_image,
+    normalize,
+    num_image_tokens,
+    num_tiles,
+    pixel_values,
+    read_size,
+    tiles_of,
+)
+from phi3v.errors import InputError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "processor" / "cases.json").read_text())["cases"]
+
+
+def sha256(array: np.ndarray | torch.Tensor) -> str:
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "processor" / "samples.safetensors")
+
+
+@pytest.mark.parametrize("key", [key for key, case in CASES.items() if "error" not in case])
+def test_golden(key: str, samples: dict[str, torch.Tensor]) -> None:
+    case = CASES[key]
+    path = GOLDEN / "images" / f"{case['image']}.png"
+    size = (h, w) = tuple(case["image_sizes_hw"])
+    assert read_size(path) == tuple(case["size_wh"])
+    assert hd_size(*read_size(path), case["num_crops"]) == size
+    assert num_image_tokens(h, w) == case["num_img_tokens"]
+    assert num_tiles(h, w) == case["real_crops"]
+
+    hd = hd_transform(load_image(path), case["num_crops"])
+    assert hd.dtype == np.uint8
+    assert hd.shape == (h, w, 3)
+    assert sha256(hd) == case["sha256_hd_uint8"]
+
+    values, sizes = pixel_values([hd], case["num_crops"])
+    assert list(values[0].shape) == case["pixel_values_shape"]
+    assert sizes.tolist() == [[h, w]]
+    tiles = values[0, 1 : 1 + num_tiles(h, w)]
+    assert sha256(tiles) == case["sha256_local"]
+    assert not values[0, 1 + num_tiles(h, w) :].any()
+    # The scalar torch kernel gives other bits than AVX2 and AVX512 do, hence no SHA-256 of the global view.
+    torch.testing.assert_close(values[0, 0, :, 1::16, 2::16], samples[f"{key}/global"], atol=2e-6, rtol=0)
+    assert torch.equal(tiles[:, :, 3::37, 5::41], samples[f"{key}/local"])
+
+
+@pytest.mark.parametrize("key", [key for key, case in CASES.items() if "error" in case])
+def test_too_elongated(key: str) -> None:
+    case = CASES[key]
+    image = load_image(GOLDEN / "images" / f"{key.split('/')[0]}.png")
+    num_crops = int(key.split("/nc")[1])
+    with pytest.raises(InputError, match="too elongated"):
+        hd_transform(image, num_crops)
+    with pytest.raises(InputError, match="too elongated"):
+        hd_size(*image.size, num_crops)
+    assert case["error"].startswith("ValueError")
+
+
+def test_hd_size_is_what_hd_transform_makes() -> None:
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(1, 300, size=(60, 2)).tolist():
+        for num_crops in (1, 4, 9):
+            try:
+                size = hd_size(width, height, num_crops)
+            except InputError:
+                continue
+            assert hd_transform(Image.new("RGB", (width, height)), num_crops).shape[:2] == size
+            assert num_tiles(*size) <= num_crops
+
+
+def test_tokens_by_counting_rows() -> None:
+    for a in range(1, 5):
+        for b in range(1, 5):
+            local, separator, overview = 12 * a * (12 * b + 1), 1, 12 * 13
+            assert num_image_tokens(a * CROP, b * CROP) == local + separator + overview
+
+
+def test_tiles_are_row_major() -> None:
+    hd = np.zeros((2 * CROP, 3 * CROP, 3), dtype=np.uint8)
+    for row in range(2):
+        for column in range(3):
+            hd[row * CROP : (row + 1) * CROP, column * CROP : (column + 1) * CROP] = 10 * row + column
+    assert tiles_of(hd).amax(dim=(1, 2, 3)).tolist() == [0, 1, 2, 10, 11, 12]
+
+
+def test_one_crop_is_its_own_global_view() -> None:
+    tiles = normalize(torch.randint(0, 256, (1, 3, CROP, CROP), dtype=torch.uint8))
+    assert torch.equal(global_view(tiles, CROP, CROP), tiles[0])
+
+
+def test_normalize_leaves_its_input_alone() -> None:
+    for dtype in (torch.uint8, torch.float32):
+        tiles = torch.full((1, 3, 2, 2), 255, dtype=dtype)
+        assert normalize(tiles).amax() < 3
+        assert tiles.amin() == 255
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    gray16 = Image.fromarray(np.array([[0, 100, 255, 256, 65535]], dtype=np.uint16))
+    assert np.asarray(load_image(gray16))[0, :, 0].tolist() == [0, 100, 255, 255, 255]  # clipped, not scaled
+    rgba = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    assert load_image(rgba).getpixel((0, 0)) == (10, 20, 30)  # alpha dropped, not blended
+    rotated = Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
+    rotated.save(tmp_path / "rotated.jpg", exif=exif)
+    assert load_image(tmp_path / "rotated.jpg").size == (4, 2)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    good = tmp_path / "good.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(good)
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:2000])
+    assert load_image(good).size == read_size(good) == (40, 50)
+    for name, reason in {"missing.png": "no such", "text.png": "unreadable", "empty.png": "unreadable"}.items():
+        for function in (load_image, read_size):
+            with pytest.raises(InputError, match=rf"{name}: {reason}"):
+                function(tmp_path / name)
+    with pytest.raises(InputError, match=r"cut.png: unreadable image \(.*truncated"):
+        load_image(tmp_path / "cut.png")
+    with pytest.raises(InputError, match=r"good.png: 40x50 is more than 1999 pixels"):
+        load_image(good, max_pixels=1999)
+    with pytest.raises(InputError, match="unreadable"):
+        load_image(tmp_path)
+
+
+def test_decompression_bomb(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (30_000, 10_000)).save(bomb)
+    assert bomb.stat().st_size < 100_000
+    with pytest.raises(InputError, match=r"bomb.png: absurdly large"):
+        load_image(bomb)
+    with pytest.raises(InputError, match=r"bomb.png: absurdly large"):
+        read_size(bomb)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_files_raise_input_errors_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    picture = Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8))
+    for suffix in ("png", "jpg", "gif", "webp", "bmp", "tif"):
+        path = tmp_path / f"picture.{suffix}"
+        picture.save(path)
+        original = path.read_bytes()
+        for _ in range(40):
+            damaged = bytearray(original)
+            for place in rng.integers(0, len(damaged), size=4):
+                damaged[place] = rng.integers(0, 256)
+            path.write_bytes(damaged[: rng.integers(1, len(damaged) + 1)])
+            with contextlib.suppress(InputError):  # some damage leaves a readable picture
+                load_image(path)
