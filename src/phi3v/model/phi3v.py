@@ -326,6 +326,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a checkpoint with a missing or misshapen tensor is refused, by the tensor's name."""
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are reported below, all of them by name
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
