@@ -59,7 +59,7 @@ class Layout:
                 branch.append(torch.full((length,), number))
                 number += 1
             start += tree.tokens
-        tokens = torch.tensor([tree.tokens for tree in trees])
+        tokens = torch.tensor([tree.tokens for tree in trees], dtype=torch.int64)
         empty = torch.zeros(0, dtype=torch.int64)
         return cls(
             trees=tuple(trees),
