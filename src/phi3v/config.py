@@ -1,0 +1,277 @@
+"""Everything a run can be told, and what cannot go together.
+
+The command line is derived from these dataclasses: a field is a flag, its docstring the help. A run folder keeps the
+resolved values in `config.json`, and `load_run` reads them back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from phi3v.errors import InputError
+
+Part = Literal["vision", "projector", "embeddings"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The checkpoint training starts from."""
+
+    model: str = "microsoft/Phi-3.5-vision-instruct"
+    """A folder in the published layout, or a name on the Hugging Face Hub."""
+
+    num_crops: int | None = None
+    """Tiles an image may be cut into: 16 suits single images, 4 several frames. Default: the checkpoint's own."""
+
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """How attention is computed. All choices compute the same."""
+
+    dtype: Precision = "auto"
+    """Precision of the arithmetic. Trainable weights are always kept in float32, frozen ones in this precision. auto:
+    bf16 where the hardware has it, else fp16 with loss scaling on CUDA, else fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learnt from, and how it is laid out in steps and packs."""
+
+    train: Path | None = None
+    """Training conversations, one JSON object a line."""
+
+    eval: Path | None = None
+    """Conversations to be evaluated on, in the same format."""
+
+    image_root: Path | None = None
+    """Folder the image paths are relative to. Default: the folder `images` beside each data file."""
+
+    batch_size: int = 16
+    """Examples (`--questions all`) or pages (otherwise) of an optimizer step, exactly, however many packs they fill."""
+
+    questions: Literal["all", "expected", "random"] = "all"
+    """Pages with several questions. all: every question is an example. expected: the page counts once, its questions
+    averaged. random: the page counts once, with one question drawn anew every epoch."""
+
+    weighting: Literal["example", "token"] = "example"
+    """example: mean over an example's supervised tokens, then over examples. token: mean over all supervised tokens."""
+
+    share_prefix: bool = True
+    """Compute a page once for all its questions. The loss is the same without, only slower."""
+
+    max_tokens_per_pack: int = 8192
+    """Tokens of one forward pass. Larger is faster until memory runs out; the result is the same."""
+
+    max_crops_per_pack: int = 64
+    """336x336 crops of one forward pass."""
+
+    num_workers: int | None = None
+    """Processes that read images. Default: one for every core but one, at most 4, and none on two cores or fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Which weights learn."""
+
+    freeze: tuple[Part, ...] = ()
+    """Parts that do not learn. vision: CLIP. projector: the image projection and separators. embeddings: tokens."""
+
+    freeze_vision_model: bool = False
+    """Freeze the image embedder: short for `--freeze vision projector`."""
+
+    lora: bool = False
+    """Train low-rank adapters instead of the weights: on the decoder, its head, and the parts that are not frozen."""
+
+    lora_rank: int = 64
+    """Rank of the adapters."""
+
+    lora_alpha: float | None = None
+    """Scale of the adapters. Default: twice the rank."""
+
+    lora_dropout: float = 0.0
+    """Dropout before the adapters."""
+
+    lora_init: Literal["gaussian", "default", "pissa", "olora"] = "gaussian"
+    """How the adapters start. default: PEFT's Kaiming."""
+
+    dora: bool = False
+    """Decompose the weights into direction and magnitude (DoRA)."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+
+    activation_memory: Literal["auto", "none", "full"] = "auto"
+    """full: keep only the layers' inputs and recompute the rest in the backward pass. none: keep everything. auto: full
+    on CUDA for models above one billion parameters, else none."""
+
+    @property
+    def frozen(self) -> tuple[Part, ...]:
+        named = {*self.freeze, *(("vision", "projector") if self.freeze_vision_model else ())}
+        return tuple(part for part in typing.get_args(Part) if part in named)
+
+    @property
+    def alpha(self) -> float:
+        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW and its schedule. The defaults are the original recipe's."""
+
+    epochs: float = 1.0
+    """Passes over the data; a fraction stops within one."""
+
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the schedule ends there too."""
+
+    learning_rate: float = 4e-5
+    """Of everything without a learning rate of its own."""
+
+    vision_learning_rate: float | None = None
+    """Of CLIP."""
+
+    projector_learning_rate: float | None = None
+    """Of the image projection and separators."""
+
+    weight_decay: float = 0.01
+    """Of all weights but biases and norms."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+
+    beta2: float = 0.95
+    """Decay of the second moment."""
+
+    eps: float = 1e-7
+    """Added to the denominator."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Of the learning rate after the warm-up."""
+
+    warmup_steps: int = 50
+    """Steps in which the learning rate rises from zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Answering the questions of `--eval`."""
+
+    eval_before: bool = True
+    """Evaluate before training."""
+
+    eval_every_steps: int | None = None
+    """Evaluate every so many steps."""
+
+    eval_limit: int | None = None
+    """Questions of the evaluations before and during training, evenly spread. The final one always takes all."""
+
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """The run folder and what goes on around the loop."""
+
+    out: Path = Path("runs/latest")
+    """The run folder. A finished run in it is never overwritten."""
+
+    save_every_steps: int | None = None
+    """Checkpoint every so many steps. One is always written at the end."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+
+    resume: bool = False
+    """Go on exactly where the newest checkpoint in the run folder stands."""
+
+    seed: int = 42
+    """Of the data order, adapters and dropout."""
+
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that receive the log as well."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+    dry_run: bool = False
+    """Print what would be done, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run."""
+
+    base: Base = field(default_factory=Base)
+    data: Data = field(default_factory=Data)
+    tuning: Tuning = field(default_factory=Tuning)
+    optim: Optim = field(default_factory=Optim)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    keeping: Keeping = field(default_factory=Keeping)
+
+    def check(self) -> None:
+        """Raises InputError, naming the flag to change, for what cannot be run."""
+        if self.data.train is None:
+            raise InputError("--train is missing: give the training conversations, a .jsonl file")
+        if self.evaluation.eval_every_steps is not None and self.data.eval is None:
+            raise InputError("--eval-every-steps needs --eval")
+        for flag, value in {
+            "batch-size": self.data.batch_size,
+            "max-tokens-per-pack": self.data.max_tokens_per_pack,
+            "max-crops-per-pack": self.data.max_crops_per_pack,
+            "lora-rank": self.tuning.lora_rank,
+            "max-new-tokens": self.evaluation.max_new_tokens,
+            "keep-checkpoints": self.keeping.keep_checkpoints,
+            "num-crops": self.base.num_crops,
+            "max-steps": self.optim.max_steps,
+            "eval-every-steps": self.evaluation.eval_every_steps,
+            "save-every-steps": self.keeping.save_every_steps,
+        }.items():
+            if value is not None and value < 1:
+                raise InputError(f"--{flag} is {value}, it must be at least 1")
+        if self.optim.epochs <= 0:
+            raise InputError(f"--epochs is {self.optim.epochs}, it must be positive")
+        if not self.tuning.lora and (self.tuning.dora or self.tuning.rslora):
+            raise InputError(f"--{'dora' if self.tuning.dora else 'rslora'} is a kind of LoRA: add --lora")
+        if self.tuning.lora_dropout and self.base.attention == "flex_attention":
+            raise InputError("--attention flex_attention has no dropout: choose sdpa, or drop --lora-dropout")
+        if "embeddings" in self.tuning.frozen and self.tuning.lora:
+            raise InputError("--freeze embeddings has no effect with --lora: adapters never touch the embeddings")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested, with paths as strings: what `config.json` holds."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def load_run(folder: Path) -> Run:
+    """The run kept in `folder/config.json`. Raises InputError when there is none, or it is not one of ours."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text())
+        return _build(Run, values)
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not a run folder: it has no config.json") from None
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: not the configuration of a run ({error})") from None
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is not None and Path in options:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,70 @@
+"""What this machine is: device, precision, memory, and the facts a run keeps about its surroundings."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v.errors import InputError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PACKAGES = ("phi3v", "torch", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the hardware computes it, else fp16 on CUDA, else fp32."""
+    if wanted == "fp16" and device.type == "cpu":
+        raise InputError("--dtype fp16 needs a CUDA device (it trains with loss scaling): use bf16 or fp32 on a CPU")
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or, on a CPU, of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, card and commit: what a reader needs to believe a number."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": card,
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "commit": _commit(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this runs from, with + if it has changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,41 @@
+"""How much memory a run will need, by part: arithmetic on sizes, before anything is loaded."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from phi3v.model.configuration import Phi3VConfig
+
+PATCHES = 577  # per crop
+
+
+def estimate(
+    model: nn.Module, config: Phi3VConfig, *, tokens: int, crops: int, rows: int, bytes_per_value: int, recompute: bool
+) -> dict[str, float]:
+    """GB by part for the largest pack: `tokens` and `crops` run through the layers, `rows` logits.
+
+    Trainable weights, their gradients and both AdamW moments are float32. Activations are counted as what a layer keeps
+    for its backward pass: 8 H + 3 F values a token in the decoder, 8 D + 2 F a patch in CLIP (H, D widths, F the MLP's);
+    with `recompute` only the layers' inputs and one layer's worth. An estimate: the allocator and kernels come on top.
+    """
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    clip = config.clip
+    decoder_layer = (8 * config.hidden_size + 3 * config.intermediate_size) * tokens
+    clip_layer = (8 * clip["hidden_size"] + 2 * clip["intermediate_size"]) * crops * PATCHES
+    vision_learns = any(p.requires_grad for name, p in model.named_parameters() if "img_processor" in name)
+    layers, clip_layers = config.num_hidden_layers, clip["num_hidden_layers"] - 1
+    if recompute:
+        kept = layers * config.hidden_size * tokens + decoder_layer
+        kept += (clip_layers * clip["hidden_size"] * crops * PATCHES + clip_layer) if vision_learns else 0
+    else:
+        kept = layers * decoder_layer + (clip_layers * clip_layer if vision_learns else 0)
+    parts = {
+        "weights": 4 * learn + bytes_per_value * frozen,
+        "gradients": 4 * learn,
+        "optimizer": 8 * learn,
+        "activations": bytes_per_value * kept,
+        "logits": 3 * 4 * rows * config.vocab_size,
+    }
+    gigabytes = {name: size / 1e9 for name, size in parts.items()}
+    return {**gigabytes, "total": sum(gigabytes.values())}

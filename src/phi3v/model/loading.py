@@ -1,0 +1,98 @@
+"""Models from folders: a checkpoint in the published layout, an adapter on top of one, and back to a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.errors import InputError
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.phi3v import Phi3VForCausalLM
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype | str = "auto", attention: str = "sdpa", num_crops: int | None = None
+) -> tuple[Any, Phi3VProcessor]:
+    """The model in a folder (or on the Hub) with its processor; an adapter folder comes on its base, in PEFT.
+
+    `dtype` is the checkpoint's own by default. Raises InputError, in one line, when there is nothing usable.
+    """
+    folder = Path(name)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _load_adapter(folder, dtype, attention, num_crops)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{name}: no model here, the folder has neither config.json nor {ADAPTER_CONFIG}")
+    if not folder.exists() and (folder.is_absolute() or str(name).count("/") != 1):
+        raise InputError(f"{name}: no such model folder")
+    processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
+    transformers_logging.disable_progress_bar()
+    try:
+        model = Phi3VForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except InputError:
+        raise
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"{name}: {first_line(error)}") from error
+    if processor.image_token_id != model.config.image_token_id:
+        raise InputError(
+            f"{name}: the tokenizer's <|image|> is {processor.image_token_id}, config.json says {model.config.image_token_id}"
+        )
+    return model, processor
+
+
+def _load_adapter(
+    folder: Path, dtype: torch.dtype | str, attention: str, num_crops: int | None
+) -> tuple[Any, Phi3VProcessor]:
+    from peft import PeftModel
+
+    base_name = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    if not base_name:
+        raise InputError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is missing")
+    try:
+        base, _ = load_model(base_name, dtype=dtype, attention=attention)
+    except InputError as error:
+        raise InputError(f"{folder}: the adapter's base model cannot be loaded: {error}") from error
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: {first_line(error)}") from error
+    return model, Phi3VProcessor.from_pretrained(folder, num_crops=num_crops)
+
+
+def save_model(model: Any, processor: Phi3VProcessor, folder: Path, *, carry_from: str | Path | None = None) -> None:
+    """Writes the model (an adapter, if it is inside PEFT) and the processor's files.
+
+    The published remote code beside the base checkpoint, `carry_from`, is carried along: it is never run here, but
+    other readers of the layout look for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        # "auto" would put the whole base lm_head into the adapter file, because lm_head has an adapter
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template for a model card, all blanks
+    else:
+        model.save_pretrained(folder)
+        if carry_from is not None and Path(carry_from).is_dir():
+            for file in Path(carry_from).glob("*_phi3_v.py"):
+                shutil.copy(file, folder)
+    processor.save_pretrained(folder)
+
+
+def load_config(name: str | Path) -> Phi3VConfig:
+    """The configuration alone, without weights."""
+    try:
+        return Phi3VConfig.from_pretrained(name)
+    except OSError as error:
+        raise InputError(f"{name}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of a library's long message."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

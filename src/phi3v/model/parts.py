@@ -1,0 +1,90 @@
+"""Which weights learn: parts of the model by name, freezing, and LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from phi3v.model.phi3v import Phi3VForCausalLM
+
+EMBEDDER = "model.vision_embed_tokens."
+TOWER = EMBEDDER + "img_processor.vision_model."
+
+
+def part_of(name: str) -> str:
+    """The part a parameter or module belongs to: vision, projector, embeddings or decoder (head and norms included)."""
+    name = name.removeprefix("base_model.model.")  # as PEFT calls it
+    if name.startswith(EMBEDDER + "img_processor."):
+        return "vision"
+    if name.startswith(EMBEDDER):
+        return "projector"
+    return "embeddings" if name.startswith("model.embed_tokens") else "decoder"
+
+
+def unused_tail(model: Phi3VForCausalLM) -> tuple[str, ...]:
+    """Name prefixes of the CLIP weights that are stored but never run: its last layer and `post_layernorm`."""
+    last = model.config.clip["num_hidden_layers"] - 1
+    return (f"{TOWER}encoder.layers.{last}.", f"{TOWER}post_layernorm.")
+
+
+def freeze(model: Phi3VForCausalLM, parts: Iterable[str]) -> None:
+    """Frozen parts and the unused CLIP tail do not learn; everything else does."""
+    parts, tail = set(parts), unused_tail(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in parts and not name.startswith(tail))
+
+
+def lora_targets(model: Phi3VForCausalLM, frozen: Iterable[str]) -> list[str]:
+    """Full names of the linears that get adapters: all of the decoder and `lm_head`, and of the parts not frozen."""
+    frozen, tail = set(frozen), unused_tail(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and part_of(name) not in frozen and not name.startswith(tail)
+    ]
+
+
+def add_lora(
+    model: Phi3VForCausalLM,
+    *,
+    frozen: Iterable[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    init: str,
+    dora: bool,
+    rslora: bool,
+) -> Any:
+    """The model inside PEFT with fresh adapters; only they learn."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
+        use_dora=dora,
+        use_rslora=rslora,
+        target_modules=lora_targets(model, frozen),
+    )
+    return get_peft_model(model, config)
+
+
+def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights that learn in float32, the others in `dtype`: what autocast expects, and nothing is kept twice."""
+    for parameter in model.parameters():
+        wanted = torch.float32 if parameter.requires_grad else dtype
+        if parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Per part, (parameters that learn, all parameters)."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        learns, every = counts.get(part_of(name), (0, 0))
+        counts[part_of(name)] = (learns + parameter.numel() * parameter.requires_grad, every + parameter.numel())
+    return counts

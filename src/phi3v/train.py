@@ -1,0 +1,454 @@
+"""Training, read top-down: check, build, loop, save, score.
+
+Invariant: the loss of a step is the original objective (`phi3v.data.plan`), whatever the packing; and a run that is
+killed and resumed ends in the same weights, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from phi3v.audit import GradientAudit
+from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, write_text, written_whole
+from phi3v.config import Run, load_run
+from phi3v.data.chat import Encoded, Example, encode
+from phi3v.data.loader import MicroBatch, Reading, training_packs
+from phi3v.data.plan import PlanSettings, plan_epoch
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.schema import check, read_jsonl
+from phi3v.data.tree import Lengths, PackLimits
+from phi3v.errors import InputError
+from phi3v.evaluate import answer, evenly, read_questions, write_predictions
+from phi3v.hardware import environment, name_of, peak_memory_gb, pick_device, pick_dtype
+from phi3v.loss import weighted_cross_entropy
+from phi3v.memory import estimate
+from phi3v.metrics import baselines
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.loading import load_config, load_model, save_model
+from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision
+from phi3v.model.phi3v import Phi3VForCausalLM
+from phi3v.optim import build_optimizer, build_schedule
+from phi3v.report import write_report
+from phi3v.runlog import RunLog, say, start_trackers
+
+BIG_MODEL = 1_000_000_000  # parameters above which `--activation-memory auto` recomputes on CUDA
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains, saves and scores; returns what `metrics.json` holds (nothing for a dry run).
+
+    Writes the run folder `run.keeping.out`: config.json, environment.json, log.jsonl, checkpoints/, final/,
+    predictions.jsonl, metrics.json, report.html. Raises InputError for everything a user can mend.
+    """
+    run.check()
+    device = pick_device()
+    dtype = pick_dtype(run.base.dtype, device)
+    start_from = _claim_folder(run)
+
+    processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
+    config = load_config(run.base.model)
+    data = _read_data(run, processor, config, check_first=start_from is None)
+    total_steps = data.total_steps(run)
+    if run.keeping.dry_run:
+        _describe(run, data, _build_model(run, dtype, device, weights=False), config, dtype, total_steps)
+        return {}
+
+    torch.manual_seed(run.keeping.seed)
+    model = _build_model(run, dtype, device)
+    optimizer = build_optimizer(model, run.optim)
+    schedule = build_schedule(optimizer, run.optim, total_steps)
+    accelerator = _accelerator(run, device, dtype)
+    learner = accelerator.prepare(optimizer)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
+
+    folder = run.keeping.out
+    _describe(run, data, model, config, dtype, total_steps)
+    if start_from is None:
+        write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))
+        write_text(folder / "environment.json", json.dumps(environment(device), indent=1))
+    step = load_checkpoint(start_from, **state) if start_from else 0
+    start_trackers(accelerator, folder, run.to_dict())
+
+    scorer = _Scorer(run, model, processor, data, dtype)
+    audit = GradientAudit(model)
+    with RunLog(
+        folder, total_steps=total_steps, first_step=step, accelerator=accelerator, show=run.keeping.progress
+    ) as log:
+        if step == 0 and run.evaluation.eval_before and data.questions:
+            scorer.score("before", step, 0.0, log)
+        model.train()
+        for batch in _steps(run, data, device, first_step=step, total_steps=total_steps):
+            started, loss = time.monotonic(), torch.zeros((), device=device)
+            names: list[str] = []
+            for micro in batch.packs():
+                pack = micro.pack.to(device, non_blocking=True)
+                names += pack.ids
+                with accelerator.autocast():
+                    logits = model(pack=pack).logits
+                    pack_loss = weighted_cross_entropy(logits, pack.targets, pack.weights)
+                accelerator.backward(pack_loss)
+                loss += pack_loss.detach()
+            rate = schedule.get_last_lr()[0]
+            norm = accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
+            _stop_if_not_finite(loss, norm, names, step + 1, scaled=accelerator.scaler is not None)
+            audit.check(images=batch.crops > 0, skipped=not math.isfinite(float(norm)))
+            learner.step()
+            if not learner.step_was_skipped:
+                schedule.step()
+            learner.zero_grad(set_to_none=True)
+            step += 1
+            seconds = time.monotonic() - started + batch.first_wait
+            log.step(batch.entry(step, float(loss), rate, float(norm), seconds, peak_memory_gb(device), learner.step_was_skipped))
+            if (every := run.evaluation.eval_every_steps) and step % every == 0 and step < total_steps:
+                scorer.score("during", step, step / data.steps_per_epoch, log)
+            if step == total_steps or ((every := run.keeping.save_every_steps) and step % every == 0):
+                keep = run.keeping.keep_checkpoints
+                save_checkpoint(folder / "checkpoints", step, **state, keep=keep)
+
+        # What is scored last is what was saved: the weights in the base checkpoint's own precision.
+        _to_base_precision(model, config)
+        with written_whole(folder / "final") as final:
+            save_model(model, processor, final, carry_from=run.base.model)
+        result = scorer.result(step, log)
+    accelerator.end_training()
+    write_text(folder / "metrics.json", json.dumps(result, indent=1))
+    report = write_report(folder)
+    _announce(result, report)
+    return result
+
+
+# -- the run folder --------------------------------------------------------------------------------------------------
+
+
+def _claim_folder(run: Run) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start. Nothing that exists is ever overwritten."""
+    folder, resume = run.keeping.out, run.keeping.resume
+    if run.keeping.dry_run:
+        return None
+    if (folder / "metrics.json").exists():
+        raise InputError(f"--out {folder} holds a finished run: choose another folder")
+    started = (folder / "config.json").exists()
+    if not started:
+        if resume and folder.exists():
+            raise InputError(f"--resume: {folder} holds no run, it has no config.json")
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"--out {folder} is not empty and holds no run: choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {folder}: {error}") from error
+        return None
+    if not resume:
+        raise InputError(f"--out {folder} holds an unfinished run: add --resume to go on with it, or choose another folder")
+    _same_settings(run, load_run(folder))
+    newest, complaints = newest_checkpoint(folder / "checkpoints")
+    for complaint in complaints:
+        say(f"[yellow]damaged checkpoint passed over:[/] {complaint}")
+    say(f"resuming from {newest}" if newest else f"no whole checkpoint in {folder}: starting again at step 0")
+    return newest
+
+
+def _same_settings(run: Run, before: Run) -> None:
+    """Going on exactly means with the same settings; only what surrounds the loop may change."""
+    ours, theirs = run.to_dict(), before.to_dict()
+    for group in ours:
+        for name, value in ours[group].items():
+            free = group == "keeping" and name != "seed"
+            if not free and theirs[group].get(name) != value:
+                flag = name.replace("_", "-")
+                raise InputError(f"--resume: --{flag} was {theirs[group].get(name)} in {before.keeping.out}, now it is {value}")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    examples: list[Example]
+    encoded: list[Encoded]
+    lengths: Lengths
+    settings: PlanSettings
+    reading: Reading
+    steps_per_epoch: int
+    questions: list[Example]
+
+    def total_steps(self, run: Run) -> int:
+        if run.optim.max_steps is not None:
+            return run.optim.max_steps
+        return max(1, round(run.optim.epochs * self.steps_per_epoch))
+
+
+def _read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool) -> TrainingData:
+    assert run.data.train is not None
+    if check_first:
+        for file in filter(None, (run.data.train, run.data.eval)):
+            findings = check(file, run.data.image_root, processor, max_tokens=config.max_position_embeddings)
+            if findings.problems:
+                more = f" (and {len(findings.problems) - 1} more: phi3v check {file})" if len(findings.problems) > 1 else ""
+                raise InputError(f"{findings.problems[0]}{more}")
+    examples = read_jsonl(run.data.train, run.data.image_root)
+    encoded = [encode(example, processor) for example in examples]
+    lengths = Lengths.of(encoded)
+    settings = PlanSettings(
+        batch_size=run.data.batch_size,
+        questions=run.data.questions,
+        weighting=run.data.weighting,
+        limits=PackLimits(
+            max_tokens_per_pack=run.data.max_tokens_per_pack,
+            max_crops_per_pack=run.data.max_crops_per_pack,
+            original_max=config.original_max_position_embeddings,
+            share_prefix=run.data.share_prefix,
+        ),
+    )
+    reading = Reading(
+        image_token_id=processor.image_token_id,
+        num_crops=processor.num_crops,
+        num_workers=_num_workers(run.data.num_workers),
+        pin_memory=torch.cuda.is_available(),
+    )
+    return TrainingData(
+        examples=examples,
+        encoded=encoded,
+        lengths=lengths,
+        settings=settings,
+        reading=reading,
+        steps_per_epoch=len(plan_epoch(lengths, settings, seed=run.keeping.seed, epoch=0)),
+        questions=read_questions(run.data.eval, run.data.image_root) if run.data.eval else [],
+    )
+
+
+def _num_workers(wanted: int | None) -> int:
+    import os
+
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0))
+    return 0 if cores <= 2 else min(4, cores - 1)
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """The packs of one optimizer step, and how long each was waited for."""
+
+    first: MicroBatch
+    rest: Iterator[tuple[float, MicroBatch]]
+    first_wait: float
+    epoch: float
+    wait: float = 0.0
+
+    @property
+    def crops(self) -> int:
+        return self.first.step.crops
+
+    def packs(self) -> Iterator[MicroBatch]:
+        micro, self.wait = self.first, self.first_wait
+        yield micro
+        while not micro.last:
+            waited, micro = next(self.rest)
+            self.wait += waited
+            yield micro
+
+    def entry(
+        self, step: int, loss: float, rate: float, norm: float, seconds: float, memory: float, skipped: bool
+    ) -> dict[str, Any]:
+        """The step's line in `log.jsonl`. `data_wait` is the share of the time spent waiting for data."""
+        counts = self.first.step
+        return {
+            "step": step,
+            "epoch": round(self.epoch, 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "examples": counts.examples,
+            "pages": counts.pages,
+            "tokens": counts.tokens,
+            "crops": counts.crops,
+            "packs": counts.packs,
+            "examples_per_s": counts.examples / seconds,
+            "tokens_per_s": counts.tokens / seconds,
+            "data_wait": self.wait / seconds,
+            "seconds": seconds,
+            "memory_gb": memory,
+            **({"skipped": True} if skipped else {}),
+        }
+
+
+def _steps(run: Run, data: TrainingData, device: torch.device, *, first_step: int, total_steps: int) -> Iterator[_Batch]:
+    """The optimizer steps still to do, over as many epochs as it takes."""
+
+    def timed() -> Iterator[tuple[float, MicroBatch]]:
+        epoch, within = divmod(first_step, data.steps_per_epoch)
+        while True:
+            plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch)
+            packs = training_packs(data.encoded, plan, data.reading, first_step=within)
+            before = time.monotonic()
+            for micro in packs:
+                yield time.monotonic() - before, micro
+                before = time.monotonic()
+            epoch, within = epoch + 1, 0
+
+    stream = timed()
+    for step in range(first_step, total_steps):
+        wait, first = next(stream)
+        yield _Batch(first=first, rest=stream, first_wait=wait, epoch=(step + 1) / data.steps_per_epoch)
+
+
+# -- model -----------------------------------------------------------------------------------------------------------
+
+
+def _build_model(run: Run, dtype: torch.dtype, device: torch.device, *, weights: bool = True) -> Any:
+    """The model with what learns in float32 and the rest in `dtype`, on the device; without `weights`, an empty shell."""
+    tuning = run.tuning
+    if weights:
+        model, _ = load_model(run.base.model, attention=run.base.attention)
+    else:
+        with torch.device("meta"):
+            model = Phi3VForCausalLM(load_config(run.base.model))
+    freeze(model, tuning.frozen)
+    if tuning.lora:
+        model = add_lora(
+            model,
+            frozen=tuning.frozen,
+            rank=tuning.lora_rank,
+            alpha=tuning.alpha,
+            dropout=tuning.lora_dropout,
+            init=tuning.lora_init if weights else "default",
+            dora=tuning.dora,
+            rslora=tuning.rslora,
+        )
+    set_precision(model, dtype)
+    if _recompute(run, model, device):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device) if weights else model
+
+
+def _recompute(run: Run, model: Any, device: torch.device) -> bool:
+    if run.tuning.activation_memory != "auto":
+        return run.tuning.activation_memory == "full"
+    return device.type == "cuda" and sum(p.numel() for p in model.parameters()) > BIG_MODEL
+
+
+def _to_base_precision(model: Any, config: Phi3VConfig) -> None:
+    """Full weights go back to the precision of the checkpoint they came from; adapters stay in float32."""
+    if not hasattr(model, "peft_config") and isinstance(config.dtype, torch.dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(config.dtype)
+
+
+def _accelerator(run: Run, device: torch.device, dtype: torch.dtype) -> Accelerator:
+    mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    track = list(run.keeping.track)
+    return Accelerator(
+        cpu=device.type == "cpu", mixed_precision=mixed, log_with=track or None, project_dir=str(run.keeping.out)
+    )
+
+
+def _stop_if_not_finite(loss: torch.Tensor, norm: Any, names: Sequence[str], step: int, *, scaled: bool) -> None:
+    """With loss scaling a gradient may overflow (the step is skipped and the scale halved); the loss never may."""
+    bad = "loss" if not math.isfinite(float(loss)) else "gradient" if not math.isfinite(float(norm)) else None
+    if bad == "loss" or (bad and not scaled):
+        raise InputError(f"step {step}: the {bad} is not finite; its examples are {', '.join(dict.fromkeys(names))}")
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+class _Scorer:
+    """Evaluations before, during and after training, on the same questions."""
+
+    def __init__(self, run: Run, model: Any, processor: Phi3VProcessor, data: TrainingData, dtype: torch.dtype) -> None:
+        self.run, self.model, self.processor, self.data, self.dtype = run, model, processor, data, dtype
+
+    def score(self, split: str, step: int, epoch: float, log: RunLog) -> dict[str, float]:
+        """`split` is before, during or final; only the final one takes all questions and keeps the predictions."""
+        started, limits = time.monotonic(), self.data.settings.limits
+        limit = None if split == "final" else self.run.evaluation.eval_limit
+        predictions = answer(
+            self.model,
+            self.processor,
+            evenly(self.data.questions, limit),
+            limits=limits,
+            reading=self.data.reading,
+            max_new_tokens=self.run.evaluation.max_new_tokens,
+            dtype=self.dtype,
+            title=f"evaluating ({split})",
+            progress=self.run.keeping.progress,
+        )
+        metrics = write_predictions(self.run.keeping.out, predictions)
+        log.write(
+            {
+                "kind": "eval",
+                "step": step,
+                "epoch": round(epoch, 4),
+                "split": split,
+                "metrics": metrics,
+                "seconds": round(time.monotonic() - started, 3),
+            }
+        )
+        return metrics
+
+    def result(self, step: int, log: RunLog) -> dict[str, Any]:
+        """What `metrics.json` holds: the scores before and after, beside two models that never look at a picture."""
+        if not self.data.questions:
+            return {"before": None, "final": None, "baselines": None}
+        final = self.score("final", step, step / self.data.steps_per_epoch, log)
+        entries = [json.loads(line) for line in log.file.read_text().splitlines()]
+        before = next((entry["metrics"] for entry in entries if entry.get("split") == "before"), None)
+        return {"before": before, "final": final, "baselines": baselines(self.data.examples, self.data.questions)}
+
+
+def _announce(result: dict[str, Any], report: Path) -> None:
+    if result["final"] is not None:
+        final, floor = result["final"], result["baselines"]
+        say("")
+        say(f"[bold]accuracy on {final['questions']:,} test questions[/]")
+        say(f"  trained model                     [bold]{final['accuracy']:7.1%}[/]")
+        say(f"  best answer per question text     {floor['blind']:7.1%}   (a model that never looks at the picture)")
+        say(f"  most frequent answer              {floor['majority']:7.1%}")
+    say(f"\nmodel   {report.parent / 'final'}\nreport  {report}")
+
+
+# -- the resolved run ------------------------------------------------------------------------------------------------
+
+
+def _describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, dtype: torch.dtype, total_steps: int) -> None:
+    """What will be done: who learns, how much a step holds, how much memory it should take."""
+    recompute = _recompute(run, model, pick_device())
+    say(f"[bold]{run.base.model}[/] on {pick_device()} in {name_of(dtype)}, attention {run.base.attention}")
+    say("parameters that learn:")
+    for part, (learn, every) in count_parameters(model).items():
+        say(f"  {part:<11} {learn:>13,} of {every:>13,}")
+    lengths, limits = data.lengths, data.settings.limits
+    plan = plan_epoch(lengths, data.settings, seed=run.keeping.seed, epoch=0)
+    first, packs = plan.packs(0)
+    pages = f"{len(lengths):,} examples on {lengths.num_pages:,} pages"
+    say(f"data: {pages}, {lengths.tokens.mean():,.0f} tokens an example on average, {lengths.tokens.max():,} at most")
+    say(
+        f"steps: {total_steps:,} ({data.steps_per_epoch:,} an epoch); the first has {first.examples} examples on {first.pages} pages, "
+        f"{first.tokens:,} tokens and {first.crops} crops in {first.packs} packs"
+    )
+    if run.optim.warmup_steps * 2 > total_steps:
+        say(f"[yellow]note:[/] {run.optim.warmup_steps} of {total_steps} steps are warm-up (--warmup-steps)")
+    if len(oversized := lengths.oversized(limits)):
+        say(f"[yellow]note:[/] {len(oversized)} examples alone exceed a pack's limits; each gets a pack of its own")
+    largest = max((pack for rank in packs for pack in rank), key=lambda pack: sum(tree.tokens for tree in pack))
+    memory = estimate(
+        model,
+        config,
+        tokens=sum(tree.tokens for tree in largest),
+        crops=sum(tree.crops for tree in largest),
+        rows=int(sum(lengths.supervised[i] for tree in largest for i in tree.examples)),
+        bytes_per_value=dtype.itemsize,
+        recompute=recompute,
+    )
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total")
+    say(f"memory, estimated: {memory['total']:.2f} GB ({parts}){' with recomputation' if recompute else ''}")
