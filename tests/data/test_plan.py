@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3v.data.plan import PlanSettings, plan_epoch, plan_prompts
-from phi3v.data.tree import Lengths, PackLimits
+from phi3v.data.plan import PlanSettings, pack_trees, plan_epoch, plan_prompts
+from phi3v.data.tree import Lengths, PackLimits, PackTree
 from phi3v.errors import InputError
 
 WAYS = [*product(("all", "random"), ("example", "token")), ("expected", "example")]
@@ -216,6 +216,23 @@ def test_packs_are_few_and_ranks_are_busy():
     assert (step.packs, [len(pack) for packs in ranks for pack in packs]) == (1, [3, 3, 3, 3])
     step, ranks = plan_of(lengths, batch_size=24, max_tokens=10_000).packs(0, num_ranks=16)
     assert (step.packs, sum(pack == () for packs in ranks for pack in packs)) == (1, 4)
+
+
+def packs_of(*tokens, num_ranks=1):
+    """The packs of trees of so many tokens, at most 10 a pack, as their tokens, by rank."""
+    trees = [PackTree((number,), (1.0,), False, count, 0) for number, count in enumerate(tokens)]
+    ranks = pack_trees(trees, PackLimits(max_tokens_per_pack=10, max_crops_per_pack=1), num_ranks)
+    return [[tuple(tree.tokens for tree in pack) for pack in packs] for packs in ranks]
+
+
+def test_a_tree_goes_where_it_leaves_the_least_room():
+    assert packs_of(2, 7, 2, 6, 3) == [[(7, 3), (6, 2, 2)]]  # into the emptiest, 7 + 2, 6 + 3 and 2 make three packs
+
+
+def test_ranks_get_alike_amounts():
+    assert packs_of(7, 8, 9, 10, num_ranks=2) == [[(10,), (7,)], [(9,), (8,)]]
+    assert packs_of(6, num_ranks=3) == [[(6,)], [()], [()]]
+    assert packs_of(num_ranks=2) == [[()], [()]]
 
 
 def test_crops_bound_a_pack_too():

@@ -6,9 +6,10 @@ state. A worker gets the few examples of its pack with the order to make it, so 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -99,55 +100,48 @@ def prompt_packs(
         yield PromptBatch(numbers, pack)
 
 
-class _Order(NamedTuple, Generic[About]):
-    """What a worker is sent: the trees of a pack with their examples, and what to hand back with it."""
-
-    about: About
-    trees: PackPlan
-    encoded: dict[int, Encoded]
+_Order = tuple[PackPlan, dict[int, Encoded]]
+"""What a worker is sent: the trees of a pack, and their examples by number."""
 
 
 @dataclass(frozen=True)
-class _Packs(Dataset):
+class _Packs(Dataset[Pack | InputError]):
     """The data set of all possible packs: its index is the order to make one."""
 
     reading: Reading
 
-    def __getitem__(self, order: _Order[About]) -> tuple[About, Pack | InputError]:
+    def __getitem__(self, order: _Order) -> Pack | InputError:
+        trees, encoded = order
         try:
-            return order.about, make_pack(
-                order.trees,
-                order.encoded,
-                image_token_id=self.reading.image_token_id,
-                num_crops=self.reading.num_crops,
+            return make_pack(
+                trees, encoded, image_token_id=self.reading.image_token_id, num_crops=self.reading.num_crops
             )
         except InputError as error:
             # Handed back as a value: the DataLoader would wrap it, and its one line would become a page.
-            return order.about, error
+            return error
 
 
 def _read(
     encoded: Sequence[Encoded], orders: Iterable[tuple[About, PackPlan]], reading: Reading
 ) -> Iterator[tuple[About, Pack]]:
-    sampler = (
-        _Order(about, trees, {index: encoded[index] for tree in trees for index in tree.examples})
-        for about, trees in orders
-    )
+    """The packs, in order, each with what `orders` says about it."""
+    ordered: deque[About] = deque()
+
+    def sampler() -> Iterator[_Order]:
+        for about, trees in orders:
+            ordered.append(about)
+            yield trees, {index: encoded[index] for tree in trees for index in tree.examples}
+
     loader = DataLoader(
         _Packs(reading),
-        sampler=sampler,
+        sampler=sampler(),
         batch_size=None,
         num_workers=reading.num_workers,
         prefetch_factor=reading.packs_ahead if reading.num_workers else None,
         pin_memory=reading.pin_memory,
-        collate_fn=_unchanged,
         generator=torch.Generator(),  # its own, or every epoch would draw from the global one and dropout would differ
     )
-    for about, pack in loader:
+    for pack in loader:
         if isinstance(pack, InputError):
             raise pack
-        yield about, pack
-
-
-def _unchanged(item: About) -> About:
-    return item
+        yield ordered.popleft(), pack
