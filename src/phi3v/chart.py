@@ -1,0 +1,205 @@
+"""Curves as geometry: numbers in, coordinates and labels of a small SVG out. `report.html.jinja` draws them.
+
+Everything is in the units of the view box, WIDTH x HEIGHT, with y pointing down; the plot area lies inside the margins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+WIDTH, HEIGHT = 420, 220
+LEFT, RIGHT, TOP, BOTTOM = 50, WIDTH - 12, 24, HEIGHT - 26
+MAX_POINTS = 200
+LOG_RATIO = 10  # positive values that span more than this get a logarithmic axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One curve: `points` are (x, y), ordered by x. `style` is a class of the template: "main", "second" or "faint"."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    style: str = "main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A horizontal line to compare with, such as a baseline."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    label: str
+    style: str
+    path: str
+    dots: list[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A column of the plot that shows `text` and the points `dots` when the pointer is over it."""
+
+    left: float
+    width: float
+    x: float
+    dots: list[tuple[float, float]]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    title: str
+    last: str
+    note: str
+    lines: list[Line]
+    levels: list[tuple[float, str]]
+    readings: list[Reading]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    legend: list[tuple[str, str]] = field(default_factory=list)
+
+
+def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> tuple[list[tuple[float, float]], int]:
+    """At most `limit` points, each (last x, mean y) of equally many neighbours, and how many that is."""
+    size = max(1, math.ceil(len(points) / limit))
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups], size
+
+
+def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """The mean of up to `window` neighbours centred on each point; fewer at the ends, so that no end is pulled in."""
+    half = window // 2
+    smoothed = []
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)
+        near = points[i - reach : i + reach + 1]
+        smoothed.append((x, sum(y for _, y in near) / len(near)))
+    return smoothed
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], about `count` of them."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten inside [low, high]; powers of ten alone where that would crowd."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(decades) <= 4 else (1,)
+    return [factor * 10.0**d for d in decades for factor in factors if low <= factor * 10.0**d <= high]
+
+
+def number(value: float) -> str:
+    """A value as a person would write it: 3 significant digits, thousands separated, tiny ones as 4e-05."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return text if "e" not in text else f"{float(text):.3g}".replace("e-0", "e-")
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal and a space that does not break."""
+    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    levels: Sequence[Level] = (),
+    form: Callable[[float], str] = number,
+    x_name: str = "step",
+    zero: bool = False,
+    note: str = "",
+) -> Chart | None:
+    """Lay out `series` over a common axis; None if they hold no finite point.
+
+    form   how values are written on the axis, in the reading and as the last value
+    zero   the y axis starts at 0 (never logarithmic); otherwise it fits the data
+    """
+    drawn = [
+        Series(label=one.label, style=one.style, points=[p for p in one.points if all(map(math.isfinite, p))])
+        for one in series
+    ]
+    drawn = [one for one in drawn if one.points]
+    if not drawn:
+        return None
+    xs = [x for one in drawn for x, _ in one.points]
+    ys = [y for one in drawn for _, y in one.points] + [level.value for level in levels]
+    low, high = (min(0.0, min(ys)), max(ys)) if zero else (min(ys), max(ys))
+    logarithmic = not zero and low > 0 and high / low > LOG_RATIO
+    if logarithmic:
+        low, high = low / 1.1, high * 1.1
+    else:
+        pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+        low, high = (low if zero and low == 0 else low - pad), high + pad
+    scale: Callable[[float], float] = math.log if logarithmic else float
+    x_low, x_high = min(xs), max(xs)
+
+    def at_x(x: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * ((x - x_low) / (x_high - x_low) if x_high > x_low else 0.5), 1)
+
+    def at_y(y: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * (scale(y) - scale(low)) / (scale(high) - scale(low)), 1)
+
+    lines = []
+    for one in drawn:
+        places = [(at_x(x), at_y(y)) for x, y in one.points]
+        path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
+        lines.append(Line(label=one.label, style=one.style, path=path, dots=places if len(places) <= 25 else []))
+    loud = next((one for one in drawn if one.style == "main"), drawn[0])
+    y_ticks = log_ticks(low, high) if logarithmic else ticks(low, high)
+    return Chart(
+        title=title,
+        last=form(loud.points[-1][1]),
+        note=note + (" Logarithmic axis." if logarithmic else ""),
+        lines=lines,
+        levels=[(at_y(level.value), f"{level.label} {form(level.value)}") for level in levels],
+        readings=_readings(drawn, at_x, at_y, form, x_name),
+        x_ticks=[(at_x(x), number(x)) for x in ticks(x_low, x_high)],
+        y_ticks=[(at_y(y), form(y).replace(".0\N{NO-BREAK SPACE}%", "\N{NO-BREAK SPACE}%")) for y in y_ticks],
+        legend=[(one.style, one.label) for one in drawn] if len(drawn) > 1 else [],
+    )
+
+
+def _readings(
+    series: Sequence[Series],
+    at_x: Callable[[float], float],
+    at_y: Callable[[float], float],
+    form: Callable[[float], str],
+    x_name: str,
+) -> list[Reading]:
+    """One column per x that any series has; neighbouring columns meet half way, so the plot has no dead spots."""
+    values: dict[float, list[tuple[str, float]]] = {}
+    for one in series:
+        for x, y in one.points:
+            values.setdefault(x, []).append((one.label, y))
+    xs = sorted(values)
+    places = [at_x(x) for x in xs]
+    edges = [float(LEFT), *((a + b) / 2 for a, b in pairwise(places)), float(RIGHT)]
+    return [
+        Reading(
+            left=round(edges[i], 1),
+            width=round(edges[i + 1] - edges[i], 1),
+            x=places[i],
+            dots=[(places[i], at_y(y)) for _, y in values[x]],
+            text=f"{x_name} {number(x)}: "
+            + ", ".join(f"{label} {form(y)}" if len(series) > 1 else form(y) for label, y in values[x]),
+        )
+        for i, x in enumerate(xs)
+    ]
