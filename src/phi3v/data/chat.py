@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3v.data.image import hd_size, num_image_tokens, num_tiles, read_size
-from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags, expand
+from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags, check_text, expand
 from phi3v.errors import InputError
 
 __all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "questions"]
@@ -103,6 +103,7 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
     start of an answer has no tokens, as the whole text has none there: `<|assistant|>` swallows it. Raises InputError,
     naming the example, when tags and images do not match, a text holds `<|image|>`, or an image cannot be read.
     """
+    images = example.images
     ids = [processor.bos_token_id]
     answers: list[tuple[int, int]] = []
     try:
@@ -112,7 +113,7 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
             if message["role"] == "assistant":
                 answers.append((len(ids) + 1, len(ids) + len(piece)))
             ids += piece
-        image_sizes = tuple(hd_size(*sizes(image), processor.num_crops) for image in example.images)
+        image_sizes = tuple(hd_size(*sizes(image), processor.num_crops) for image in images)
     except InputError as error:
         raise InputError(f"{example.where}: {error}") from error
     if example.turns[-1].assistant is None:
@@ -131,7 +132,7 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
         ids=array,
         supervised=supervised,
         prefix=0 if supervised[:prefix].any() else prefix,
-        images=example.images,
+        images=images,
         image_sizes=image_sizes,
         id=example.id,
         where=example.where,
@@ -162,17 +163,16 @@ def messages(example: Example) -> list[dict[str, str]]:
     """
     result, earlier = [], 0
     for turn in example.turns:
-        result.append({"role": "user", "content": _with_tags(turn, earlier)})
+        result.append({"role": "user", "content": user_text(turn, earlier)})
         earlier += len(turn.images)
         if turn.assistant is not None:
-            if IMAGE_TAG.search(turn.assistant):
-                raise InputError("an answer cannot hold an image tag")
-            result.append({"role": "assistant", "content": turn.assistant})
+            result.append({"role": "assistant", "content": answer_text(turn.assistant)})
     return result
 
 
-def _with_tags(turn: Turn, earlier: int) -> str:
-    """The user's text with its images as tags earlier+1, earlier+2, ..."""
+def user_text(turn: Turn, earlier: int) -> str:
+    """The user's text with its images as tags earlier+1, earlier+2, ...; InputError if its own tags do not match."""
+    check_text(turn.user)
     expected = range(earlier + 1, earlier + len(turn.images) + 1)
     numbers = [int(number) for number in IMAGE_TAG.findall(turn.user)]
     if not numbers:
@@ -182,3 +182,11 @@ def _with_tags(turn: Turn, earlier: int) -> str:
         check_tags(numbers, len(turn.images))
     fresh = iter(expected)
     return IMAGE_TAG.sub(lambda _: f"<|image_{next(fresh)}|>", turn.user)
+
+
+def answer_text(answer: str) -> str:
+    """The answer itself; InputError if it holds an image."""
+    check_text(answer)
+    if IMAGE_TAG.search(answer):
+        raise InputError("an answer cannot hold an image tag")
+    return answer

@@ -61,6 +61,12 @@ def check_tags(numbers: Sequence[int], num_images: int) -> None:
         )
 
 
+def check_text(text: str) -> None:
+    """Raises InputError if the text holds the token that only stands for an image's vectors."""
+    if IMAGE_TOKEN in text:
+        raise InputError(f"the text holds a literal {IMAGE_TOKEN}: write <|image_1|>, <|image_2|>, ... for images")
+
+
 def expand(ids: Sequence[int] | NDArray[np.int32], image_token_id: int, counts: Sequence[int]) -> NDArray[np.int32]:
     """The ids with the k-th image id repeated counts[k] times: what the model reads."""
     array = np.asarray(ids, dtype=np.int32)
@@ -133,8 +139,7 @@ class Phi3VProcessor:
         Cutting the text before any special token and joining the ids of the parts gives the same ids, because no
         special token of this tokenizer swallows what stands before it.
         """
-        if IMAGE_TOKEN in text:
-            raise InputError(f"the text holds a literal {IMAGE_TOKEN}: write <|image_1|>, <|image_2|>, ... for images")
+        check_text(text)
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None or backend.padding is not None:  # left behind by an earlier tokenizer(...)
             backend.no_truncation()

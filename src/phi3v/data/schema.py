@@ -1,0 +1,180 @@
+"""The training data: one conversation a line, as JSON.
+
+    {"id": "7", "source": "docvqa", "conversations": [{"images": ["7.png"], "user": "Who?", "assistant": "Ada."}, ...]}
+
+`source` and `images` may be missing; `answers`, a list beside `conversations`, holds further accepted answers of the
+last turn. Image paths are relative to the image root, by default the folder `images` beside the file, and must not lead
+out of it. A line either becomes an `Example` or is named with everything that is wrong with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phi3v.data.chat import Example, Turn
+from phi3v.errors import InputError
+
+EXAMPLE_KEYS: dict[str, type] = {"id": str, "source": str, "conversations": list, "answers": list}
+TURN_KEYS: dict[str, type] = {"images": list, "user": str, "assistant": str}
+OPTIONAL_KEYS = {"source", "answers", "images"}
+KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+
+
+@dataclass(kw_only=True)
+class Notes:
+    """What was found on one line: problems, which make the data unfit for training, and warnings, which do not."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
+    """The examples of a file. Raises InputError, "file:line: what is wrong", on the first problem.
+
+    Images are resolved to absolute paths inside the image root but neither opened nor looked for.
+    """
+    resolve = image_resolver(path, image_root)
+    examples = []
+    for where, line in lines(path):
+        notes = Notes()
+        example = parse(line, where, resolve, notes)
+        if example is None or notes.problems:
+            raise InputError(f"{where}: {notes.problems[0]}")
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{path}: no examples")
+    return examples
+
+
+def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", content) of every line of a file that is not blank."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[[str], str]:
+    """A function from an image's path in the data to its absolute path, symbolic links followed.
+
+    It raises InputError when that lies outside the image root or the root is no folder.
+    """
+    root = Path(path).parent / "images" if image_root is None else Path(image_root)
+    if image_root is not None and not root.is_dir():
+        raise InputError(f"--image-root {root}: no such folder")
+    real_root = os.path.realpath(root)
+
+    @functools.cache
+    def resolve(name: str) -> str:
+        if not os.path.isdir(real_root):
+            raise InputError(f"the image root {root} is no folder (--image-root)")
+        try:
+            resolved = os.path.realpath(os.path.join(real_root, name))
+        except ValueError as error:
+            raise InputError(f"image path {name!r}: {error}") from error
+        if not resolved.startswith(os.path.join(real_root, "")):
+            raise InputError(f"image path {name!r} leads out of the image root {root}")
+        return resolved
+
+    return resolve
+
+
+def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) -> Example | None:
+    """The example on a line; None, with the problems in `notes`, if there is none."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        notes.problems.append(f"not UTF-8 at byte {error.start + 1}")
+        return None
+    except json.JSONDecodeError as error:
+        array = line.lstrip()[:1] == b"["
+        hint = ": is the file one JSON array? Each line must hold one object" if array else ""
+        notes.problems.append(f"not JSON: {error.msg} at column {error.colno}{hint}")
+        return None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand brackets
+        notes.problems.append(f"not JSON: {error}")
+        return None
+    if b"\\ud" in line.lower() and not _is_unicode(record):
+        notes.problems.append("a text holds half of a surrogate pair (\\ud800 to \\udfff)")
+        return None
+    if not _has_keys(record, "", EXAMPLE_KEYS, notes):
+        return None
+    if not record["id"]:
+        notes.problems.append("id is empty")
+    if not record["conversations"]:
+        notes.problems.append("conversations is empty")
+    turns = []
+    for number, turn in enumerate(record["conversations"], start=1):
+        if _has_keys(turn, f"turn {number}: ", TURN_KEYS, notes):
+            turns.append(_turn(turn, f"turn {number}: ", resolve, notes))
+    answers = record.get("answers", [])
+    if "answers" in record and not (answers and all(isinstance(answer, str) and answer.strip() for answer in answers)):
+        notes.problems.append("answers must be a list of one or more texts that are not empty")
+        answers = []
+    if not turns or len(turns) < len(record["conversations"]):
+        return None
+    return Example(
+        id=record["id"], source=record.get("source", ""), turns=tuple(turns), where=where, answers=tuple(answers)
+    )
+
+
+def _turn(turn: Mapping[str, object], name: str, resolve: Callable[[str], str], notes: Notes) -> Turn:
+    images = []
+    for image in turn.get("images", []):  # type: ignore[attr-defined]
+        if not isinstance(image, str) or not image:
+            notes.problems.append(f"{name}images must hold paths, not {_kind(image)}")
+            continue
+        try:
+            images.append(resolve(image))
+        except InputError as error:
+            notes.problems.append(f"{name}{error}")
+    user, assistant = str(turn["user"]), str(turn["assistant"])
+    if not assistant.strip():
+        notes.problems.append(f"{name}the answer is empty")
+    return Turn(user=user, assistant=assistant, images=tuple(images))
+
+
+def _has_keys(record: object, name: str, keys: Mapping[str, type], notes: Notes) -> bool:
+    """Whether a JSON object has the keys it needs with values of the right types; what is wrong goes to `notes`.
+
+    An unknown key is ignored with a warning, unless it looks like a known one misspelt.
+    """
+    if not isinstance(record, dict):
+        notes.problems.append(f"{name}must be an object, not {_kind(record)}")
+        return False
+    before = len(notes.problems)
+    for key in sorted(record.keys() - keys.keys()):
+        close = difflib.get_close_matches(key, keys.keys() - record.keys(), n=1, cutoff=0.75)
+        if close:
+            notes.problems.append(f"{name}unknown key {key!r}: did you mean {close[0]!r}?")
+        else:
+            notes.warnings.append(f"{name}unknown key {key!r} is ignored")
+    for key, kind in keys.items():
+        if key in record:
+            if not isinstance(record[key], kind):
+                notes.problems.append(f"{name}{key} must be {KINDS[kind]}, not {_kind(record[key])}")
+        elif key not in OPTIONAL_KEYS:
+            llava = " (from and value are LLaVA's keys; here a turn is user and assistant)" if "from" in record else ""
+            notes.problems.append(f"{name}{key} is missing{llava}")
+    return len(notes.problems) == before
+
+
+def _is_unicode(record: object) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: object) -> str:
+    return KINDS.get(type(value), "a number")

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phi3v.data.chat import Turn
+from phi3v.data.schema import Notes, image_resolver, lines, parse, read_jsonl
+from phi3v.errors import InputError
+
+GOOD = {"id": "1", "source": "s", "conversations": [{"images": ["a.png"], "user": "what", "assistant": "red"}]}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    (tmp_path / "outside.png").touch()
+    return tmp_path / "train.jsonl"
+
+
+def write(data: Path, *records: object) -> Path:
+    data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return data
+
+
+def problems(line: object, data: Path) -> list[str]:
+    """All problems and warnings of one line."""
+    raw = line if isinstance(line, bytes) else json.dumps(line).encode()
+    notes = Notes()
+    parse(raw, "here", image_resolver(data, None), notes)
+    return notes.problems + notes.warnings
+
+
+def turn(**fields: object) -> dict[str, object]:
+    return {"user": "what", "assistant": "red", **fields}
+
+
+def test_the_guide_s_format(data: Path) -> None:
+    two = {
+        "id": "2",
+        "conversations": [turn(images=["a.png", "sub/b.png"]), turn(user="and", assistant="no")],
+        "answers": ["no", "none"],
+    }
+    write(data, GOOD, "", two, "   ")
+    first, second = read_jsonl(data)
+    root = data.parent.resolve() / "images"
+    assert first.turns == (Turn(user="what", assistant="red", images=(str(root / "a.png"),)),)
+    assert (first.id, first.source, first.where, first.answers) == ("1", "s", f"{data}:1", ("red",))
+    assert second.images == (str(root / "a.png"), str(root / "sub" / "b.png"))
+    assert (second.where, second.source, second.answers) == (f"{data}:3", "", ("no", "none"))
+    assert second.turns[1] == Turn(user="and", assistant="no", images=())
+
+
+def test_image_root(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    write(data, GOOD)
+    (example,) = read_jsonl(data, tmp_path / "elsewhere")
+    assert example.images == (str(tmp_path.resolve() / "elsewhere" / "a.png"),)
+    with pytest.raises(InputError, match=r"--image-root .*nowhere: no such folder"):
+        read_jsonl(data, tmp_path / "nowhere")
+
+
+def test_no_images_need_no_image_root(tmp_path: Path) -> None:
+    data = write(tmp_path / "text.jsonl", {"id": "1", "conversations": [turn()]})
+    assert read_jsonl(data)[0].images == ()
+    write(data, GOOD)
+    with pytest.raises(InputError, match=r"text.jsonl:1: turn 1: the image root .* is no folder \(--image-root\)"):
+        read_jsonl(data)
+
+
+def test_paths_stay_in_the_root(data: Path) -> None:
+    root = data.parent / "images"
+    (root / "out.png").symlink_to(data.parent / "outside.png")
+    (root / "out").symlink_to(data.parent)
+    (root / "in.png").symlink_to(root / "sub" / "b.png")
+    (data.parent / "images_too").mkdir()
+    resolve = image_resolver(data, None)
+    outside = str(data.parent / "outside.png")
+    for name in (
+        "../outside.png",
+        outside,
+        "out.png",
+        "out/outside.png",
+        "sub/../../outside.png",
+        "../images_too/x",
+        ".",
+    ):
+        with pytest.raises(InputError, match="leads out of the image root"):
+            resolve(name)
+    assert resolve("in.png") == resolve("sub/b.png") == resolve("./sub/../sub/b.png")
+    with pytest.raises(InputError, match="null"):
+        resolve("a\0b.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"id": "1", }', "not JSON: "),
+        (b'{"id": "\xff"}', "not UTF-8 at byte 9"),
+        (b'[{"id": "1"},', "Each line must hold one object"),
+        (b"[" * 100_000, "not JSON: "),
+        (b'{"id": ' + b"1" * 5000 + b"}", "not JSON: "),
+        (json.dumps({**GOOD, "id": "\ud800"}).encode(), "half of a surrogate pair"),
+        ([GOOD], "must be an object, not a list"),
+        ("text", "must be an object, not a string"),
+        ({**GOOD, "id": 7}, "id must be a string, not a number"),
+        ({**GOOD, "id": ""}, "id is empty"),
+        ({"id": "1"}, "conversations is missing"),
+        ({**GOOD, "conversations": []}, "conversations is empty"),
+        ({**GOOD, "conversations": {}}, "conversations must be a list, not an object"),
+        ({**GOOD, "source": None}, "source must be a string, not null"),
+        ({"id": "1", "conversation": []}, "unknown key 'conversation': did you mean 'conversations'?"),
+        ({**GOOD, "licence": "MIT"}, "unknown key 'licence' is ignored"),
+        ({**GOOD, "conversations": ["hi"]}, "turn 1: must be an object, not a string"),
+        ({**GOOD, "conversations": [turn(), turn(user=True)]}, "turn 2: user must be a string, not true or false"),
+        ({**GOOD, "conversations": [turn(image=["a.png"])]}, "turn 1: unknown key 'image': did you mean 'images'?"),
+        ({**GOOD, "conversations": [{"user": "what"}]}, "turn 1: assistant is missing"),
+        ({**GOOD, "conversations": [{"from": "human", "value": "hi"}]}, "LLaVA"),
+        ({**GOOD, "conversations": [turn(images="a.png")]}, "turn 1: images must be a list, not a string"),
+        ({**GOOD, "conversations": [turn(images=[None])]}, "turn 1: images must hold paths, not null"),
+        ({**GOOD, "conversations": [turn(images=["../outside.png"])]}, "leads out of the image root"),
+        ({**GOOD, "conversations": [turn(assistant=" \n")]}, "turn 1: the answer is empty"),
+        ({**GOOD, "answers": []}, "answers must be a list"),
+        ({**GOOD, "answers": ["red", 7]}, "answers must be a list"),
+    ],
+)
+def test_what_is_wrong(line: object, expected: str, data: Path) -> None:
+    found = problems(line, data)
+    assert any(expected in problem for problem in found), found
+    assert not any("\n" in problem for problem in found)
+
+
+def test_every_problem_of_a_line(data: Path) -> None:
+    line = {"id": 1, "conversations": [turn(images=["../x", 3], assistant=""), {"user": 5}]}
+    assert problems(line, data) == ["id must be a string, not a number"]  # without these keys nothing else is sure
+    line["id"] = "1"
+    assert len(problems(line, data)) == 5
+
+
+def test_strict_reading_stops_at_the_first_problem(data: Path) -> None:
+    write(data, GOOD, {**GOOD, "licence": "MIT"}, "", {**GOOD, "id": 7}, "{")
+    with pytest.raises(InputError, match=r"train.jsonl:4: id must be a string"):
+        read_jsonl(data)
+    write(data, GOOD, {**GOOD, "conversations": [turn(assistant="")]})
+    with pytest.raises(InputError, match=r"train.jsonl:2: turn 1: the answer is empty"):
+        read_jsonl(data)
+
+
+def test_unreadable_files(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train.jsonl: No such file"):
+        read_jsonl(data)
+    with pytest.raises(InputError, match="Is a directory"):
+        read_jsonl(tmp_path)
+    write(data, "", " ")
+    with pytest.raises(InputError, match=r"train.jsonl: no examples"):
+        read_jsonl(data)
+
+
+def test_line_ends_and_byte_order_mark(data: Path) -> None:
+    text = json.dumps({**GOOD, "source": "a\u2028b"}, ensure_ascii=False)
+    data.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n{text}".encode())
+    assert [example.source for example in read_jsonl(data)] == ["a\u2028b"] * 2
+    assert len(list(lines(data))) == 2
