@@ -106,6 +106,10 @@ def test_several_problems_of_one_example(data: Path, processor: Phi3VProcessor) 
     ]
     data.write_text(json.dumps({"id": "1", "conversations": turns}))
     assert len(check(data, None, processor).problems) == 6
+    data.write_text(line(1, "<|image_1|>", images=("../cut.png", "a.png")))
+    outside, tags = check(data, None, processor).problems
+    assert "leads out" in outside
+    assert "1 image tags (1), 2 images were given" in tags
 
 
 def test_warnings(data: Path, processor: Phi3VProcessor) -> None:

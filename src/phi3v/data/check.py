@@ -113,7 +113,7 @@ def check(
             examples.append((example, note))
     _note_repeated_ids(examples)
 
-    images = sorted({image for example, _ in examples for image in example.images})
+    images = sorted({image for example, _ in examples for image in example.images if image})
     examiner = Examiner(processor, processor.num_crops if processor else num_crops, max_tokens, max_pixels)
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if len(examples) + len(images) >= SMALL else 0
@@ -121,6 +121,7 @@ def check(
     with _executor(examiner, num_workers) as executor:
         run = _Run(executor, console or Console(stderr=True))
         sizes = dict(zip(images, run("images", _image_size, images, chunk=8), strict=True))
+        sizes[""] = (1, 1)  # a refused path, noted already
         jobs = [(example, {image: sizes[image] for image in example.images}) for example, _ in examples]
         results = run("examples", _examine, jobs, chunk=256)
         for (_, note), (found, measure) in zip(examples, results, strict=True):

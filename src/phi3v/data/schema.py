@@ -89,7 +89,7 @@ def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[
 
 
 def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) -> Example | None:
-    """The example on a line; None, with the problems in `notes`, if there is none."""
+    """The example on a line, or None if it holds none. With problems in `notes`, some of its images may be ""."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -130,11 +130,12 @@ def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) 
 def _turn(turn: Mapping[str, object], name: str, resolve: Callable[[str], str], notes: Notes) -> Turn:
     images = []
     for image in turn.get("images", []):  # type: ignore[attr-defined]
+        images.append("")  # what is refused keeps its place: its tag is in the text
         if not isinstance(image, str) or not image:
-            notes.problems.append(f"{name}images must hold paths, not {_kind(image)}")
+            notes.problems.append(f"{name}images must hold paths, not {repr(image) if image == '' else _kind(image)}")
             continue
         try:
-            images.append(resolve(image))
+            images[-1] = resolve(image)
         except InputError as error:
             notes.problems.append(f"{name}{error}")
     user, assistant = str(turn["user"]), str(turn["assistant"])
