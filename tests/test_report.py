@@ -110,6 +110,28 @@ def test_report_shows_the_run(run: Path) -> None:
     assert not page.of_class("missing")
 
 
+def test_final_evaluation_replaces_the_one_during_training_at_the_same_step(run: Path) -> None:
+    evals = [
+        {"kind": "eval", "step": number, "split": split, "metrics": {"accuracy": accuracy, "questions": 40}}
+        for number, split, accuracy in (
+            (0, "before", 0.0),
+            (10, "during", 0.5),
+            (20, "during", 0.6),
+            (20, "final", 0.7),
+        )
+    ]
+    write_lines(run / "log.jsonl", evals)
+    text = report(run).text
+    assert re.findall(r"step \d+: [\d.]+", text) == ["step 0: 0.0", "step 10: 50.0", "step 20: 70.0"]
+
+
+def test_folder_of_an_evaluation(run: Path) -> None:
+    """`phi3v evaluate` writes predictions and the scores alone."""
+    (run / "metrics.json").write_text(json.dumps({"accuracy": 0.5, "anls": 0.6, "questions": 40}))
+    (run / "log.jsonl").unlink()
+    assert "50.0 % of 40 test questions answered correctly" in " ".join(report(run).text.split())
+
+
 def test_training_facts_add_up_over_the_steps(run: Path) -> None:
     write_lines(run / "log.jsonl", [step(1), step(2), step(2, examples=32, memory_gb=3.0), step(3)])  # 2 was repeated
     words = " ".join(report(run).text.split())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from phi3v.chart import HEIGHT, WIDTH, Chart, Level, Series, chart, number, percent, smooth, thin
+from phi3v.checkpoint import write_text
 from phi3v.data.image import load_image
 from phi3v.errors import InputError
 from phi3v.metrics import Prediction, normalize_answer
@@ -91,6 +91,8 @@ def write_report(run_dir: Path) -> Path:
     config = _read_json(run_dir / "config.json")
     environment = _read_json(run_dir / "environment.json")
     metrics = _read_json(run_dir / "metrics.json")
+    if "questions" in metrics:  # of `phi3v evaluate`, which writes the scores alone
+        metrics = {"final": metrics}
     log = _read_lines(run_dir / "log.jsonl")
     predictions = _read_lines(run_dir / "predictions.jsonl")
     if not (config or metrics or log or predictions):
@@ -117,9 +119,7 @@ def write_report(run_dir: Path) -> Path:
         environment=_sections(environment, "environment"),
     )
     path = run_dir / "report.html"
-    unfinished = path.with_name("report.html.tmp")
-    unfinished.write_text(page, encoding="utf-8", errors="replace")  # a model's bytes may be half a character
-    os.replace(unfinished, path)
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # a model's text may hold half a character
     return path
 
 
@@ -165,9 +165,9 @@ def _read_lines(path: Path) -> list[Any]:
 
 
 def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In the order of steps; of a step that was repeated after a resume (in the same split) the last one counts."""
-    latest = {(line["step"], line.get("split")): line for line in lines}
-    return sorted(latest.values(), key=lambda line: line["step"])
+    """In the order of steps; of a step that was told twice (by a resumed run, or the final evaluation) the last counts."""
+    latest = {line["step"]: line for line in lines}
+    return [latest[step] for step in sorted(latest)]
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -275,20 +275,16 @@ def _levels(baselines: Mapping[str, float]) -> list[Level]:
 
 
 def _eval_series(evals: Sequence[Mapping[str, Any]]) -> list[Series]:
-    """Accuracy and ANLS of every split that was evaluated; the split is named where there are several."""
-    splits = list(dict.fromkeys(line.get("split", "") for line in evals))
-    series = []
-    for split in splits:
-        for key, name, style in (("anls", "ANLS", "second"), ("accuracy", "accuracy", "main")):
-            points = [
-                (line["step"], line["metrics"][key])
-                for line in evals
-                if line.get("split", "") == split and key in line["metrics"]
-            ]
-            if points:
-                label = f"{name} on {split}" if len(splits) > 1 else name
-                series.append(Series(label=label, points=points, style=style))
-    return series
+    """Accuracy and ANLS of the evaluations before, during and after training."""
+    series = [
+        Series(
+            label=name,
+            points=[(line["step"], line["metrics"][key]) for line in evals if key in line["metrics"]],
+            style=style,
+        )
+        for key, name, style in (("anls", "ANLS", "second"), ("accuracy", "accuracy", "main"))
+    ]
+    return [one for one in series if one.points]
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
