@@ -15,10 +15,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
 from phi3v.data.image import MEAN, STD, hd_transform, load_image, num_image_tokens, pixel_values
 from phi3v.errors import InputError
@@ -49,6 +49,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 REMOTE_CODE = "processing_phi3_v.py"  # carried along for other readers, never run
+FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", REMOTE_CODE)
 
 
 def check_tags(numbers: Sequence[int], num_images: int) -> None:
@@ -98,8 +99,8 @@ class Phi3VProcessor:
         `num_crops` replaces the checkpoint's own (4 for Phi-3.5-vision, 16 for Phi-3-vision). No code of the checkpoint
         is run. Raises InputError, naming the file, when something is missing or unreadable.
         """
-        names = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", REMOTE_CODE)
-        files = {file: content for file in names if (content := _read(name, file, hub)) is not None}
+        folder = _folder(name, hub)
+        files = {path.name: path.read_bytes() for file in FILES if (path := folder / file).is_file()}
         if "tokenizer.json" not in files:
             raise InputError(f"{name}: no tokenizer.json, so this is no model folder")
         try:
@@ -109,7 +110,7 @@ class Phi3VProcessor:
         try:
             # Not AutoTokenizer: it takes LlamaTokenizer from tokenizer_config.json, whose own normaliser tokenises the
             # newline after a special token differently (14 of the 36 golden texts, transformers 5.17 and 5.23).
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **hub)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise InputError(f"{name}/tokenizer.json: {' '.join(str(error).split())}") from error
         processor = cls(tokenizer, num_crops if num_crops is not None else settings.get("num_crops", 4))
@@ -297,13 +298,15 @@ def _with_tags(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, An
     return plain, images
 
 
-def _read(name: str | Path, file: str, hub: Mapping[str, Any]) -> bytes | None:
-    """A file of a model folder or Hub model; None if the model has no such file."""
+def _folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
+    """The folder of that name, else the local copy of the Hub model of that name, downloaded if need be."""
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        path = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False, **hub)
-    except OSError as error:
-        raise InputError(f"{name}: no such model folder ({str(error).strip().splitlines()[0]})") from error
-    return None if path is None else Path(path).read_bytes()
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES), **hub))
+    except (OSError, ValueError) as error:  # no such model, no access, no network; no possible name of a model
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{name}: no such folder, and no model on the Hub could be read ({reason})") from error
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
