@@ -1,1 +1,12 @@
-"""phi3v: fine-tune Phi-3.5-vision."""
+"""phi3v: fine-tune Phi-3.5-vision natively, exactly and resumably.
+
+Importing it registers the architecture, so that `AutoConfig`, `AutoModelForCausalLM` and
+`AutoModelForImageTextToText` load published checkpoints without remote code.
+"""
+
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.errors import InputError
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VModel
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Phi3VConfig", "Phi3VForCausalLM", "Phi3VModel", "Phi3VProcessor"]

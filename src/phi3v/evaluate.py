@@ -5,6 +5,7 @@ Every page is encoded once for all its questions; the answers are those of greed
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,14 +15,19 @@ from typing import Any
 import torch
 
 from phi3v.checkpoint import write_text
+from phi3v.config import Precision
 from phi3v.data.chat import Example, encode, questions
+from phi3v.data.image import read_size
 from phi3v.data.loader import Reading, prompt_packs
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import PackLimits
+from phi3v.errors import InputError
+from phi3v.hardware import pick_device, pick_dtype
 from phi3v.metrics import Prediction, accuracy, anls, clean, score
 from phi3v.model.generation import generate_pack
-from phi3v.runlog import progress_bar
+from phi3v.model.loading import load_model
+from phi3v.runlog import progress_bar, say
 
 
 def read_questions(path: Path, image_root: Path | None, limit: int | None = None) -> list[Example]:
@@ -51,7 +57,8 @@ def answer(
 ) -> list[Prediction]:
     """Greedy answers, scored one by one, in the order of `prompts`."""
     device = next(model.parameters()).device
-    encoded = [encode(prompt, processor) for prompt in prompts]
+    sizes = functools.cache(read_size)  # a page has many questions
+    encoded = [encode(prompt, processor, sizes) for prompt in prompts]
     predictions: list[Prediction | None] = [None] * len(prompts)
     packs = prompt_packs(encoded, limits, reading, max_new_tokens=max_new_tokens)
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
@@ -90,3 +97,78 @@ def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> dict[s
     lines = (json.dumps(prediction, ensure_ascii=False) for prediction in predictions)
     write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     return score(predictions)
+
+
+def evaluate(
+    model: str,
+    /,
+    *,
+    data: Path,
+    image_root: Path | None = None,
+    out: Path | None = None,
+    limit: int | None = None,
+    num_crops: int | None = None,
+    max_new_tokens: int = 64,
+    max_tokens_per_pack: int = 8192,
+    max_crops_per_pack: int = 64,
+    dtype: Precision = "auto",
+    attention: str = "sdpa",
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Answer every question of DATA and score the answers.
+
+    Writes predictions.jsonl and metrics.json, and prints the scores.
+
+    Args:
+        model: A run folder (its final model), or a model or adapter folder, or a name on the Hub.
+        data: Conversations, one JSON object a line.
+        image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
+        out: Where the results go. Default: `evaluation/<name of the data>` inside the run or model folder.
+        limit: Answer only this many questions, evenly spread.
+        num_crops: Tiles an image may be cut into. Default: the checkpoint's own.
+        max_new_tokens: Longest answer, in tokens.
+        max_tokens_per_pack: Tokens of one forward pass. Larger is faster until memory runs out.
+        max_crops_per_pack: 336x336 crops of one forward pass.
+        dtype: Precision of the arithmetic.
+        attention: sdpa, eager, flex_attention or flash_attention_2.
+        num_workers: Processes that read images.
+        progress: Show a progress bar.
+    """
+    folder = model_folder(model)
+    device = pick_device()
+    precision = pick_dtype(dtype, device)
+    prompts = read_questions(data, image_root, limit)
+    network, processor = load_model(folder, attention=attention, num_crops=num_crops)
+    predictions = answer(
+        network.to(device).eval(),
+        processor,
+        prompts,
+        limits=PackLimits(
+            max_tokens_per_pack=max_tokens_per_pack,
+            max_crops_per_pack=max_crops_per_pack,
+            original_max=network.config.original_max_position_embeddings,
+        ),
+        reading=Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops, num_workers=num_workers),
+        max_new_tokens=max_new_tokens,
+        dtype=precision,
+        progress=progress,
+    )
+    target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / Path(data).stem
+    target.mkdir(parents=True, exist_ok=True)
+    metrics = write_predictions(target, predictions)
+    write_text(target / "metrics.json", json.dumps(metrics, indent=1))
+    for name, value in metrics.items():
+        say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")
+    say(f"predictions  {target / 'predictions.jsonl'}")
+    return metrics
+
+
+def model_folder(name: str | Path) -> str | Path:
+    """The final model of a run folder; any other name is a model already. Raises InputError for an unfinished run."""
+    folder = Path(name)
+    if (folder / "final").is_dir():
+        return folder / "final"
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume`")
+    return name

@@ -6,6 +6,7 @@ killed and resumed ends in the same weights, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -21,10 +22,12 @@ from phi3v.audit import GradientAudit
 from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, write_text, written_whole
 from phi3v.config import Run, load_run
 from phi3v.data.chat import Encoded, Example, encode
+from phi3v.data.image import read_size
 from phi3v.data.loader import MicroBatch, Reading, training_packs
 from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.schema import check, read_jsonl
+from phi3v.data.check import check
+from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.evaluate import answer, evenly, read_questions, write_predictions
@@ -196,7 +199,8 @@ def _read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, chec
                 more = f" (and {len(findings.problems) - 1} more: phi3v check {file})" if len(findings.problems) > 1 else ""
                 raise InputError(f"{findings.problems[0]}{more}")
     examples = read_jsonl(run.data.train, run.data.image_root)
-    encoded = [encode(example, processor) for example in examples]
+    sizes = functools.cache(read_size)  # a page has many questions
+    encoded = [encode(example, processor, sizes) for example in examples]
     lengths = Lengths.of(encoded)
     settings = PlanSettings(
         batch_size=run.data.batch_size,

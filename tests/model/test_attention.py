@@ -112,15 +112,13 @@ def test_the_two_flash_calls_are_the_dense_mask(pack, window):
             sys.modules["flash_attn"] = before
 
 
-def test_keys_are_slices_of_the_pack():
+def test_keys_are_slices_of_the_tree():
     """Neither the prefix nor the branches are copied per branch."""
     layout = Layout.of([Tree(5, (2, 3), False), Tree(0, (4,), False)])
-    found = attention.segments(layout)
-    assert [(s.query, s.keys) for s in found] == [
-        (slice(0, 5), slice(0, 5)),
-        (slice(5, 10), slice(0, 10)),
-        (slice(10, 14), slice(10, 14)),
-    ]
+    (prefix, branches), (lone,) = attention.calls(layout)
+    assert prefix == (5, slice(0, 5), None)
+    assert branches[:2] == (5, slice(0, 10))
+    assert lone == (4, slice(0, 4), None)
 
 
 def test_unknown_backend():

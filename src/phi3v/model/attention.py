@@ -15,16 +15,15 @@ the oracle for all of them:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from phi3v.layout import Layout
+from phi3v.layout import Layout, Tree
 
 BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 # Branches of one tree share a masked call up to this many tokens (or the prefix, if longer): past that, the masked-out
@@ -37,64 +36,63 @@ class Attend(Protocol):
         """Queries of `rows` (all tokens if None) against all keys -> same leading shape as q, [..., N, D]."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One SDPA call: `query` and `keys` are token ranges (or index tensors) of the pack. No mask means causal."""
+class Call(NamedTuple):
+    """One SDPA call inside a tree: how many queries, and which keys of the tree they see. No mask means causal."""
 
-    query: slice | Tensor
+    queries: int
     keys: slice | Tensor
     mask: Tensor | None
 
 
-def segments(layout: Layout, window: int | None = None, rows: Tensor | None = None) -> list[Segment]:
-    """The SDPA calls that together compute the attention of all tokens, or only of the sorted token indices `rows`.
+def calls(layout: Layout, window: int | None = None) -> list[list[Call]]:
+    """Per tree, the SDPA calls that together compute its attention, in the order of its tokens."""
+    return [
+        _calls_of_tree(layout, start, tree, window) for start, tree in zip(layout.starts, layout.trees, strict=True)
+    ]
 
-    With `rows`, a segment's query is a range of positions in `rows`.
-    """
+
+def _calls_of_tree(layout: Layout, start: int, tree: Tree, window: int | None) -> list[Call]:
     device = layout.position.device
-    found: list[Segment] = []
 
-    def masked(query: Tensor, at: slice | Tensor, keys: slice | Tensor) -> Segment:
-        key = torch.arange(keys.start, keys.stop, device=device) if isinstance(keys, slice) else keys
-        return Segment(at, keys, layout.visible(query, key, window))
+    def mask(queries: slice, keys: slice) -> Tensor:
+        query, key = (torch.arange(start + s.start, start + s.stop, device=device) for s in (queries, keys))
+        return layout.visible(query, key, window)
 
-    def tokens(span: slice) -> Tensor:
-        return torch.arange(span.start, span.stop, device=device)
-
-    borders = None if rows is None else torch.searchsorted(rows, torch.tensor([*layout.starts, layout.tokens], device=device)).tolist()
-    for number, (start, tree) in enumerate(zip(layout.starts, layout.trees, strict=True)):
-        whole = slice(start, start + tree.tokens)
-        if rows is not None and borders is not None:
-            at = slice(borders[number], borders[number + 1])
-            if at.start < at.stop:
-                found.append(masked(rows[at], at, whole))
-            continue
-        bites = window is not None and tree.prefix + max(tree.branches) > window + 1
-        if len(tree.branches) == 1:
-            found.append(masked(tokens(whole), whole, whole) if bites else Segment(whole, whole, None))
-            continue
-        prefix = slice(start, start + tree.prefix)
-        if tree.prefix:
-            found.append(masked(tokens(prefix), prefix, prefix) if bites else Segment(prefix, prefix, None))
-        for group in _groups(prefix.stop, tree.prefix, tree.branches):
-            if group.start == prefix.stop:  # the prefix lies right before its first branches: a slice, no copy
-                keys: slice | Tensor = slice(start, group.stop)
-            else:
-                keys = torch.cat([tokens(prefix), tokens(group)])
-            found.append(masked(tokens(group), group, keys))
+    bites = window is not None and tree.prefix + max(tree.branches) > window + 1
+    whole, prefix = slice(0, tree.tokens), slice(0, tree.prefix)
+    if len(tree.branches) == 1:
+        return [Call(tree.tokens, whole, mask(whole, whole) if bites else None)]
+    found = [Call(tree.prefix, prefix, mask(prefix, prefix) if bites else None)] if tree.prefix else []
+    for group in _groups(tree.prefix, tree.branches):
+        own = mask(group, group)
+        to_prefix = mask(group, prefix) if bites else own.new_ones(own.shape[0], tree.prefix)
+        # The prefix lies right before the first branches: one slice. Further groups need it copied in front.
+        first = group.start == tree.prefix
+        keys = slice(0, group.stop) if first else torch.cat([torch.arange(s.start, s.stop, device=device) for s in (prefix, group)])
+        found.append(Call(group.stop - group.start, keys, torch.cat([to_prefix, own], dim=1)))
     return found
 
 
-def _groups(start: int, prefix: int, branches: tuple[int, ...]) -> list[slice]:
+def _groups(prefix: int, branches: tuple[int, ...]) -> list[slice]:
     """Ranges of whole branches of at most max(prefix, MAX_BRANCH_TOKENS_PER_CALL) tokens (at least one branch each)."""
     limit = max(prefix, MAX_BRANCH_TOKENS_PER_CALL)
-    groups, first, end = [], start, start
+    groups, first, end = [], prefix, prefix
     for length in branches:
         if end > first and end + length - first > limit:
             groups.append(slice(first, end))
             first = end
         end += length
     return [*groups, slice(first, end)]
+
+
+def row_calls(layout: Layout, rows: Tensor, window: int | None = None) -> list[list[Call]]:
+    """Per tree, the one call for its share of the token indices `rows`, which are in the order of the trees."""
+    borders = torch.searchsorted(rows, torch.tensor([*layout.starts, layout.tokens], device=rows.device)).tolist()
+    found = []
+    for start, tree, a, b in zip(layout.starts, layout.trees, borders[:-1], borders[1:], strict=True):
+        key = torch.arange(start, start + tree.tokens, device=rows.device)
+        found.append([Call(b - a, slice(0, tree.tokens), layout.visible(rows[a:b], key, window))] if b > a else [])
+    return found
 
 
 class PackedAttention:
@@ -104,7 +102,7 @@ class PackedAttention:
         if backend not in BACKENDS:
             raise ValueError(f"attention {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
         self.layout, self.backend, self.window, self.dropout = layout, backend, window, dropout
-        self._row_segments: tuple[Tensor, list[Segment]] | None = None
+        self._row_calls: tuple[Tensor, list[list[Call]]] | None = None
 
     def __call__(self, layer: int, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, rows: Tensor | None = None) -> Tensor:
         groups = q_TND.shape[1] // k_TMD.shape[1]
@@ -121,26 +119,30 @@ class PackedAttention:
     # -- sdpa ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _segments(self) -> list[Segment]:
-        return segments(self.layout, self.window)
+    def _calls(self) -> list[list[Call]]:
+        return calls(self.layout, self.window)
 
-    def _segments_of(self, rows: Tensor) -> list[Segment]:
-        if self._row_segments is None or self._row_segments[0] is not rows:
-            self._row_segments = (rows, segments(self.layout, self.window, rows))
-        return self._row_segments[1]
+    def _calls_of(self, rows: Tensor) -> list[list[Call]]:
+        if self._row_calls is None or self._row_calls[0] is not rows:
+            self._row_calls = (rows, row_calls(self.layout, rows, self.window))
+        return self._row_calls[1]
 
     def _sdpa(self, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, rows: Tensor | None) -> Tensor:
-        found = self._segments if rows is None else self._segments_of(rows)
+        # Split once, never slice the whole pack: the gradient of each slice would be a pack of zeros to add up.
+        found = self._calls if rows is None else self._calls_of(rows)
+        sizes = [tree.tokens for tree in self.layout.trees]
+        queries = iter(q_TND.split([call.queries for tree in found for call in tree]))
         out = [
             F.scaled_dot_product_attention(
-                _heads_first(q_TND[segment.query]),
-                _heads_first(k_TND[segment.keys]),
-                _heads_first(v_TND[segment.keys]),
-                attn_mask=segment.mask,
-                is_causal=segment.mask is None,
+                _heads_first(next(queries)),
+                _heads_first(k_tree[call.keys]),
+                _heads_first(v_tree[call.keys]),
+                attn_mask=call.mask,
+                is_causal=call.mask is None,
                 dropout_p=self.dropout,
             )[0].transpose(0, 1)
-            for segment in found
+            for tree, k_tree, v_tree in zip(found, k_TND.split(sizes), v_TND.split(sizes), strict=True)
+            for call in tree
         ]
         return torch.cat(out) if out else torch.zeros_like(q_TND)
 
