@@ -6,9 +6,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 
 HERE = Path(__file__).parent
 REAL_TOKENIZER = Path(os.environ.get("PHI3V_TOKENIZER", HERE.parent / "../shared/golden/tokenizer"))
@@ -25,6 +30,16 @@ ADDED_TOKENS = """
 """
 NOT_RSTRIP = {"<|endoftext|>", "<|system|>", "<|end|>", "<|user|>"}
 WORDS = "▁the ▁what ▁is ▁color ▁shape ▁in ▁this ▁picture ▁red ▁blue ▁circle ▁square ▁yes ▁no ▁answer ▁briefly"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--refresh-golden", action="store_true", help="write the golden files that we make ourselves anew")
+
+
+@pytest.fixture
+def refresh_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether a test should write its golden file instead of comparing with it."""
+    return bool(request.config.getoption("--refresh-golden"))
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +82,90 @@ def tiny_processor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps({"num_crops": 4, "num_img_tokens": 144}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer model (CLIP: three, two of them run) with its processor, num_crops 2, long RoPE past 360 tokens.
+
+    Every weight matters: none is zero, norms and factors are far from one. A 1x1 picture has 313 tokens.
+    """
+    folder = tmp_path_factory.mktemp("tiny_checkpoint")
+    processor = Phi3VProcessor.from_pretrained(tiny_processor_dir, num_crops=2)
+    processor.save_pretrained(folder)
+    config = Phi3VConfig(
+        vocab_size=432,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4000,
+        original_max_position_embeddings=360,
+        rope_scaling={
+            "type": "su",
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0],
+            "long_factor": [1.0, 1.5, 2.5, 4.0, 7.0, 12.0, 20.0, 30.0],
+        },
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2},
+        image_token_id=processor.image_token_id,
+        stop_token_ids=processor.stop_token_ids,
+        pad_token_id=processor.pad_token_id,
+    )
+    model = Phi3VForCausalLM(config)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        # Raw bits, so that pinned losses do not depend on how a library draws its normals.
+        bits = np.random.PCG64(number).random_raw(parameter.numel()) >> np.uint64(40)
+        noise = torch.from_numpy(bits.astype(np.float32) / 2**23 - 1).view_as(parameter)  # uniform in [-1, 1)
+        if "norm" in name and name.endswith("weight"):
+            parameter.data = 1 + noise / 2
+        elif parameter.ndim == 2 and "embed" not in name:
+            parameter.data = noise * 2 * parameter.shape[1] ** -0.5
+        else:
+            parameter.data = noise / 2
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that trains in milliseconds: two decoder layers, num_crops 1, float32, freshly initialised weights."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    processor = Phi3VProcessor.from_pretrained(tiny_processor_dir, num_crops=1)
+    config = Phi3VConfig(
+        vocab_size=432,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2},
+        rope_scaling={"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        image_token_id=processor.image_token_id,
+        stop_token_ids=processor.stop_token_ids,
+        pad_token_id=processor.pad_token_id,
+    )
+    torch.manual_seed(0)
+    Phi3VForCausalLM(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl: 14 examples on 6 pages, one without a picture, one of two turns. Pictures in images/."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    (folder / "images").mkdir()
+    colours = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "grey": (128, 128, 128)}
+    lines = []
+    for number, (name, colour) in enumerate(colours.items()):
+        Image.new("RGB", (40 + 8 * number, 40), colour).save(folder / "images" / f"{name}.png")
+        asked = {"what is the color": name, "is this red": "yes" if name == "red" else "no", "is this blue": "maybe"}
+        lines += [([{"images": [f"{name}.png"], "user": q, "assistant": a}]) for q, a in asked.items()]
+    first, second = ({"images": ["red.png"], "user": "what is this", "assistant": "a red picture"}, {"user": "and is it blue", "assistant": "no"})
+    lines += [[{"user": "answer briefly", "assistant": "yes"}], [first, second]]
+    records = [{"id": f"e{k}", "source": "tiny", "conversations": turns} for k, turns in enumerate(lines)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / "train.jsonl"
 
 
 def tiny_tokenizer() -> Tokenizer:

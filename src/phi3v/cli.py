@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 from rich.markup import escape
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, UseAppendAction, configure
 
 from phi3v.config import Run
 from phi3v.errors import InputError
@@ -109,6 +109,6 @@ def _commands(recipe: Any) -> dict[str, Callable[..., Any]]:
         "evaluate": evaluate,
         "check": check,
         "merge": merge,
-        "chat": chat,
+        "chat": configure(UseAppendAction)(chat),  # or --image would swallow the question
         "report": report,
     }

@@ -1,0 +1,46 @@
+# Every target builds .venv first and uses it. On a machine with a GPU: make quickstart TORCH=torch
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+OLDEST_TRANSFORMERS := 5.17.0
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: quickstart test test-slow test-oldest check format clean
+
+quickstart: .venv/.ready
+	$(BIN)/phi3v train easy-vqa --out runs/easy-vqa --resume
+
+test: .venv/.ready
+	$(BIN)/pytest
+
+test-slow: .venv/.ready
+	$(BIN)/pytest -m slow -n 0
+
+# The model and the data on the oldest transformers that is supported; .venv has the newest.
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/pytest tests/model tests/data
+
+check: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .venv-oldest
+
+# torch first and by itself: otherwise another package's requirement would bring a CUDA build of several GB.
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable ".[dev]"
+	touch $@
+
+.venv-oldest/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip --disable-pip-version-check install --quiet "$(TORCH)"
+	.venv-oldest/bin/pip --disable-pip-version-check install --quiet --editable ".[dev]" "transformers==$(OLDEST_TRANSFORMERS)"
+	touch $@
