@@ -233,7 +233,7 @@ def test_each_part_alone_is_enough(run: Path, present: str) -> None:
     assert page.of_class("missing")
     assert ("No steps yet" in page.text) == (present != "log.jsonl")
     assert ("No predictions yet" in page.text) == (present != "predictions.jsonl")
-    assert ("Not evaluated yet" in page.text) == (present != "metrics.json")
+    assert ("No final scores yet" in page.text) == (present != "metrics.json")
 
 
 def test_log_that_is_being_written(run: Path) -> None:

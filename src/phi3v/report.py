@@ -165,7 +165,7 @@ def _read_lines(path: Path) -> list[Any]:
 
 
 def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In the order of steps; of a step that was told twice (by a resumed run, or the final evaluation) the last counts."""
+    """In the order of steps; of a step that is there twice (a resumed run, the final evaluation) the last counts."""
     latest = {line["step"]: line for line in lines}
     return [latest[step] for step in sorted(latest)]
 
