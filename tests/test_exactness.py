@@ -4,8 +4,8 @@ The plain path is `model(input_ids, pixel_values, image_sizes, labels)`, one con
 processor makes of the whole text; its text, its labels and its weights are written out here. The other path is that of
 training: encode, plan, pack, `model(pack=...)`, weighted cross entropy.
 
-Errors are relative, in float32: of the loss, and of each parameter's gradient in the L2 norm. TOLERANCE is about ten
-times the largest difference measured between two orders of summation.
+Errors are relative, in float32: of the loss, and of each parameter's gradient in the L2 norm. Measured on one core of
+an AVX2 CPU they are 1e-6 for most tests and 3e-6 at most: the noise of summing in another order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from phi3v.evaluate import answer
 from phi3v.loss import weighted_cross_entropy
 from phi3v.metrics import clean
 from phi3v.model import Phi3VForCausalLM
-from phi3v.model.parts import add_lora, freeze, unused_tail
+from phi3v.model.parts import add_lora, freeze
 
 TOLERANCE = 1e-5
 BORDER = 360  # tokens of the longest example in the short RoPE regime
@@ -71,11 +71,12 @@ class Result:
 
     @classmethod
     def of(cls, model: torch.nn.Module, loss: float | torch.Tensor) -> Result:
-        return cls(float(torch.as_tensor(loss).detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return cls(float(torch.as_tensor(loss).detach()), gradients)
 
 
-def weighted(results: Mapping[str, Result], weights: Mapping[str, float]) -> Result:
-    """The weighted sum of losses and gradients of examples by name."""
+def weighted(results: Mapping[Any, Result], weights: Mapping[Any, float]) -> Result:
+    """The weighted sum of some losses and their gradients."""
     total = Result()
     for name, weight in weights.items():
         total.loss += weight * results[name].loss
@@ -88,7 +89,7 @@ def largest_error(found: Result, expected: Result) -> tuple[float, str]:
     assert found.gradients.keys() == expected.gradients.keys()
     errors = {"loss": abs(found.loss - expected.loss) / abs(expected.loss)}
     for name, gradient in expected.gradients.items():
-        # Softmax does not see what is added to all keys: this gradient is zero, and only noise in the scale of its weight.
+        # Softmax does not see what is added to all keys: this gradient is nothing but noise, on the scale of its weight's.
         scale = expected.gradients[name.replace("bias", "weight")] if "k_proj" in name and "bias" in name else gradient
         errors[name] = float((found.gradients[name] - gradient).norm() / scale.norm())
     return max((error, name) for name, error in errors.items())
@@ -97,18 +98,12 @@ def largest_error(found: Result, expected: Result) -> tuple[float, str]:
 def assert_same(found: Result, expected: Result, tolerance: float = TOLERANCE) -> None:
     assert found.gradients, "nothing was compared"
     error, name = largest_error(found, expected)
-    import os; open('/tmp/errs','a').write(f"{os.environ.get('PYTEST_CURRENT_TEST')} {name} {error:.1e}\n")
     assert error <= tolerance, f"{name} is off by {error:.1e}"
 
 
 @pytest.fixture(scope="module")
 def processor(tiny_checkpoint_dir: Path) -> Phi3VProcessor:
     return Phi3VProcessor.from_pretrained(tiny_checkpoint_dir)
-
-
-@pytest.fixture(scope="module")
-def pristine(tiny_checkpoint_dir: Path) -> Phi3VForCausalLM:
-    return Phi3VForCausalLM.from_pretrained(tiny_checkpoint_dir, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -193,7 +188,7 @@ def answer_tokens(processor: Phi3VProcessor, examples: dict[str, Example]) -> di
     return {name: int((plain_inputs(processor, e)["labels"] >= 0).sum()) for name, e in examples.items()}
 
 
-def mean(names: Sequence[str]) -> dict[str, float]:
+def mean(names: Sequence[Any]) -> dict[Any, float]:
     return dict.fromkeys(names, 1 / len(names))
 
 
@@ -225,9 +220,14 @@ def plan_of(
 
 
 def packs_of(
-    encoded: Sequence[Encoded], processor: Phi3VProcessor, plan: EpochPlan | None = None, step: int = 0, num_ranks: int = 1
+    encoded: Sequence[Encoded],
+    processor: Phi3VProcessor,
+    plan: EpochPlan | None = None,
+    *,
+    step: int = 0,
+    num_ranks: int = 1,
 ) -> list[Pack]:
-    """All packs of a step, of all ranks."""
+    """All packs of a step, of all ranks; by default one pack of everything."""
     _, ranks = (plan or plan_of(encoded)).packs(step, num_ranks)
     reading = {"image_token_id": processor.image_token_id, "num_crops": processor.num_crops}
     return [make_pack(trees, encoded, **reading) for rank in ranks for trees in rank]
@@ -266,25 +266,34 @@ def test_a_tree_is_its_examples(tiny_checkpoint_dir, processor, encoded, one_by_
     (tree,) = pack.layout.trees
     assert len(tree.branches) == 3
     assert pack.tokens < sum(encoded[name].tokens for name in names) - 600, "the page is there once"
-    assert_same(packed(fresh(tiny_checkpoint_dir, attn_implementation=attention), [pack]), weighted(one_by_one, mean(names)))
+    model = fresh(tiny_checkpoint_dir, attn_implementation=attention)
+    assert_same(packed(model, [pack]), weighted(one_by_one, mean(names)))
 
 
 def test_a_page_across_the_border_is_its_examples(model, processor, encoded, one_by_one):
     names = NAMES_OF["square"]
-    (pack,) = packs_of([encoded[name] for name in names], processor)
-    assert [tree.long for tree in pack.layout.trees] == [False, True]
+    page = [encoded[name] for name in names]
+    (pack,) = packs_of(page, processor)
+    assert sorted(tree.long for tree in pack.layout.trees) == [False, True]
     expected = weighted(one_by_one, mean(names))
     assert_same(packed(model, [pack]), expected)
     # This can fail: with the regime of the longest, or with short factors for all, the loss is another one.
     for border in (1, 10**6):
-        wrong = packed(model, packs_of([encoded[name] for name in names], processor, plan_of([encoded[name] for name in names], border=border)))
+        wrong = packed(model, packs_of(page, processor, plan_of(page, border=border)))
         assert largest_error(wrong, expected)[0] > 100 * TOLERANCE
 
 
-def test_a_pack_of_everything_is_its_examples(model, processor, encoded, one_by_one):
-    (pack,) = packs_of([*encoded.values()], processor)
-    assert len(pack.layout.trees) == 9
-    assert_same(packed(model, [pack]), weighted(one_by_one, mean(NAMES)))
+@pytest.mark.parametrize(
+    ("how", "num_packs", "num_trees"),
+    [({}, 1, 9), ({"share": False}, 1, 12), ({"tokens": 900}, 8, 9), ({"tokens": BORDER, "share": False}, 12, 12)],
+    ids=["one pack", "nothing shared", "several packs", "one by one"],
+)
+def test_a_step_is_its_examples(model, processor, encoded, one_by_one, how, num_packs, num_trees):
+    """Pages with one and two pictures, text alone, pictures in later turns, both regimes: all in one step."""
+    everything = [*encoded.values()]
+    packs = packs_of(everything, processor, plan_of(everything, **how))
+    assert (len(packs), sum(len(pack.layout.trees) for pack in packs)) == (num_packs, num_trees)
+    assert_same(packed(model, packs), weighted(one_by_one, mean(NAMES)))
 
 
 def test_an_empty_pack_is_nothing(model, processor):
@@ -316,7 +325,7 @@ def test_any_packing_is_its_examples(tiny_checkpoint_dir, processor, encoded, on
         if weighting == "token":
             total = sum(answer_tokens[name] for name in names)
             weights = {name: answer_tokens[name] / total for name in names}
-        packs = packs_of([encoded[name] for name in chosen], processor, plan, step, num_ranks)
+        packs = packs_of([encoded[name] for name in chosen], processor, plan, step=step, num_ranks=num_ranks)
         assert_same(packed(model, packs), weighted(one_by_one, weights))
     assert sorted(seen) == sorted(chosen)
 
@@ -328,7 +337,8 @@ def test_expected_is_the_mean_over_all_draws(model, processor, encoded, one_by_o
     """`random` draws one question a page; `expected` is the mean of the losses over every possible draw."""
     names = [*NAMES_OF["square"][:3], *NAMES_OF["pair"], "tall"]
     few = [encoded[name] for name in names]
-    draws = {frozenset(draw): weighted(one_by_one, mean(draw)) for draw in itertools.product(names[:3], names[3:5], names[5:])}
+    possible = itertools.product(names[:3], names[3:5], names[5:])
+    draws = {frozenset(draw): weighted(one_by_one, mean(draw)) for draw in possible}
     epochs: dict[frozenset[str], EpochPlan] = {}
     for epoch in range(100):
         plan = plan_of(few, questions="random", epoch=epoch)
@@ -336,7 +346,7 @@ def test_expected_is_the_mean_over_all_draws(model, processor, encoded, one_by_o
     assert epochs.keys() == draws.keys(), "every draw comes, and no other"
     draw, plan = next(iter(epochs.items()))
     assert_same(packed(model, packs_of(few, processor, plan)), draws[draw])
-    every = weighted({str(number): result for number, result in enumerate(draws.values())}, mean([*map(str, range(len(draws)))]))
+    every = weighted(draws, mean([*draws]))
     expected = packed(model, packs_of(few, processor, plan_of(few, questions="expected")))
     assert_same(expected, every)
     assert largest_error(weighted(one_by_one, mean(names)), every)[0] > 100 * TOLERANCE, "and not the mean of all"
@@ -376,8 +386,9 @@ def test_supervised_rows_are_rows_of_all(model, processor, encoded):
 def test_crops_not_run_are_as_if_run(model, processor, examples, encoded):
     """The published way: every slot of `pixel_values` through CLIP, zero crops and the twin of a 1x1 picture too."""
     names = ["pair", "later images", "text first"]
-    crops = []
-    model.model.vision_embed_tokens.img_processor.vision_model.register_forward_pre_hook(lambda _, x: crops.append(len(x[0])))
+    crops: list[int] = []
+    tower = model.model.vision_embed_tokens.img_processor.vision_model
+    tower.register_forward_pre_hook(lambda _, inputs: crops.append(len(inputs[0])))
     (pack,) = packs_of([encoded[name] for name in names], processor)
     skipped = packed(model, [pack])
     assert crops == [3 + 1 + 1 + 3 + 1], "wide square, other tall, square: tiles and a global view, but one for 1x1"
@@ -443,7 +454,9 @@ def test_a_sliding_window_slides_over_prefix_and_branch(tiny_checkpoint_dir, pro
 # -- frozen parts and adapters -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frozen", [("vision",), ("vision", "projector"), ("vision", "projector", "embeddings")], ids="+".join)
+@pytest.mark.parametrize(
+    "frozen", [("vision",), ("vision", "projector"), ("vision", "projector", "embeddings")], ids="+".join
+)
 def test_freezing_changes_no_other_gradient(tiny_checkpoint_dir, processor, encoded, one_by_one, frozen):
     model = fresh(tiny_checkpoint_dir, frozen)
     expected = weighted(one_by_one, mean(NAMES))
@@ -455,15 +468,16 @@ def test_freezing_changes_no_other_gradient(tiny_checkpoint_dir, processor, enco
 
 def with_adapters(folder: Path, **kind: Any) -> Any:
     """On every linear, none at its start: both halves random, the base weights learning as well."""
-    settings = {"frozen": (), "rank": 3, "alpha": 3.0, "dropout": 0.0, "init": "gaussian", "dora": False, "rslora": False}
+    settings = {"frozen": (), "rank": 3, "alpha": 3.0, "dropout": 0.0, "init": "gaussian"}
     base = fresh(folder)
     learns = {name for name, p in base.named_parameters() if p.requires_grad}
-    model = add_lora(base, **{**settings, **kind}).train()
+    model = add_lora(base, **settings, dora=kind.get("dora", False), rslora=kind.get("rslora", False)).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data = parameter.data * (1 + noise / 4) if "magnitude" in name else noise * parameter.shape[1] ** -0.5 / 2
+            magnitude = "magnitude" in name
+            parameter.data = parameter.data * (1 + noise / 4) if magnitude else noise * parameter.shape[1] ** -0.5 / 2
             parameter.requires_grad_()
         else:
             parameter.requires_grad_(base_name(name) in learns)
@@ -506,18 +520,17 @@ def test_merged_is_unmerged(tiny_checkpoint_dir, processor, encoded, one_by_one,
 
 
 @pytest.mark.parametrize("tokens", [10**6, 800], ids=["one pack", "several"])
-def test_answers_of_a_shared_page_are_those_one_by_one(pristine, processor, examples, monkeypatch, tokens):
+def test_answers_of_a_shared_page_are_those_one_by_one(model, processor, examples, monkeypatch, tokens):
     """`evaluate.answer` against `model.generate` on the processor's output, question by question."""
-    model = pristine.eval()
+    model.eval()
     prompts = [prompt for example in examples.values() for prompt in questions(example)]
     new = 40
     # A random model never writes <|end|>: what it writes often takes its place.
     monkeypatch.setattr(processor, "stop_token_ids", STOPS)
     limits = PackLimits(max_tokens_per_pack=tokens, max_crops_per_pack=10**6, original_max=BORDER)
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
-    found = answer(
-        model, processor, prompts, limits=limits, reading=reading, max_new_tokens=new, dtype=torch.float32, progress=False
-    )
+    how = {"limits": limits, "reading": reading, "max_new_tokens": new, "dtype": torch.float32, "progress": False}
+    found = answer(model, processor, prompts, **how)
     crossed = stopped = 0
     for prompt, prediction in zip(prompts, found, strict=True):
         inputs = plain_inputs(processor, prompt)

@@ -164,7 +164,7 @@ def write_text(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = file.with_name(f".{file.name}.unfinished")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         _flush(temporary)
         os.replace(temporary, file)
     except OSError as error:

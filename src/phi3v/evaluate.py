@@ -24,7 +24,7 @@ from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import PackLimits
 from phi3v.errors import InputError
 from phi3v.hardware import pick_device, pick_dtype
-from phi3v.metrics import Prediction, accuracy, anls, clean, score
+from phi3v.metrics import Prediction, accuracy, anls, score
 from phi3v.model.generation import generate_pack
 from phi3v.model.loading import load_model
 from phi3v.runlog import progress_bar, say
@@ -77,7 +77,7 @@ def answer(
 
 
 def _prediction(prompt: Example, text: str, num_tokens: int) -> Prediction:
-    text = clean(text)
+    text = text.strip()
     return Prediction(
         id=prompt.id,
         source=prompt.source,
@@ -92,11 +92,10 @@ def _prediction(prompt: Example, text: str, num_tokens: int) -> Prediction:
     )
 
 
-def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> dict[str, float]:
-    """`predictions.jsonl`, one question a line; returns the mean of every metric."""
+def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
+    """`predictions.jsonl`, one question a line."""
     lines = (json.dumps(prediction, ensure_ascii=False) for prediction in predictions)
     write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-    return score(predictions)
 
 
 def evaluate(
@@ -156,7 +155,8 @@ def evaluate(
     )
     target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / Path(data).stem
     target.mkdir(parents=True, exist_ok=True)
-    metrics = write_predictions(target, predictions)
+    write_predictions(target, predictions)
+    metrics = score(predictions)
     write_text(target / "metrics.json", json.dumps(metrics, indent=1))
     for name, value in metrics.items():
         say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")

@@ -34,7 +34,7 @@ from phi3v.evaluate import answer, evenly, read_questions, write_predictions
 from phi3v.hardware import environment, name_of, peak_memory_gb, pick_device, pick_dtype
 from phi3v.loss import weighted_cross_entropy
 from phi3v.memory import estimate
-from phi3v.metrics import baselines
+from phi3v.metrics import baselines, score
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loading import load_config, load_model, save_model
 from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision
@@ -387,7 +387,9 @@ class _Scorer:
             title=f"evaluating ({split})",
             progress=self.run.keeping.progress,
         )
-        metrics = write_predictions(self.run.keeping.out, predictions)
+        if split == "final":
+            write_predictions(self.run.keeping.out, predictions)
+        metrics = score(predictions)
         log.write(
             {
                 "kind": "eval",
