@@ -55,5 +55,6 @@ class GradientAudit:
             name = min(self.unreached)
             more = f" and {len(self.unreached) - 1} more" if len(self.unreached) > 1 else ""
             raise InputError(
-                f"gradient audit: {name}{more} should learn, but got no gradient in {self.steps_with_images} steps with images"
+                f"gradient audit: {name}{more} should learn, but got no gradient "
+                f"in {self.steps_with_images} steps with images"
             )

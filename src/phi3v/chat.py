@@ -45,7 +45,7 @@ def chat(
         load_image(file)  # before the model, which takes its time
     network, processor = load_model(model_folder(model), num_crops=num_crops)
     network = network.to(pick_device()).eval()
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
     if question is not None:

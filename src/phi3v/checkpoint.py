@@ -86,7 +86,9 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in learning.items():
             if parameter.shape != weights[name].shape:
-                raise InputError(f"{path}: {name} has shape {list(weights[name].shape)}, expected {list(parameter.shape)}")
+                raise InputError(
+                    f"{path}: {name} has shape {list(weights[name].shape)}, expected {list(parameter.shape)}"
+                )
             parameter.copy_(weights[name])
     rest = json.loads((path / "state.json").read_text())
     state: dict[int, dict[str, Any]] = {}
@@ -107,7 +109,7 @@ def load_checkpoint(
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `folder`, and what is wrong with the newer ones that were passed over."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(_steps(folder)):
         if (complaint := damage(path)) is None:
             return path, complaints

@@ -1,7 +1,7 @@
 """The roof: `phi3v train`, `evaluate`, `check`, `merge`, `chat`, `report`. Flags come from dataclasses and signatures.
 
-    phi3v train --train data/train.jsonl --eval data/test.jsonl --out runs/mine
-    phi3v train easy-vqa --out runs/easy-vqa            a recipe brings its data and settings; flags still override
+phi3v train --train data/train.jsonl --eval data/test.jsonl --out runs/mine
+phi3v train easy-vqa --out runs/easy-vqa            a recipe brings its data and settings; flags still override
 """
 
 from __future__ import annotations

@@ -65,9 +65,7 @@ def answer(
     with progress_bar(title, len(prompts), "questions", show=progress) as advance, mixed:
         for batch in packs:
             pack = batch.pack.to(device, non_blocking=True)
-            found = generate_pack(
-                model, pack, max_new_tokens=max_new_tokens, stop_token_ids=processor.stop_token_ids
-            )
+            found = generate_pack(model, pack, max_new_tokens=max_new_tokens, stop_token_ids=processor.stop_token_ids)
             for number, ids in zip(batch.numbers, found, strict=True):
                 text = processor.decode(ids, skip_special_tokens=True)
                 predictions[number] = _prediction(prompts[number], text, len(ids))
@@ -148,7 +146,9 @@ def evaluate(
             max_crops_per_pack=max_crops_per_pack,
             original_max=network.config.original_max_position_embeddings,
         ),
-        reading=Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops, num_workers=num_workers),
+        reading=Reading(
+            image_token_id=processor.image_token_id, num_crops=processor.num_crops, num_workers=num_workers
+        ),
         max_new_tokens=max_new_tokens,
         dtype=precision,
         progress=progress,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from phi3v.audit import GradientAudit
 from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, write_text, written_whole
 from phi3v.config import Run, load_run
 from phi3v.data.chat import Encoded, Example, encode
+from phi3v.data.check import check
 from phi3v.data.image import read_size
 from phi3v.data.loader import MicroBatch, Reading, training_packs
 from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.check import check
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
@@ -101,16 +102,17 @@ def train(run: Run) -> dict[str, Any]:
                 accelerator.backward(pack_loss)
                 loss += pack_loss.detach()
             rate = schedule.get_last_lr()[0]
-            norm = accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
-            _stop_if_not_finite(loss, norm, names, step + 1, scaled=accelerator.scaler is not None)
-            audit.check(images=batch.crops > 0, skipped=not math.isfinite(float(norm)))
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm))
+            _stop_if_not_finite(float(loss), norm, names, step + 1, scaled=accelerator.scaler is not None)
+            audit.check(images=batch.crops > 0, skipped=not math.isfinite(norm))
             learner.step()
             if not learner.step_was_skipped:
                 schedule.step()
             learner.zero_grad(set_to_none=True)
             step += 1
             seconds = time.monotonic() - started + batch.first_wait
-            log.step(batch.entry(step, float(loss), rate, float(norm), seconds, peak_memory_gb(device), learner.step_was_skipped))
+            memory, skipped = peak_memory_gb(device), learner.step_was_skipped
+            log.step(batch.entry(step, float(loss), rate, norm, seconds, memory, skipped))
             if (every := run.evaluation.eval_every_steps) and step % every == 0 and step < total_steps:
                 scorer.score("during", step, step / data.steps_per_epoch, log)
             if step == total_steps or ((every := run.keeping.save_every_steps) and step % every == 0):
@@ -151,7 +153,9 @@ def _claim_folder(run: Run) -> Path | None:
             raise InputError(f"--out {folder}: {error}") from error
         return None
     if not resume:
-        raise InputError(f"--out {folder} holds an unfinished run: add --resume to go on with it, or choose another folder")
+        raise InputError(
+            f"--out {folder} holds an unfinished run: add --resume to go on with it, or choose another folder"
+        )
     _same_settings(run, load_run(folder))
     newest, complaints = newest_checkpoint(folder / "checkpoints")
     for complaint in complaints:
@@ -168,7 +172,9 @@ def _same_settings(run: Run, before: Run) -> None:
             free = group == "keeping" and name != "seed"
             if not free and theirs[group].get(name) != value:
                 flag = name.replace("_", "-")
-                raise InputError(f"--resume: --{flag} was {theirs[group].get(name)} in {before.keeping.out}, now it is {value}")
+                raise InputError(
+                    f"--resume: --{flag} was {theirs[group].get(name)} in {before.keeping.out}, now it is {value}"
+                )
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -196,7 +202,11 @@ def _read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, chec
         for file in filter(None, (run.data.train, run.data.eval)):
             findings = check(file, run.data.image_root, processor, max_tokens=config.max_position_embeddings)
             if findings.problems:
-                more = f" (and {len(findings.problems) - 1} more: phi3v check {file})" if len(findings.problems) > 1 else ""
+                more = (
+                    f" (and {len(findings.problems) - 1} more: phi3v check {file})"
+                    if len(findings.problems) > 1
+                    else ""
+                )
                 raise InputError(f"{findings.problems[0]}{more}")
     examples = read_jsonl(run.data.train, run.data.image_root)
     sizes = functools.cache(read_size)  # a page has many questions
@@ -231,8 +241,6 @@ def _read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, chec
 
 
 def _num_workers(wanted: int | None) -> int:
-    import os
-
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0))
@@ -286,7 +294,9 @@ class _Batch:
         }
 
 
-def _steps(run: Run, data: TrainingData, device: torch.device, *, first_step: int, total_steps: int) -> Iterator[_Batch]:
+def _steps(
+    run: Run, data: TrainingData, device: torch.device, *, first_step: int, total_steps: int
+) -> Iterator[_Batch]:
     """The optimizer steps still to do, over as many epochs as it takes."""
 
     def timed() -> Iterator[tuple[float, MicroBatch]]:
@@ -310,7 +320,7 @@ def _steps(run: Run, data: TrainingData, device: torch.device, *, first_step: in
 
 
 def _build_model(run: Run, dtype: torch.dtype, device: torch.device, *, weights: bool = True) -> Any:
-    """The model with what learns in float32 and the rest in `dtype`, on the device; without `weights`, an empty shell."""
+    """What learns in float32, the rest in `dtype`, on the device; without `weights`, an empty shell."""
     tuning = run.tuning
     if weights:
         model, _ = load_model(run.base.model, attention=run.base.attention)
@@ -356,9 +366,9 @@ def _accelerator(run: Run, device: torch.device, dtype: torch.dtype) -> Accelera
     )
 
 
-def _stop_if_not_finite(loss: torch.Tensor, norm: Any, names: Sequence[str], step: int, *, scaled: bool) -> None:
+def _stop_if_not_finite(loss: float, norm: float, names: Sequence[str], step: int, *, scaled: bool) -> None:
     """With loss scaling a gradient may overflow (the step is skipped and the scale halved); the loss never may."""
-    bad = "loss" if not math.isfinite(float(loss)) else "gradient" if not math.isfinite(float(norm)) else None
+    bad = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None
     if bad == "loss" or (bad and not scaled):
         raise InputError(f"step {step}: the {bad} is not finite; its examples are {', '.join(dict.fromkeys(names))}")
 
@@ -426,7 +436,9 @@ def _announce(result: dict[str, Any], report: Path) -> None:
 # -- the resolved run ------------------------------------------------------------------------------------------------
 
 
-def _describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, dtype: torch.dtype, total_steps: int) -> None:
+def _describe(
+    run: Run, data: TrainingData, model: Any, config: Phi3VConfig, dtype: torch.dtype, total_steps: int
+) -> None:
     """What will be done: who learns, how much a step holds, how much memory it should take."""
     recompute = _recompute(run, model, pick_device())
     say(f"[bold]{run.base.model}[/] on {pick_device()} in {name_of(dtype)}, attention {run.base.attention}")
@@ -439,7 +451,8 @@ def _describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, dty
     pages = f"{len(lengths):,} examples on {lengths.num_pages:,} pages"
     say(f"data: {pages}, {lengths.tokens.mean():,.0f} tokens an example on average, {lengths.tokens.max():,} at most")
     say(
-        f"steps: {total_steps:,} ({data.steps_per_epoch:,} an epoch); the first has {first.examples} examples on {first.pages} pages, "
+        f"steps: {total_steps:,} ({data.steps_per_epoch:,} an epoch); "
+        f"the first has {first.examples} examples on {first.pages} pages, "
         f"{first.tokens:,} tokens and {first.crops} crops in {first.packs} packs"
     )
     if run.optim.warmup_steps * 2 > total_steps:

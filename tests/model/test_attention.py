@@ -2,6 +2,7 @@
 
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,7 +83,9 @@ def plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, **unu
     """What flash_attn_varlen_func promises: causal, aligned bottom-right, `window_size` keys to the left."""
     assert causal
     parts = []
-    for (a, b), (c, d) in zip(*(list(zip(cu[:-1], cu[1:], strict=True)) for cu in (cu_seqlens_q, cu_seqlens_k)), strict=True):
+    for (a, b), (c, d) in zip(
+        *(pairwise(cu) for cu in (cu_seqlens_q, cu_seqlens_k)), strict=True
+    ):
         query = torch.arange(d - c - (b - a), d - c)[:, None]
         distance = query - torch.arange(d - c)[None]
         mask = (distance >= 0) & (distance <= (window_size[0] if window_size[0] >= 0 else distance.max() + 1))
@@ -122,5 +125,5 @@ def test_keys_are_slices_of_the_tree():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="flash_attention_9.*sdpa, eager"):
+    with pytest.raises(ValueError, match=r"flash_attention_9.*sdpa, eager"):
         PackedAttention(Layout.of([Tree(0, (1,), False)]), "flash_attention_9")

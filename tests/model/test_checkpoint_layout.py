@@ -54,7 +54,10 @@ def test_every_auto_class_loads_it_without_remote_code(published):
         assert model.config._attn_implementation == "sdpa", "config.json must not choose the attention"
         assert model.dtype == torch.bfloat16
     assert type(AutoModel.from_pretrained(published)).__name__ == "Phi3VModel"
-    assert AutoModelForCausalLM.from_pretrained(published, attn_implementation="eager").config._attn_implementation == "eager"
+    assert (
+        AutoModelForCausalLM.from_pretrained(published, attn_implementation="eager").config._attn_implementation
+        == "eager"
+    )
 
 
 def test_saved_is_loaded(published, tmp_path):
@@ -123,7 +126,9 @@ def test_to_dtype_does_not_ruin_rope():
     loaded = Phi3VForCausalLM.from_pretrained(GOLDEN / "model", config=config, dtype=torch.bfloat16)
     cast = Phi3VForCausalLM.from_pretrained(GOLDEN / "model", config=config, dtype=torch.float32).to(torch.bfloat16)
     position, long = torch.tensor([4000]), torch.tensor([False])
-    for a, b in zip(loaded.model.rope(position, long, torch.float32), cast.model.rope(position, long, torch.float32), strict=True):
+    for a, b in zip(
+        loaded.model.rope(position, long, torch.float32), cast.model.rope(position, long, torch.float32), strict=True
+    ):
         assert torch.equal(a, b)
     ids = torch.randint(3, 32000, (1, 50))
     assert torch.equal(loaded(input_ids=ids).logits, cast(input_ids=ids).logits)
@@ -150,7 +155,10 @@ def test_loading_reads_the_weights_once(published):
     ("change", "message"),
     [
         ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type 'ntk'"),
-        ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 48}}, "short_factor needs 48 numbers, found 1"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 48}},
+            "short_factor needs 48 numbers, found 1",
+        ),
         ({"hidden_size": 100, "num_attention_heads": 3}, "not a multiple"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"vision_config": {"patch_size": 32}}, "patch_size 14"),
@@ -176,13 +184,15 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     ids = torch.randint(3, 32000, (2, 20))
     pixels = {"pixel_values": torch.randn(1, 2, 3, 336, 336), "image_sizes": torch.tensor([[336, 336]])}
     ids = torch.cat([torch.full((1, 313), config.image_token_id), ids[:1]], dim=1)
-    gradients = []
+    gradients, calls = [], []
     for checkpointing in (False, True):
         model = Phi3VForCausalLM.from_pretrained(GOLDEN / "model", config=config, dtype=torch.float32).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-            calls = []
-            for layer in (*model.model.layers, *model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers):
+            for layer in (
+                *model.model.layers,
+                *model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers,
+            ):
                 layer.register_forward_pre_hook(lambda *unused: calls.append(1))
         model(input_ids=ids, labels=ids.masked_fill(ids == config.image_token_id, -100), **pixels).loss.backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})

@@ -41,7 +41,9 @@ def pack_of(trees, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(2, 90, (n,), generator=generator)  # noqa: E731
     ids, layout, sizes, singles = [], [], [], []
-    tiles = torch.randint(0, 256, (sum(text is not None for text, _ in trees), 3, 336, 336), generator=generator, dtype=torch.uint8)
+    tiles = torch.randint(
+        0, 256, (sum(text is not None for text, _ in trees), 3, 336, 336), generator=generator, dtype=torch.uint8
+    )
     for text, branches in trees:
         prefix = torch.cat([draw(text), torch.full((NUM_IMAGE_TOKENS,), IMAGE)]) if text is not None else draw(0)
         image = tiles[len(sizes) : len(sizes) + 1] if text is not None else tiles[:0]
@@ -64,8 +66,13 @@ def one_by_one(model, singles, max_new_tokens, stops):
         if len(tiles):
             from phi3v.data.image import normalize
 
-            images = {"pixel_values": normalize(tiles)[:, None].expand(-1, 2, -1, -1, -1), "image_sizes": torch.tensor([[336, 336]])}
-        out = model.generate(ids[None], max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=96, **images)
+            images = {
+                "pixel_values": normalize(tiles)[:, None].expand(-1, 2, -1, -1, -1),
+                "image_sizes": torch.tensor([[336, 336]]),
+            }
+        out = model.generate(
+            ids[None], max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=96, **images
+        )
         new = out[0, len(ids) :].tolist()
         answers.append(new[: next((i for i, token in enumerate(new) if token in stops), len(new))])
     return answers
@@ -131,15 +138,23 @@ def test_a_batch_crossing_the_border_row_by_row(model):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_beams_find_at_least_the_greedy_score(model, attention):
-    pack, singles = pack_of([(3, [6])])
+    _, singles = pack_of([(3, [6])])
     from phi3v.data.image import normalize
 
     ids, tiles = singles[0]
-    inputs = {"pixel_values": normalize(tiles)[:, None].expand(-1, 2, -1, -1, -1), "image_sizes": torch.tensor([[336, 336]])}
+    inputs = {
+        "pixel_values": normalize(tiles)[:, None].expand(-1, 2, -1, -1, -1),
+        "image_sizes": torch.tensor([[336, 336]]),
+    }
     model.set_attn_implementation(attention)
     try:
         settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 94, "pad_token_id": 96}
-        two = model.generate(ids.repeat(2, 1), **{k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in inputs.items()}, num_beams=3, **settings)
+        two = model.generate(
+            ids.repeat(2, 1),
+            **{k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in inputs.items()},
+            num_beams=3,
+            **settings,
+        )
         one = model.generate(ids[None], **inputs, num_beams=3, **settings)
         greedy = model.generate(ids[None], **inputs, **settings)
         assert torch.equal(two[0], one[0]), "two equal rows with an image each: beams must not mix the images"
@@ -159,7 +174,9 @@ def test_sampling_is_seeded(model):
     draws = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        draws.append(model.generate(ids, max_new_tokens=10, do_sample=True, temperature=2.0, top_k=0, pad_token_id=96).tolist())
+        draws.append(
+            model.generate(ids, max_new_tokens=10, do_sample=True, temperature=2.0, top_k=0, pad_token_id=96).tolist()
+        )
     assert draws[0] == draws[1] != draws[2]
 
 

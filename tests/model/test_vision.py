@@ -13,7 +13,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CLIP = {"hidden_size": 1, "intermediate_size": 2, "num_hidden_layers": 2, "num_attention_heads": 1}
 
 
-@pytest.mark.parametrize("grids", [[(1, 1)], [(1, 2)], [(1, 4)], [(2, 1)], [(2, 2)], [(3, 4)], [(1, 2), (2, 2)]], ids=str)
+@pytest.mark.parametrize(
+    "grids", [[(1, 1)], [(1, 2)], [(1, 4)], [(2, 1)], [(2, 2)], [(3, 4)], [(1, 2), (2, 2)]], ids=str
+)
 def test_hd_layout(grids):
     """Where every feature of every crop lands, against index maps of the published code."""
     name = "layout_" + "_".join(f"h{a}_w{b}" for a, b in grids)

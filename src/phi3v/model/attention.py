@@ -32,8 +32,8 @@ MAX_BRANCH_TOKENS_PER_CALL = 1024
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Queries of `rows` (all tokens if None) against all keys -> same leading shape as q, [..., N, D]."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, /) -> Tensor:
+        """q [..., N, D] and k, v [..., M, D]. Queries of `rows` (all tokens if None) against all keys -> shape of q."""
 
 
 class Call(NamedTuple):
@@ -68,7 +68,11 @@ def _calls_of_tree(layout: Layout, start: int, tree: Tree, window: int | None) -
         to_prefix = mask(group, prefix) if bites else own.new_ones(own.shape[0], tree.prefix)
         # The prefix lies right before the first branches: one slice. Further groups need it copied in front.
         first = group.start == tree.prefix
-        keys = slice(0, group.stop) if first else torch.cat([torch.arange(s.start, s.stop, device=device) for s in (prefix, group)])
+        keys = (
+            slice(0, group.stop)
+            if first
+            else torch.cat([torch.arange(s.start, s.stop, device=device) for s in (prefix, group)])
+        )
         found.append(Call(group.stop - group.start, keys, torch.cat([to_prefix, own], dim=1)))
     return found
 
@@ -151,7 +155,9 @@ class PackedAttention:
     def _eager(self, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, rows: Tensor | None) -> Tensor:
         everything = torch.arange(self.layout.tokens, device=q_TND.device)
         mask = self.layout.visible(everything if rows is None else rows, everything, self.window)
-        return eager_attention(q_TND.transpose(0, 1), k_TND.transpose(0, 1), v_TND.transpose(0, 1), mask, self.dropout).transpose(0, 1)
+        return eager_attention(
+            q_TND.transpose(0, 1), k_TND.transpose(0, 1), v_TND.transpose(0, 1), mask, self.dropout
+        ).transpose(0, 1)
 
     # -- flex_attention --------------------------------------------------------------------------------------------
 
@@ -165,10 +171,10 @@ class PackedAttention:
         return run(_heads_first(q_TND), _heads_first(k_TND), _heads_first(v_TND), block_mask=mask)[0].transpose(0, 1)
 
     @cached_property
-    def _flex_mask(self):  # noqa: ANN202  (BlockMask, imported lazily)
+    def _flex_mask(self):
         return self._block_mask(None)
 
-    def _block_mask(self, rows: Tensor | None):  # noqa: ANN202
+    def _block_mask(self, rows: Tensor | None):
         from torch.nn.attention.flex_attention import create_block_mask
 
         tree, branch, position, window = self.layout.tree, self.layout.branch, self.layout.position, self.window
@@ -251,7 +257,9 @@ class CachedAttention:
         self.mask = (seen & attention_mask[:, None, :].bool() | (distance == 0))[:, None]
         self.cache, self.backend = cache, backend
 
-    def __call__(self, layer: int, q_BLND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, layer: int, q_BLND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         assert rows is None, "row pruning is for packs"
         k, v = self.cache.update(k_BLMD.transpose(1, 2), v_BLMD.transpose(1, 2), layer)
         groups = q_BLND.shape[2] // k.shape[1]

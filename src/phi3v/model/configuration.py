@@ -44,7 +44,7 @@ class Phi3VConfig(PreTrainedConfig):
     intermediate_size: int = 8192
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int = 0  # 0 or None: as many as num_attention_heads
     hidden_act: str = "silu"
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
@@ -73,7 +73,7 @@ class Phi3VConfig(PreTrainedConfig):
         # It is carried along and written back, and never obeyed.
         self.published_attn_implementation = kwargs.pop("_attn_implementation", None)
         self.published_name = kwargs.pop("_name_or_path", None)
-        if self.num_key_value_heads is None:
+        if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
         if self.embd_layer is None:
             self.embd_layer = {
@@ -128,7 +128,10 @@ class Phi3VConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        for name, ours in (("_name_or_path", "published_name"), ("_attn_implementation", "published_attn_implementation")):
+        for name, ours in (
+            ("_name_or_path", "published_name"),
+            ("_attn_implementation", "published_attn_implementation"),
+        ):
             if (value := out.pop(ours, None)) is not None:
                 out[name] = value
         if out.get("dtype") is not None:
@@ -137,7 +140,9 @@ class Phi3VConfig(PreTrainedConfig):
             del out["image_token_id"]
         if tuple(out["stop_token_ids"]) == PUBLISHED_STOP_TOKEN_IDS:
             del out["stop_token_ids"]
-        return {key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and value is None)}
+        return {
+            key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and value is None)
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         out = super().to_diff_dict()

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.qkv_proj(x).split(sizes, dim=-1)
             q = q if rows is None else q[rows]
-        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # type: ignore[return-value]
+        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
 
 
 class MLP(nn.Module):
@@ -79,9 +79,7 @@ class Phi3VDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
         """[..., H] -> [..., H], or [R, H] with `rows` [R]. `rope` is (cos, sin), each [..., 1, D]."""
         attended = self.self_attn(self.input_layernorm(x), rope, attend, rows)
         x = (x if rows is None else x[rows]) + self.resid_dropout(attended)

@@ -98,7 +98,11 @@ def _anew(
 ) -> list[list[int]]:
     """Continue some branches, each as a tree of its own in the long regime, images not encoded again."""
     pieces, trees = [], []
-    spans = [(start, tree.prefix, span) for start, tree, spans in zip(layout.starts, layout.trees, _branch_spans(layout), strict=True) for span in spans]
+    spans = [
+        (start, tree.prefix, span)
+        for start, tree, spans in zip(layout.starts, layout.trees, _branch_spans(layout), strict=True)
+        for span in spans
+    ]
     for branch in branches:
         start, prefix, (a, b) = spans[branch]
         written = model.model.embed_tokens(torch.tensor(answers[branch], device=x_TH.device))
@@ -140,7 +144,9 @@ class _PageCache:
         device = recorded.keys[0].device
         spans = _branch_spans(layout)
         counts = [len(found) for found in spans]
-        self.tree = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))  # [B]
+        self.tree = torch.arange(len(counts), device=device).repeat_interleave(
+            torch.tensor(counts, device=device)
+        )  # [B]
         self.slot = torch.cat([torch.arange(count, device=device) for count in counts])  # [B] number within the tree
         self.prefix = torch.tensor([tree.prefix for tree in layout.trees], device=device)  # [S]
         self.own = torch.tensor([b - a for found in spans for a, b in found], device=device)  # [B] tokens so far
@@ -153,9 +159,12 @@ class _PageCache:
         def padded(x_TMD: Tensor, at: list[slice], room: int) -> Tensor:  # -> [S or B, M, longest + room, D]
             return F.pad(pad_sequence([x_TMD[span] for span in at], batch_first=True).transpose(1, 2), (0, 0, 0, room))
 
-        self.prefix_kv = [tuple(padded(x, prefixes, 0) for x in kv) for kv in zip(recorded.keys, recorded.values, strict=True)]
+        self.prefix_kv = [
+            tuple(padded(x, prefixes, 0) for x in kv) for kv in zip(recorded.keys, recorded.values, strict=True)
+        ]
         self.branch_kv = [
-            tuple(padded(x, branches, max_new_tokens) for x in kv) for kv in zip(recorded.keys, recorded.values, strict=True)
+            tuple(padded(x, branches, max_new_tokens) for x in kv)
+            for kv in zip(recorded.keys, recorded.values, strict=True)
         ]
         self._see()
 
@@ -182,7 +191,8 @@ class _PageCache:
             kept[branches, :, self.own] = new
         groups = q_BND.shape[1] // k_BMD.shape[1]
         prefix_k, prefix_v, own_k, own_v = (
-            x.repeat_interleave(groups, 1) if groups > 1 else x for x in (*self.prefix_kv[layer], *self.branch_kv[layer])
+            x.repeat_interleave(groups, 1) if groups > 1 else x
+            for x in (*self.prefix_kv[layer], *self.branch_kv[layer])
         )
         q_SNUD = self._by_tree(q_BND)
         to_prefix = (q_SNUD @ prefix_k.transpose(-1, -2)).transpose(1, 2)[self.tree, self.slot]  # [B, N, P]

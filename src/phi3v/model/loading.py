@@ -42,7 +42,8 @@ def load_model(
         raise InputError(f"{name}: {first_line(error)}") from error
     if processor.image_token_id != model.config.image_token_id:
         raise InputError(
-            f"{name}: the tokenizer's <|image|> is {processor.image_token_id}, config.json says {model.config.image_token_id}"
+            f"{name}: the tokenizer's <|image|> is {processor.image_token_id}, "
+            f"config.json says {model.config.image_token_id}"
         )
     return model, processor
 

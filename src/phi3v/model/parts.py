@@ -63,9 +63,9 @@ def add_lora(
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=dropout,
-        init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
+        init_lora_weights=True if init == "default" else init,
         use_dora=dora,
         use_rslora=rslora,
         target_modules=lora_targets(model, frozen),

@@ -113,7 +113,8 @@ class Phi3VModel(Phi3VPreTrainedModel):
         images = self.vision_embed_tokens(crops, grids).to(x.dtype)
         if int(positions.sum()) != images.shape[0]:
             raise InputError(
-                f"input_ids hold {int(positions.sum())} image positions, the {len(grids)} images given need {images.shape[0]}"
+                f"input_ids hold {int(positions.sum())} image positions, "
+                f"the {len(grids)} images given need {images.shape[0]}"
             )
         x = x.masked_scatter(positions[..., None], images)
         return F.dropout(x, self.config.embd_pdrop, self.training) if self.config.embd_pdrop else x
@@ -228,7 +229,10 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     def _stop_where_answers_end(self) -> None:
         # The published generation_config stops at </s>, which the model never writes.
-        if self.generation_config is not None and self.generation_config.eos_token_id in (None, self.config.eos_token_id):
+        if self.generation_config is not None and self.generation_config.eos_token_id in (
+            None,
+            self.config.eos_token_id,
+        ):
             self.generation_config.eos_token_id = list(self.config.stop_token_ids)
 
     def forward(
@@ -255,7 +259,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             hidden = self.model.decode_layout(self.model.embed_pack(pack), pack.layout, pack.rows)
             return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values, image_sizes, use_cache
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            pixel_values,
+            image_sizes,
+            use_cache,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep if labels is None else slice(None)]).float()
@@ -328,11 +339,12 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are reported below, all of them by name
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-        problems += [f"{name} has shape {list(found)}, expected {list(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])]
+        problems += [
+            f"{name} has shape {list(found)}, expected {list(wanted)}"
+            for name, found, wanted in sorted(info["mismatched_keys"])
+        ]
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise InputError(f"checkpoint {pretrained_model_name_or_path}: {'; '.join(problems[:3])}{more}")

@@ -182,7 +182,7 @@ def grid_of(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def crops_needed(a: int, b: int) -> int:
-    """Crops CLIP must see for a grid of a x b tiles: the tiles and the global view, which at 1x1 are the same picture."""
+    """Crops CLIP must see for a x b tiles: these and the global view, which at 1x1 is the same picture."""
     return 1 if (a, b) == (1, 1) else a * b + 1
 
 
@@ -212,6 +212,7 @@ def crops_of_pixel_values(pixel_values: Tensor, grids: list[tuple[int, int]]) ->
     for image, (a, b) in enumerate(grids):
         if a * b + 1 > pixel_values.shape[1]:
             raise InputError(
-                f"image {image + 1} has {a}x{b} tiles and a global view, pixel_values holds {pixel_values.shape[1]} crops"
+                f"image {image + 1} has {a}x{b} tiles and a global view, "
+                f"pixel_values holds {pixel_values.shape[1]} crops"
             )
     return torch.cat([pixel_values[i, : crops_needed(a, b)] for i, (a, b) in enumerate(grids)])
