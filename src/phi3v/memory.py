@@ -14,9 +14,9 @@ def estimate(
 ) -> dict[str, float]:
     """GB by part for the largest pack: `tokens` and `crops` run through the layers, `rows` get logits.
 
-    Trainable weights, their gradients and both AdamW moments are float32. Activations are counted as what a layer keeps
-    for its backward pass: 8 H + 3 F values a token in the decoder, 8 D + 2 F a patch in CLIP (widths H and D, the MLP's
-    F); with `recompute` only the layers' inputs and one layer's worth. An estimate: the allocator and kernels come on top.
+    Trainable weights, their gradients and both AdamW moments are float32. Activations are what a layer keeps for its
+    backward pass: 8 H + 3 F values a token in the decoder, 8 D + 2 F a patch in CLIP (H, D widths, F the MLP's); with
+    `recompute` only the layers' inputs and one layer's worth. An estimate: the allocator and kernels come on top.
     """
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

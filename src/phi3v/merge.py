@@ -19,8 +19,8 @@ from phi3v.model.loading import ADAPTER_CONFIG, load_model, save_model
 from phi3v.runlog import say
 
 PROBE = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\nA chart with three bars.<|end|>\n"
-# Relative difference of the logits (L2) that rounding may cause: of the merged weights to their own precision (bf16 keeps
-# 8 bits), and of sums in another order. A merge gone wrong is off by as much as the adapter changed.
+# Relative difference of the logits (L2) that rounding may cause: of the merged weights to their own precision (bf16: 8
+# bits), and of sums in another order. A merge gone wrong is off by as much as the adapter changed.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 

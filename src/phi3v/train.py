@@ -101,7 +101,7 @@ def train(run: Run) -> dict[str, Any]:
                     pack_loss = weighted_cross_entropy(logits, pack.targets, pack.weights)
                 accelerator.backward(pack_loss)
                 loss += pack_loss.detach()
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             norm = float(accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm))
             _stop_if_not_finite(float(loss), norm, names, step + 1, scaled=accelerator.scaler is not None)
             audit.check(images=batch.crops > 0, skipped=not math.isfinite(norm))
