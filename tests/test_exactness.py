@@ -55,6 +55,8 @@ CONVERSATIONS: dict[str, tuple[str, list[str], list[tuple[str, str]]]] = {
     "tall": ("tall", ["tall"], [("what is this", "a blue circle")]),
     "later images": ("later images", ["other", "tall"], [("what shape", "square"), ("and <|image_2|> this", "circle")]),
     "text": ("text", [""], [("answer briefly", "yes")]),
+    "at the border": ("at the border", [""], [("z" * 347, "red")]),
+    "past the border": ("past the border", [""], [("z" * 348, "red")]),
     "long text": ("long text", [""], [(LONG, "no, the answer is blue")]),
 }
 NAMES = list(CONVERSATIONS)
@@ -252,7 +254,7 @@ def test_the_conversations_hold_every_case(encoded: dict[str, Encoded]) -> None:
     assert {page: NAMES_OF[page] for page in NAMES_OF if len(NAMES_OF[page]) > 1}.keys() == {"square", "pair"}
     assert len({encoded[name].prefix_tokens for name in NAMES_OF["square"]}) == 1
     assert [encoded[name].tokens > BORDER for name in NAMES_OF["square"]] == [False, False, True, False]
-    assert [encoded[name].tokens > BORDER for name in ("text", "long text")] == [False, True]
+    assert [encoded[name].tokens - BORDER for name in ("at the border", "past the border")] == [0, 1]
     assert encoded["later images"].prefix == 0
     for example in encoded.values():
         names = [Path(image).stem for image in example.images]
@@ -285,7 +287,7 @@ def test_a_page_across_the_border_is_its_examples(model, processor, encoded, one
 
 @pytest.mark.parametrize(
     ("how", "num_packs", "num_trees"),
-    [({}, 1, 9), ({"share": False}, 1, 12), ({"tokens": 900}, 6, 9), ({"tokens": 1, "share": False}, 12, 12)],
+    [({}, 1, 11), ({"share": False}, 1, 14), ({"tokens": 900}, 7, 11), ({"tokens": 1, "share": False}, 14, 14)],
     ids=["one pack", "nothing shared", "several packs", "one by one"],
 )
 def test_a_step_is_its_examples(model, processor, encoded, one_by_one, how, num_packs, num_trees):
@@ -509,7 +511,7 @@ def test_merged_is_unmerged(tiny_checkpoint_dir, processor, encoded, one_by_one,
     unmerged = packed(model, packs)
     unmerged.gradients = {base_name(name): g for name, g in unmerged.gradients.items() if "lora_" not in name}
     merged = packed(model.merge_and_unload(safe_merge=True), packs)
-    assert abs(merged.loss - weighted(one_by_one, mean(NAMES)).loss) > 0.1, "the adapters say something"
+    assert abs(merged.loss - weighted(one_by_one, mean(NAMES)).loss) > 0.01, "the adapters say something"
     if kind.get("dora"):  # a magnitude stands between the weight and its gradient
         assert merged.loss == pytest.approx(unmerged.loss, rel=TOLERANCE)
     else:
