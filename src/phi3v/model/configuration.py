@@ -134,8 +134,6 @@ class Phi3VConfig(PreTrainedConfig):
         ):
             if (value := out.pop(ours, None)) is not None:
                 out[name] = value
-        if out.get("dtype") is not None:
-            out["torch_dtype"] = out.pop("dtype")  # the name the published file and its readers know
         if out["image_token_id"] == PUBLISHED_IMAGE_TOKEN_ID:
             del out["image_token_id"]
         if tuple(out["stop_token_ids"]) == PUBLISHED_STOP_TOKEN_IDS:
@@ -148,4 +146,6 @@ class Phi3VConfig(PreTrainedConfig):
         out = super().to_diff_dict()
         if self.published_name is not None:
             out["_name_or_path"] = self.published_name
+        if "dtype" in out:
+            out["torch_dtype"] = out.pop("dtype")  # the name the published file and its readers know
         return out
