@@ -5,7 +5,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-oldest check format clean
+.PHONY: quickstart test test-slow test-oldest bench check format clean
 
 quickstart: .venv/.ready
 	$(BIN)/phi3v train easy-vqa --out runs/easy-vqa --resume
@@ -19,6 +19,10 @@ test-slow: .venv/.ready
 # The model and the data on the oldest transformers that is supported; .venv has the newest.
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest tests/model tests/data
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/sharing.py
 
 check: .venv/.ready
 	$(BIN)/ruff check .
