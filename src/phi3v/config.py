@@ -7,9 +7,11 @@ resolved values in `config.json`, and `load_run` reads them back.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from phi3v.errors import InputError
 
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class Base:
     num_crops: int | None = None
     """Tiles an image may be cut into: 16 suits single images, 4 several frames. Default: the checkpoint's own."""
 
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     """How attention is computed. All choices compute the same."""
 
     dtype: Precision = "auto"
@@ -206,6 +209,27 @@ class Keeping:
     """Print what would be done, and stop."""
 
 
+# What numbers must be, in words and as a test, and which: the names of flags. NaN is never right.
+LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            *("batch_size", "max_tokens_per_pack", "max_crops_per_pack", "lora_rank", "max_new_tokens", "num_crops"),
+            *("max_steps", "eval_every_steps", "eval_limit", "save_every_steps", "keep_checkpoints", "limit"),
+        ),
+    ),
+    "positive": (lambda value: value > 0, ("epochs", "learning_rate", "eps", "max_grad_norm", "lora_alpha")),
+    "at least 0": (
+        lambda value: value >= 0,
+        (
+            *("num_workers", "vision_learning_rate", "projector_learning_rate", "weight_decay", "warmup_steps", "seed"),
+            "temperature",
+        ),
+    ),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("lora_dropout", "beta1", "beta2")),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A training run."""
@@ -223,32 +247,32 @@ class Run:
             raise InputError("--train is missing: give the training conversations, a .jsonl file")
         if self.evaluation.eval_every_steps is not None and self.data.eval is None:
             raise InputError("--eval-every-steps needs --eval")
-        for flag, value in {
-            "batch-size": self.data.batch_size,
-            "max-tokens-per-pack": self.data.max_tokens_per_pack,
-            "max-crops-per-pack": self.data.max_crops_per_pack,
-            "lora-rank": self.tuning.lora_rank,
-            "max-new-tokens": self.evaluation.max_new_tokens,
-            "keep-checkpoints": self.keeping.keep_checkpoints,
-            "num-crops": self.base.num_crops,
-            "max-steps": self.optim.max_steps,
-            "eval-every-steps": self.evaluation.eval_every_steps,
-            "save-every-steps": self.keeping.save_every_steps,
-        }.items():
-            if value is not None and value < 1:
-                raise InputError(f"--{flag} is {value}, it must be at least 1")
-        if self.optim.epochs <= 0:
-            raise InputError(f"--epochs is {self.optim.epochs}, it must be positive")
-        if not self.tuning.lora and (self.tuning.dora or self.tuning.rslora):
-            raise InputError(f"--{'dora' if self.tuning.dora else 'rslora'} is a kind of LoRA: add --lora")
-        if self.tuning.lora_dropout and self.base.attention == "flex_attention":
-            raise InputError("--attention flex_attention has no dropout: choose sdpa, or drop --lora-dropout")
+        groups = [getattr(self, group.name) for group in dataclasses.fields(self)]
+        values = {name: value for group in groups for name, value in vars(group).items()}
+        check_numbers(values)
+        for part in self.tuning.frozen:
+            if values.get(f"{part}_learning_rate") is not None:
+                raise InputError(f"--{part}-learning-rate has no effect: the {part} is frozen")
+        for tracker in self.keeping.track:
+            if importlib.util.find_spec(tracker) is None:  # accelerate would leave it out without a word
+                raise InputError(f"--track {tracker}: it is not installed (pip install {tracker})")
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "dora", "rslora"):
+            if not self.tuning.lora and values[name] != getattr(Tuning, name):
+                raise InputError(f"--{name.replace('_', '-')} has no effect without --lora")
         if "embeddings" in self.tuning.frozen and self.tuning.lora:
             raise InputError("--freeze embeddings has no effect with --lora: adapters never touch the embeddings")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, with paths as strings: what `config.json` holds."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def check_numbers(flags: Mapping[str, Any]) -> None:
+    """Raises InputError for a number that cannot be, by the name of its flag; None stands for a default and passes."""
+    for limit, (holds, names) in LIMITS.items():
+        for name in names:
+            if (value := flags.get(name)) is not None and not holds(value):
+                raise InputError(f"--{name.replace('_', '-')} is {value}, it must be {limit}")
 
 
 def load_run(folder: Path) -> Run:
@@ -259,7 +283,7 @@ def load_run(folder: Path) -> Run:
         return _build(Run, values)
     except FileNotFoundError:
         raise InputError(f"{folder} is not a run folder: it has no config.json") from None
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: not the configuration of a run ({error})") from None
 
 
