@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 
-from phi3v.checkpoint import write_text
-from phi3v.config import Precision
+from phi3v.checkpoint import make_folder, write_text
+from phi3v.config import Attention, Precision, check_numbers
 from phi3v.data.chat import Example, encode, questions
 from phi3v.data.image import read_size
 from phi3v.data.loader import Reading, prompt_packs
@@ -27,6 +28,7 @@ from phi3v.hardware import pick_device, pick_dtype
 from phi3v.metrics import Prediction, accuracy, anls, score
 from phi3v.model.generation import generate_pack
 from phi3v.model.loading import load_model
+from phi3v.model.parts import widen
 from phi3v.runlog import progress_bar, say
 
 
@@ -62,7 +64,7 @@ def answer(
     predictions: list[Prediction | None] = [None] * len(prompts)
     packs = prompt_packs(encoded, limits, reading, max_new_tokens=max_new_tokens)
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    with progress_bar(title, len(prompts), "questions", show=progress) as advance, mixed:
+    with progress_bar(title, len(prompts), "questions", show=progress, summary=False) as advance, mixed:
         for batch in packs:
             pack = batch.pack.to(device, non_blocking=True)
             found = generate_pack(model, pack, max_new_tokens=max_new_tokens, stop_token_ids=processor.stop_token_ids)
@@ -109,7 +111,7 @@ def evaluate(
     max_tokens_per_pack: int = 8192,
     max_crops_per_pack: int = 64,
     dtype: Precision = "auto",
-    attention: str = "sdpa",
+    attention: Attention = "sdpa",
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -128,15 +130,21 @@ def evaluate(
         max_tokens_per_pack: Tokens of one forward pass. Larger is faster until memory runs out.
         max_crops_per_pack: 336x336 crops of one forward pass.
         dtype: Precision of the arithmetic.
-        attention: sdpa, eager, flex_attention or flash_attention_2.
+        attention: How attention is computed. All choices compute the same.
         num_workers: Processes that read images.
         progress: Show a progress bar.
     """
+    check_numbers(locals())
     folder = model_folder(model)
     device = pick_device()
     precision = pick_dtype(dtype, device)
+    target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / Path(data).stem
+    if (target / "config.json").exists():
+        raise InputError(f"--out {target} holds a run or a model: choose another folder")
     prompts = read_questions(data, image_root, limit)
+    make_folder(target)
     network, processor = load_model(folder, attention=attention, num_crops=num_crops)
+    widen(network, precision)
     predictions = answer(
         network.to(device).eval(),
         processor,
@@ -153,14 +161,12 @@ def evaluate(
         dtype=precision,
         progress=progress,
     )
-    target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / Path(data).stem
-    target.mkdir(parents=True, exist_ok=True)
     write_predictions(target, predictions)
     metrics = score(predictions)
     write_text(target / "metrics.json", json.dumps(metrics, indent=1))
     for name, value in metrics.items():
         say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")
-    say(f"predictions  {target / 'predictions.jsonl'}")
+    say(f"  predictions     {escape(str(target / 'predictions.jsonl'))}")
     return metrics
 
 

@@ -81,6 +81,12 @@ def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(wanted)
 
 
+def widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """No weight in less precision than `dtype`: arithmetic in float32 wants float32 weights, not rounded results."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype))
+
+
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Per part, (parameters that learn, all parameters)."""
     counts: dict[str, tuple[int, int]] = {}
