@@ -141,7 +141,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     An existing `target` is replaced. Raises InputError when writing fails, a full disk for one; `target` then is as
     it was before.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -162,6 +162,14 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, with those it lies in, unless it is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = file.with_name(f".{file.name}.unfinished")
@@ -175,7 +183,10 @@ def write_text(file: Path, text: str) -> None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()),
+        key=lambda path: int(path.name.removeprefix("step-")),
+    )
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
