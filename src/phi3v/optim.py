@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     is left alone: no update and no decay.
     """
     rates = {"vision": optim.vision_learning_rate, "projector": optim.projector_learning_rate}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # The decoder's group comes first: its learning rate is the one that is shown.
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(optim.learning_rate, optim.weight_decay): []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -26,7 +27,11 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         key = (optim.learning_rate if rate is None else rate, optim.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()],
+        [
+            {"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+            if parameters
+        ],
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         fused=True,
