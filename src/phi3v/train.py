@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.markup import escape
+from rich.text import Text
 
 from phi3v.audit import GradientAudit
-from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, write_text, written_whole
+from phi3v.checkpoint import load_checkpoint, make_folder, newest_checkpoint, save_checkpoint, write_text, written_whole
 from phi3v.config import Run, load_run
 from phi3v.data.chat import Encoded, Example, encode
 from phi3v.data.check import check
@@ -38,7 +41,7 @@ from phi3v.memory import estimate
 from phi3v.metrics import baselines, score
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loading import load_config, load_model, save_model
-from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision
+from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision, widen
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.optim import build_optimizer, build_schedule
 from phi3v.report import write_report
@@ -60,9 +63,12 @@ def train(run: Run) -> dict[str, Any]:
 
     processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
     config = load_config(run.base.model)
+    if config.attention_dropout and run.base.attention == "flex_attention":
+        raise InputError(f"--attention flex_attention has no dropout, {run.base.model} asks for it: choose sdpa")
     data = _read_data(run, processor, config, check_first=start_from is None)
     total_steps = data.total_steps(run)
     if run.keeping.dry_run:
+        _list_settings(run)
         _describe(run, data, _build_model(run, dtype, device, weights=False), config, dtype, total_steps)
         return {}
 
@@ -119,10 +125,11 @@ def train(run: Run) -> dict[str, Any]:
                 keep = run.keeping.keep_checkpoints
                 save_checkpoint(folder / "checkpoints", step, **state, keep=keep)
 
-        # What is scored last is what was saved: the weights in the base checkpoint's own precision.
+        # What is scored last is what was saved: the weights rounded to the base checkpoint's own precision.
         _to_base_precision(model, config)
         with written_whole(folder / "final") as final:
             save_model(model, processor, final, carry_from=run.base.model)
+        widen(model, dtype)
         result = scorer.result(step, log)
     accelerator.end_training()
     write_text(folder / "metrics.json", json.dumps(result, indent=1))
@@ -147,10 +154,7 @@ def _claim_folder(run: Run) -> Path | None:
             raise InputError(f"--resume: {folder} holds no run, it has no config.json")
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"--out {folder} is not empty and holds no run: choose another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {folder}: {error}") from error
+        make_folder(folder)
         return None
     if not resume:
         raise InputError(
@@ -159,8 +163,8 @@ def _claim_folder(run: Run) -> Path | None:
     _same_settings(run, load_run(folder))
     newest, complaints = newest_checkpoint(folder / "checkpoints")
     for complaint in complaints:
-        say(f"[yellow]damaged checkpoint passed over:[/] {complaint}")
-    say(f"resuming from {newest}" if newest else f"no whole checkpoint in {folder}: starting again at step 0")
+        say(f"[yellow]damaged checkpoint passed over:[/] {escape(complaint)}")
+    say(escape(f"resuming from {newest}" if newest else f"no whole checkpoint in {folder}: starting again at step 0"))
     return newest
 
 
@@ -361,6 +365,7 @@ def _to_base_precision(model: Any, config: Phi3VConfig) -> None:
 def _accelerator(run: Run, device: torch.device, dtype: torch.dtype) -> Accelerator:
     mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     track = list(run.keeping.track)
+    AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first run, and refuses another
     return Accelerator(
         cpu=device.type == "cpu", mixed_precision=mixed, log_with=track or None, project_dir=str(run.keeping.out)
     )
@@ -385,6 +390,7 @@ class _Scorer:
     def score(self, split: str, step: int, epoch: float, log: RunLog) -> dict[str, float]:
         """`split` is before, during or final; only the final one takes all questions and keeps the predictions."""
         started, limits = time.monotonic(), self.data.settings.limits
+        when = {"before": "before training", "during": f"after step {step}", "final": "after training"}[split]
         limit = None if split == "final" else self.run.evaluation.eval_limit
         predictions = answer(
             self.model,
@@ -394,12 +400,13 @@ class _Scorer:
             reading=self.data.reading,
             max_new_tokens=self.run.evaluation.max_new_tokens,
             dtype=self.dtype,
-            title=f"evaluating ({split})",
+            title=f"evaluating {when}",
             progress=self.run.keeping.progress,
         )
         if split == "final":
             write_predictions(self.run.keeping.out, predictions)
-        metrics = score(predictions)
+        metrics, seconds = score(predictions), time.monotonic() - started
+        say(f"{when}: accuracy {metrics['accuracy']:.1%} on {metrics['questions']:,} questions in {seconds:.0f} s")
         log.write(
             {
                 "kind": "eval",
@@ -407,7 +414,7 @@ class _Scorer:
                 "epoch": round(epoch, 4),
                 "split": split,
                 "metrics": metrics,
-                "seconds": round(time.monotonic() - started, 3),
+                "seconds": round(seconds, 3),
             }
         )
         return metrics
@@ -424,13 +431,15 @@ class _Scorer:
 
 def _announce(result: dict[str, Any], report: Path) -> None:
     if result["final"] is not None:
-        final, floor = result["final"], result["baselines"]
-        say("")
-        say(f"[bold]accuracy on {final['questions']:,} test questions[/]")
+        before, final, floor = result["before"], result["final"], result["baselines"]
+        say(f"\n[bold]accuracy on {final['questions']:,} test questions[/]")
+        if before is not None:
+            subset = f"   (of {before['questions']:,} of them)" if before["questions"] < final["questions"] else ""
+            say(f"  before training                   {before['accuracy']:7.1%}{subset}")
         say(f"  trained model                     [bold]{final['accuracy']:7.1%}[/]")
-        say(f"  best answer per question text     {floor['blind']:7.1%}   (a model that never looks at the picture)")
+        say(f"  best answer per question text     {floor['blind']:7.1%}   (never looks at the picture)")
         say(f"  most frequent answer              {floor['majority']:7.1%}")
-    say(f"\nmodel   {report.parent / 'final'}\nreport  {report}")
+    say(f"\nmodel   {escape(str(report.parent / 'final'))}\nreport  {escape(str(report))}")
 
 
 # -- the resolved run ------------------------------------------------------------------------------------------------
@@ -440,25 +449,10 @@ def _describe(
     run: Run, data: TrainingData, model: Any, config: Phi3VConfig, dtype: torch.dtype, total_steps: int
 ) -> None:
     """What will be done: who learns, how much a step holds, how much memory it should take."""
-    recompute = _recompute(run, model, pick_device())
-    say(f"[bold]{run.base.model}[/] on {pick_device()} in {name_of(dtype)}, attention {run.base.attention}")
-    say("parameters that learn:")
-    for part, (learn, every) in count_parameters(model).items():
-        say(f"  {part:<11} {learn:>13,} of {every:>13,}")
     lengths, limits = data.lengths, data.settings.limits
     plan = plan_epoch(lengths, data.settings, seed=run.keeping.seed, epoch=0)
     first, packs = plan.packs(0)
-    pages = f"{len(lengths):,} examples on {lengths.num_pages:,} pages"
-    say(f"data: {pages}, {lengths.tokens.mean():,.0f} tokens an example on average, {lengths.tokens.max():,} at most")
-    say(
-        f"steps: {total_steps:,} ({data.steps_per_epoch:,} an epoch); "
-        f"the first has {first.examples} examples on {first.pages} pages, "
-        f"{first.tokens:,} tokens and {first.crops} crops in {first.packs} packs"
-    )
-    if run.optim.warmup_steps * 2 > total_steps:
-        say(f"[yellow]note:[/] {run.optim.warmup_steps} of {total_steps} steps are warm-up (--warmup-steps)")
-    if len(oversized := lengths.oversized(limits)):
-        say(f"[yellow]note:[/] {len(oversized)} examples alone exceed a pack's limits; each gets a pack of its own")
+    recompute = _recompute(run, model, pick_device())
     largest = max((pack for rank in packs for pack in rank), key=lambda pack: sum(tree.tokens for tree in pack))
     memory = estimate(
         model,
@@ -469,5 +463,41 @@ def _describe(
         bytes_per_value=dtype.itemsize,
         recompute=recompute,
     )
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total")
-    say(f"memory, estimated: {memory['total']:.2f} GB ({parts}){' with recomputation' if recompute else ''}")
+    _row("model", escape(run.base.model))
+    _row("", f"{name_of(dtype)} on {pick_device()}, attention {run.base.attention}, num_crops {data.reading.num_crops}")
+    for number, (part, (learn, every)) in enumerate(count_parameters(model).items()):
+        _row("" if number else "learns", f"{part:<11}{learn:>14,} of {every:>14,} parameters")
+    _row("data", f"{len(lengths):,} examples on {lengths.num_pages:,} pages")
+    _row("", f"{lengths.tokens.mean():,.0f} tokens an example on average, {lengths.tokens.max():,} at most")
+    if data.questions:
+        _row("evaluation", f"{len(data.questions):,} questions")
+    _row("steps", f"{total_steps:,} ({data.steps_per_epoch:,} an epoch)")
+    _row("first step", f"{first.examples} examples on {first.pages} pages")
+    _row(
+        "",
+        f"{first.tokens:,} tokens and {first.crops} crops in {first.packs} {'pack' if first.packs == 1 else 'packs'}",
+    )
+    unit, scale = ("GB", 1) if memory["total"] >= 1 else ("MB", 1000)
+    parts = [f"{name} {size * scale:.1f}" for name, size in memory.items() if name != "total"]
+    _row("memory", f"about {memory['total'] * scale:.1f} {unit}{', recomputing activations' if recompute else ''}")
+    _row("", ", ".join(parts[:3]) + ",")
+    _row("", ", ".join(parts[3:]))
+    if run.optim.warmup_steps * 2 > total_steps:
+        _row("[yellow]note[/]", f"{run.optim.warmup_steps} of {total_steps} steps are warm-up (--warmup-steps)")
+    if len(oversized := lengths.oversized(limits)):
+        _row("[yellow]note[/]", f"{len(oversized)} examples exceed a pack's limits; each gets a pack of its own")
+
+
+def _row(label: str, text: str) -> None:
+    say(f"[bold]{label}[/]{' ' * (12 - len(Text.from_markup(label)))}{text}")
+
+
+def _list_settings(run: Run) -> None:
+    """Every flag with its value; in bold what is not the default."""
+    defaults = Run().to_dict()
+    for group, values in run.to_dict().items():
+        say(f"[bold]{group}[/]")
+        for name, value in values.items():
+            words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            style = "default" if value == defaults[group][name] else "bold"
+            say(f"  --{name.replace('_', '-'):<26}[{style}]{escape(words)}[/]")
