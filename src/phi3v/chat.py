@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.prompt import Prompt
 from transformers import TextStreamer
 
+from phi3v.config import check_numbers
 from phi3v.data.chat import Example, Turn, messages
 from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.evaluate import model_folder
-from phi3v.hardware import pick_device
+from phi3v.hardware import pick_device, pick_dtype
 from phi3v.model.loading import load_model
 from phi3v.runlog import console, say
 
@@ -41,10 +43,12 @@ def chat(
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 always takes the likeliest token; higher is more varied.
     """
+    check_numbers(locals())
     for file in image:
         load_image(file)  # before the model, which takes its time
-    network, processor = load_model(model_folder(model), num_crops=num_crops)
-    network = network.to(pick_device()).eval()
+    device = pick_device()
+    network, processor = load_model(model_folder(model), dtype=pick_dtype("auto", device), num_crops=num_crops)
+    network = network.to(device).eval()
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
@@ -57,31 +61,40 @@ def chat(
     while (text := _ask(pictures)) is not None:
         if text == "/new":
             turns, pictures = (), ()
-        elif text.startswith("/image"):
+        elif text.split(" ")[0] == "/image":
             pictures = _with_picture(pictures, text.removeprefix("/image").strip())
+        elif text.startswith("/"):
+            say(HELP)
         elif text:
-            turns = (*turns, Turn(user=text, assistant=None, images=pictures))
-            said = _reply(network, processor, turns, settings)
-            turns = (*turns[:-1], Turn(user=text, assistant=said, images=pictures))
+            try:
+                said = _reply(network, processor, (*turns, Turn(user=text, assistant=None, images=pictures)), settings)
+            except InputError as error:  # tags that do not match the pictures, for one
+                say(f"[red]{escape(str(error))}[/]")
+                continue
+            turns = (*turns, Turn(user=text, assistant=said, images=pictures))
             pictures = ()
 
 
 def _ask(pictures: tuple[str, ...]) -> str | None:
-    label = f"you ({len(pictures)} pictures)" if pictures else "you"
+    shown = f" (with {len(pictures)} picture{'s' * (len(pictures) > 1)})" if pictures else ""
     try:
-        text = Prompt.ask(f"[bold cyan]{label}[/]", console=console).strip()
+        text = Prompt.ask(f"[bold cyan]you{shown}[/]", console=console).strip()
     except (EOFError, KeyboardInterrupt):
         return None
     return None if text in ("/quit", "/exit") else text
 
 
 def _with_picture(pictures: tuple[str, ...], file: str) -> tuple[str, ...]:
-    try:
-        load_image(file)
-        return (*pictures, file)
-    except InputError as error:
-        console.print(f"[red]{error}[/]")
+    if not file:
+        say(HELP)
         return pictures
+    path = str(Path(file).expanduser())
+    try:
+        load_image(path)
+    except InputError as error:
+        say(f"[red]{escape(str(error))}[/]")
+        return pictures
+    return (*pictures, path)
 
 
 def _paths(files: tuple[Path, ...]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich.markup import escape
 from torch import Tensor
 
 from phi3v.checkpoint import written_whole
@@ -58,7 +59,7 @@ def merge(run: str, /, *, out: Path) -> Path:
         )
     with written_whole(out) as temporary:
         save_model(merged, processor, temporary, carry_from=base)
-    say(f"merged model  {out}")
+    say(f"merged model  {escape(str(out))}")
     return out
 
 
