@@ -1,42 +1,56 @@
-"""The roof: `phi3v train`, `evaluate`, `check`, `merge`, `chat`, `report`. Flags come from dataclasses and signatures.
-
-phi3v train --train data/train.jsonl --eval data/test.jsonl --out runs/mine
-phi3v train easy-vqa --out runs/easy-vqa            a recipe brings its data and settings; flags still override
-"""
+"""The roof: the commands, their flags from dataclasses and signatures, and nothing else."""
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
 from rich.markup import escape
-from tyro.conf import OmitArgPrefixes, UseAppendAction, configure
+from transformers.utils import logging as transformers_logging
+from tyro.conf import OmitArgPrefixes, UseAppendAction, arg, configure
 
 from phi3v.config import Run
 from phi3v.errors import InputError
+
+DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
+
+    phi3v train --train train.jsonl --eval test.jsonl --out runs/mine
+    phi3v train easy-vqa         a recipe brings data and settings; flags override
+    phi3v COMMAND --help         all flags
+"""
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns about every worker process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 when all went well, 2 when the user can mend what went wrong (one line says what)."""
-    from phi3v.runlog import console
-
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _silence()
     try:
         recipe, given = _take_recipe(given)
-        tyro.extras.subcommand_cli_from_dict(_commands(recipe), prog="phi3v", description=__doc__, args=given)
+        status = tyro.extras.subcommand_cli_from_dict(
+            _commands(recipe), prog="phi3v", description=DESCRIPTION, args=given
+        )
     except InputError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted")
+        Console(stderr=True).print("interrupted")
         return 130
-    return 0
+    return status if isinstance(status, int) else 0
+
+
+def _silence() -> None:
+    """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _take_recipe(given: list[str]) -> tuple[Any, list[str]]:
@@ -55,8 +69,11 @@ def _commands(recipe: Any) -> dict[str, Callable[..., Any]]:
 
     default = Run() if recipe is None else recipe.settings()
 
-    def train(run: OmitArgPrefixes[Run] = default) -> None:
-        """Fine-tune a model: checks the data, trains, evaluates, saves, reports."""
+    def train(run: OmitArgPrefixes[Annotated[Run, arg(name="")]] = default) -> None:
+        """Fine-tune a model: checks the data, trains, evaluates, saves, reports.
+
+        With the name of a recipe in front of the flags, its data and settings are the defaults.
+        """
         from phi3v import train as room
 
         room.train(run if recipe is None else recipe.prepare(run))
@@ -70,7 +87,7 @@ def _commands(recipe: Any) -> dict[str, Callable[..., Any]]:
         num_crops: int = 4,
         max_tokens: int | None = None,
         num_workers: int | None = None,
-    ) -> None:
+    ) -> int:
         """Find everything that is wrong with a data file before a run, and show its statistics.
 
         Args:
@@ -90,8 +107,7 @@ def _commands(recipe: Any) -> dict[str, Callable[..., Any]]:
             data, image_root, processor, num_crops=num_crops, max_tokens=max_tokens, num_workers=num_workers
         )
         room.render(findings, console)
-        if findings.problems:
-            raise InputError(f"{data}: {len(findings.problems)} problems")
+        return 0 if findings.ok else 2
 
     def report(run: Path, /) -> None:
         """Write report.html of a run folder anew.

@@ -47,7 +47,7 @@ def test_recipe_is_found_by_its_name() -> None:
     assert find_recipe("easy-vqa") is find_recipe("easy_vqa") is easy_vqa
     with pytest.raises(InputError, match="no recipe easy-vqs: did you mean easy-vqa"):
         find_recipe("easy-vqs")
-    with pytest.raises(InputError, match=r"no recipe x: there are .*easy-vqa"):
+    with pytest.raises(InputError, match=r"no recipe x: the recipes are .*easy-vqa"):
         find_recipe("x")
 
 

@@ -22,6 +22,8 @@ def find_recipe(name: str) -> ModuleType:
     wanted = name.replace("_", "-")
     if wanted not in known:
         close = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        hint = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(known)}"
+        if name.endswith(".jsonl"):
+            hint = f"did you mean --train {name}?"
         raise InputError(f"no recipe {name}: {hint}")
     return importlib.import_module(f"{__name__}.{wanted.replace('-', '_')}")
