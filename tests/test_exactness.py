@@ -470,7 +470,7 @@ def test_freezing_changes_no_other_gradient(tiny_checkpoint_dir, processor, enco
 
 def with_adapters(folder: Path, **kind: Any) -> Any:
     """On every linear, none at its start: both halves random, the base weights learning as well."""
-    settings = {"frozen": (), "rank": 3, "alpha": 3.0, "dropout": 0.0, "init": "gaussian"}
+    settings: dict[str, Any] = {"frozen": (), "rank": 3, "alpha": 3.0, "dropout": 0.0, "init": "gaussian"}
     base = fresh(folder)
     learns = {name for name, p in base.named_parameters() if p.requires_grad}
     model = add_lora(base, **settings, dora=kind.get("dora", False), rslora=kind.get("rslora", False)).train()
@@ -521,18 +521,32 @@ def test_merged_is_unmerged(tiny_checkpoint_dir, processor, encoded, one_by_one,
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [10**6, 800], ids=["one pack", "several"])
-def test_answers_of_a_shared_page_are_those_one_by_one(model, processor, examples, monkeypatch, tokens):
-    """`evaluate.answer` against `model.generate` on the processor's output, question by question."""
-    model.eval()
+@pytest.mark.parametrize(
+    ("tokens", "adapters"),
+    [(10**6, False), (800, False), (10**6, True)],
+    ids=["one pack", "several", "adapters"],
+)
+def test_answers_of_a_shared_page_are_those_one_by_one(
+    tiny_checkpoint_dir, processor, examples, monkeypatch, tokens, adapters
+):
+    """`evaluate.answer`, as in the middle of training, against `model.generate` on the processor's output."""
+    model = with_adapters(tiny_checkpoint_dir) if adapters else fresh(tiny_checkpoint_dir)
     prompts = [prompt for example in examples.values() for prompt in questions(example)]
     new = 40
     # A random model never writes <|end|>: what it writes often takes its place.
     monkeypatch.setattr(processor, "stop_token_ids", STOPS)
     limits = PackLimits(max_tokens_per_pack=tokens, max_crops_per_pack=10**6, original_max=BORDER)
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
-    how = {"limits": limits, "reading": reading, "max_new_tokens": new, "dtype": torch.float32, "progress": False}
+    how: dict[str, Any] = {
+        "limits": limits,
+        "reading": reading,
+        "max_new_tokens": new,
+        "dtype": torch.float32,
+        "progress": False,
+    }
     found = answer(model, processor, prompts, **how)
+    assert model.training
+    model.eval()
     crossed = stopped = 0
     for prompt, prediction in zip(prompts, found, strict=True):
         inputs = plain_inputs(processor, prompt)

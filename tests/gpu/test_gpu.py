@@ -208,7 +208,7 @@ def test_training_in_half_precision_follows_float32(tiny_checkpoint_dir, tiny_da
     losses = {}
     for name in ("fp32", precision):
         run = Run(
-            base=Base(model=str(tiny_checkpoint_dir), dtype=name),  # type: ignore[arg-type]
+            base=Base(model=str(tiny_checkpoint_dir), dtype=name),
             data=Data(train=tiny_data, batch_size=5, max_tokens_per_pack=700, num_workers=0),
             tuning=Tuning(lora=True, lora_rank=4) if lora else Tuning(),
             optim=Optim(max_steps=12, learning_rate=3e-3, warmup_steps=2),
@@ -243,7 +243,7 @@ def prompt_pack(encoded: list[Encoded], processor: Phi3VProcessor) -> Pack:
 def test_answers_are_those_of_the_cpu(tiny_checkpoint_dir, processor, examples, backend):
     """Greedy, in float32, past the border of the RoPE regimes."""
     pack = prompt_pack(prompts_of(examples, processor), processor)
-    how = {"max_new_tokens": 40, "stop_token_ids": (5, 6, 7)}
+    how: dict[str, Any] = {"max_new_tokens": 40, "stop_token_ids": (5, 6, 7)}
     model = Phi3VForCausalLM.from_pretrained(tiny_checkpoint_dir, dtype=torch.float32)
     expected = generate_pack(model, pack, **how)
     model.set_attn_implementation(backend)
