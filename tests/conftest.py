@@ -129,7 +129,7 @@ def tiny_checkpoint_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that trains in milliseconds: two decoder layers, num_crops 1, float32, freshly initialised weights."""
+    """A checkpoint that trains in milliseconds: two decoder layers, num_crops 1, float32, fresh weights."""
     folder = tmp_path_factory.mktemp("tiny_model")
     processor = Phi3VProcessor.from_pretrained(tiny_processor_dir, num_crops=1)
     config = Phi3VConfig(
@@ -161,7 +161,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (40 + 8 * number, 40), colour).save(folder / "images" / f"{name}.png")
         asked = {"what is the color": name, "is this red": "yes" if name == "red" else "no", "is this blue": "maybe"}
         lines += [([{"images": [f"{name}.png"], "user": q, "assistant": a}]) for q, a in asked.items()]
-    first, second = ({"images": ["red.png"], "user": "what is this", "assistant": "a red picture"}, {"user": "and is it blue", "assistant": "no"})
+    first, second = (
+        {"images": ["red.png"], "user": "what is this", "assistant": "a red picture"},
+        {"user": "and is it blue", "assistant": "no"},
+    )
     lines += [[{"user": "answer briefly", "assistant": "yes"}], [first, second]]
     records = [{"id": f"e{k}", "source": "tiny", "conversations": turns} for k, turns in enumerate(lines)]
     (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
