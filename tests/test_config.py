@@ -1,0 +1,98 @@
+"""Flags: what is refused, by which name, and the way to config.json and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phi3v.config import Base, Data, Keeping, Run, Tuning, load_run
+from phi3v.errors import InputError
+
+MAKE = Callable[..., Run]
+
+
+def test_a_run_comes_back_from_its_config_json(settings_for: MAKE, tmp_path: Path) -> None:
+    run = settings_for(freeze=("vision", "projector"), track=("tensorboard",), eval=Path("a/b.jsonl"), lora_alpha=3.5)
+    (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
+    assert load_run(tmp_path) == run
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", '{"base": {"modle": "x"}}', '{"bases": {}}', '{"base": 3}', "\xff"]
+)
+def test_what_is_no_config_json_of_ours_is_refused_by_name(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"config\.json: not the configuration of a run") as caught:
+        load_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a run folder: it has no config\.json"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train": None}, "--train is missing"),
+        ({"batch_size": 0}, "--batch-size is 0, it must be at least 1"),
+        ({"max_steps": 0}, "--max-steps is 0, it must be at least 1"),
+        ({"eval_limit": 0}, "--eval-limit is 0, it must be at least 1"),
+        ({"num_crops": 0}, "--num-crops is 0, it must be at least 1"),
+        ({"epochs": 0.0}, "--epochs is 0.0, it must be positive"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan, it must be positive"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm is -1.0, it must be positive"),
+        ({"num_workers": -1}, "--num-workers is -1, it must be at least 0"),
+        ({"warmup_steps": -1}, "--warmup-steps is -1, it must be at least 0"),
+        ({"lora": True, "lora_dropout": 1.0}, "--lora-dropout is 1.0, it must be at least 0 and below 1"),
+        ({"beta2": 1.0}, "--beta2 is 1.0, it must be at least 0 and below 1"),
+        ({"lora_rank": 8}, "--lora-rank has no effect without --lora"),
+        ({"dora": True}, "--dora has no effect without --lora"),
+        ({"lora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
+        ({"freeze": ("vision",), "vision_learning_rate": 1e-5}, "--vision-learning-rate has no effect"),
+        ({"eval_every_steps": 5}, "--eval-every-steps needs --eval"),
+        ({"track": ("no_such_tracker",)}, "--track no_such_tracker: it is not installed"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_flag(flags: dict, message: str, settings_for: MAKE) -> None:
+    with pytest.raises(InputError) as caught:
+        settings_for(**flags).check()
+    assert str(caught.value).startswith(message)
+
+
+def test_what_can_be_is_not_refused(settings_for: MAKE) -> None:
+    settings_for().check()
+    settings_for(lora=True, lora_rank=8, lora_dropout=0.1, attention="flex_attention", dora=True, rslora=True).check()
+    settings_for(vision_learning_rate=0.0, freeze=("embeddings",), warmup_steps=0, num_workers=0).check()
+
+
+def test_the_short_flag_freezes_the_whole_image_embedder() -> None:
+    assert Tuning(freeze_vision_model=True).frozen == ("vision", "projector")
+    assert Tuning(freeze_vision_model=True, freeze=("embeddings", "vision")).frozen == (
+        "vision",
+        "projector",
+        "embeddings",
+    )
+
+
+def test_alpha_is_twice_the_rank_unless_given() -> None:
+    assert Tuning(lora_rank=8).alpha == 16
+    assert Tuning(lora_rank=8, lora_alpha=4.0).alpha == 4
+
+
+def test_the_defaults_are_the_original_recipe() -> None:
+    optim, tuning = Run().optim, Run().tuning
+    assert (optim.learning_rate, optim.weight_decay, optim.beta1, optim.beta2, optim.eps) == (
+        4e-5,
+        0.01,
+        0.9,
+        0.95,
+        1e-7,
+    )
+    assert (optim.max_grad_norm, optim.schedule, optim.warmup_steps, optim.epochs) == (1.0, "linear", 50, 1)
+    assert (tuning.lora_rank, tuning.alpha, tuning.lora_dropout, tuning.lora_init) == (64, 128, 0.0, "gaussian")
+    assert (Data().batch_size, Keeping().seed, Base().model) == (16, 42, "microsoft/Phi-3.5-vision-instruct")

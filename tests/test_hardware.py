@@ -1,0 +1,48 @@
+"""Device, precision and the facts a run keeps about its surroundings."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi3v.errors import InputError
+from phi3v.hardware import environment, name_of, peak_memory_gb, pick_dtype
+
+CPU = torch.device("cpu")
+
+
+def test_half_precision_with_loss_scaling_needs_a_gpu() -> None:
+    with pytest.raises(InputError, match="--dtype fp16 needs a CUDA device"):
+        pick_dtype("fp16", CPU)
+
+
+@pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bf16_only_where_a_cpu_computes_it(amx: bool, expected: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert pick_dtype("auto", CPU) == expected
+    assert pick_dtype("fp32", CPU) == torch.float32
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_on_cuda_is_bf16_where_the_card_computes_it(bf16: bool, expected: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert pick_dtype("auto", torch.device("cuda")) == expected
+
+
+def test_names_and_memory() -> None:
+    assert [name_of(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == ["bf16", "fp16", "fp32"]
+    assert 0.01 < peak_memory_gb(CPU) < 1000
+
+
+def test_the_environment_names_versions_but_neither_host_nor_user_nor_folder() -> None:
+    facts = environment(CPU)
+    assert facts["torch"] == torch.__version__
+    assert facts["cpu_cores"] == os.cpu_count()
+    text = json.dumps(facts)
+    assert not platform.node() or platform.node() not in text
+    assert str(Path(__file__).resolve().parents[1]) not in text

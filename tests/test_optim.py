@@ -1,0 +1,111 @@
+"""AdamW's groups and the schedule, against arithmetic by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi3v.config import Optim
+from phi3v.model import Phi3VForCausalLM
+from phi3v.model.parts import add_lora, freeze
+from phi3v.optim import build_optimizer, build_schedule
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path) -> Phi3VForCausalLM:
+    model = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
+    freeze(model, ())
+    return model
+
+
+def settings_by_name(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter the optimizer has."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+
+
+def test_every_trainable_parameter_is_in_one_group_with_its_own_settings(model: Phi3VForCausalLM) -> None:
+    optim = Optim(learning_rate=1.0, vision_learning_rate=2.0, projector_learning_rate=3.0, weight_decay=0.5)
+    found = settings_by_name(model, build_optimizer(model, optim))
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    embedder = "model.vision_embed_tokens."
+    layer = f"{embedder}img_processor.vision_model.encoder.layers.0."
+    expected = {
+        "model.embed_tokens.weight": (1.0, 0.5),
+        "lm_head.weight": (1.0, 0.5),
+        "model.layers.0.self_attn.qkv_proj.weight": (1.0, 0.5),
+        "model.layers.0.input_layernorm.weight": (1.0, 0.0),
+        "model.norm.weight": (1.0, 0.0),
+        f"{embedder}glb_GN": (3.0, 0.5),
+        f"{embedder}sub_GN": (3.0, 0.5),
+        f"{embedder}img_projection.0.weight": (3.0, 0.5),
+        f"{embedder}img_projection.0.bias": (3.0, 0.0),
+        f"{layer}self_attn.q_proj.weight": (2.0, 0.5),
+        f"{layer}self_attn.q_proj.bias": (2.0, 0.0),
+        f"{layer}layer_norm1.weight": (2.0, 0.0),
+        f"{embedder}img_processor.vision_model.embeddings.patch_embedding.weight": (2.0, 0.5),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_without_rates_of_their_own_all_parts_learn_alike(model: Phi3VForCausalLM) -> None:
+    found = settings_by_name(model, build_optimizer(model, Optim(learning_rate=7.0)))
+    assert {rate for rate, _ in found.values()} == {7.0}
+
+
+def test_a_rate_of_zero_is_a_rate(model: Phi3VForCausalLM) -> None:
+    found = settings_by_name(model, build_optimizer(model, Optim(learning_rate=7.0, vision_learning_rate=0.0)))
+    assert {rate for name, (rate, _) in found.items() if "img_processor" in name} == {0.0}
+
+
+def test_the_rate_that_is_shown_is_the_decoders_also_with_adapters(model: Phi3VForCausalLM) -> None:
+    adapted = add_lora(model, frozen=(), rank=2, alpha=4, dropout=0.0, init="gaussian", dora=False, rslora=False)
+    optim = Optim(learning_rate=1.0, vision_learning_rate=2.0, projector_learning_rate=3.0, warmup_steps=0)
+    optimizer = build_optimizer(adapted, optim)
+    found = settings_by_name(adapted, optimizer)
+    assert all("lora_" in name for name in found)
+    assert {rate for name, (rate, _) in found.items() if "img_processor" in name} == {2.0}
+    assert {rate for name, (rate, _) in found.items() if "img_projection" in name} == {3.0}
+    assert build_schedule(optimizer, optim, 10).get_last_lr()[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after_warmup"),
+    [
+        ("linear", lambda k: (10 - k) / 6),
+        ("cosine", lambda k: (1 + math.cos(math.pi * (k - 4) / 6)) / 2),
+        ("constant", lambda k: 1.0),
+    ],
+)
+def test_warmup_then_the_schedule(schedule: str, after_warmup, model: Phi3VForCausalLM) -> None:
+    optim = Optim(learning_rate=0.5, projector_learning_rate=2.0, schedule=schedule, warmup_steps=4)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, optim)
+    plan = build_schedule(optimizer, optim, total_steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append({group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        plan.step()
+    expected = [k / 4 if k < 4 else after_warmup(k) for k in range(10)]
+    for found, factor in zip(rates, expected, strict=True):
+        assert sorted(found) == pytest.approx(sorted({0.5 * factor, 2.0 * factor}))
+
+
+def test_a_step_is_adamw_by_hand(model: Phi3VForCausalLM) -> None:
+    optim = Optim(learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e-3)
+    optimizer = build_optimizer(model, optim)
+    weight = model.lm_head.weight
+    before, gradient = weight.detach().clone(), torch.full_like(weight, 0.25)
+    others = {name: p.detach().clone() for name, p in model.named_parameters() if p is not weight}
+    weight.grad = gradient.clone()
+    optimizer.step()
+    first, second = 0.2 * gradient / (1 - 0.8), 0.1 * gradient**2 / (1 - 0.9)
+    expected = before * (1 - 0.1 * 0.5) - 0.1 * first / (second.sqrt() + 1e-3)
+    torch.testing.assert_close(weight.detach(), expected)
+    # What got no gradient is left alone, also by the decay.
+    assert all(torch.equal(p, others[name]) for name, p in model.named_parameters() if p is not weight)
