@@ -90,6 +90,8 @@ class Phi3VConfig(PreTrainedConfig):
                 "name": "clip_vision_model",
                 "num_img_tokens": 144,
             }
+        if self.auto_map is None:
+            self.auto_map = {}  # the Auto classes look into it without asking
         super().__post_init__(**kwargs)
         self._check()
 
@@ -139,7 +141,7 @@ class Phi3VConfig(PreTrainedConfig):
         if tuple(out["stop_token_ids"]) == PUBLISHED_STOP_TOKEN_IDS:
             del out["stop_token_ids"]
         return {
-            key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and value is None)
+            key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and not value)
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
