@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from phi3v.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.train import train
 
 HERE = Path(__file__).parent
 REAL_TOKENIZER = Path(os.environ.get("PHI3V_TOKENIZER", HERE.parent / "../shared/golden/tokenizer"))
@@ -152,23 +159,96 @@ def tiny_model_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.jsonl: 14 examples on 6 pages, one without a picture, one of two turns. Pictures in images/."""
+    """train.jsonl: 14 examples, 15 answers, on 5 pages; one has no picture, one has two turns. Pictures in images/."""
     folder = tmp_path_factory.mktemp("tiny_data")
     (folder / "images").mkdir()
     colours = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "grey": (128, 128, 128)}
-    lines = []
-    for number, (name, colour) in enumerate(colours.items()):
-        Image.new("RGB", (40 + 8 * number, 40), colour).save(folder / "images" / f"{name}.png")
-        asked = {"what is the color": name, "is this red": "yes" if name == "red" else "no", "is this blue": "maybe"}
-        lines += [([{"images": [f"{name}.png"], "user": q, "assistant": a}]) for q, a in asked.items()]
-    first, second = (
-        {"images": ["red.png"], "user": "what is this", "assistant": "a red picture"},
-        {"user": "and is it blue", "assistant": "no"},
-    )
-    lines += [[{"user": "answer briefly", "assistant": "yes"}], [first, second]]
-    records = [{"id": f"e{k}", "source": "tiny", "conversations": turns} for k, turns in enumerate(lines)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder / "train.jsonl"
+    conversations: list[list[dict[str, Any]]] = []
+    for name, colour in colours.items():
+        Image.new("RGB", (48, 40), colour).save(folder / "images" / f"{name}.png")
+        asked = {"what is the color": name, "is this red": "yes" if name == "red" else "no", "is it light": "maybe"}
+        conversations += [[{"images": [f"{name}.png"], "user": q, "assistant": a}] for q, a in asked.items()]
+    conversations.append([{"user": "answer briefly", "assistant": "yes"}])
+    first = {"images": ["red.png"], "user": "what is this", "assistant": "a red picture"}
+    conversations.append([first, {"user": "and is it blue", "assistant": "no"}])
+    file = folder / "train.jsonl"
+    with file.open("w") as stream:
+        for number, turns in enumerate(conversations):
+            stream.write(json.dumps({"id": f"e{number}", "source": "tiny", "conversations": turns}) + "\n")
+    return file
+
+
+def tiny_settings(model: Path, train: Path, out: Path, **flags: Any) -> Run:
+    """A run on the CPU in float32, four examples a step, four steps an epoch; `flags` by their names."""
+    chosen = {"model": str(model), "train": train, "out": out, "batch_size": 4, "dtype": "fp32", "num_workers": 0}
+    chosen |= {"learning_rate": 3e-3, "warmup_steps": 2, "max_new_tokens": 6, "progress": False, **flags}
+    groups = {}
+    for group in dataclasses.fields(Run):
+        kind = type(getattr(Run(), group.name))
+        names = [field.name for field in dataclasses.fields(kind) if field.name in chosen]
+        groups[group.name] = kind(**{name: chosen.pop(name) for name in names})
+    assert not chosen, f"no such flags: {chosen}"
+    return Run(**groups)
+
+
+@pytest.fixture
+def settings_for(tiny_model_dir: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., Run]:
+    """`tiny_settings` with the tiny model and data, the run folder in the test's own folder."""
+
+    def settings(**flags: Any) -> Run:
+        chosen = {"model": tiny_model_dir, "train": tiny_data, "out": tmp_path / "run", **flags}
+        return tiny_settings(**chosen)
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has learnt its examples by heart: 120 steps of all weights. Not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    flags = {"eval": tiny_data, "max_steps": 120, "learning_rate": 1.2e-2, "eval_every_steps": 60, "eval_limit": 5}
+    train(tiny_settings(tiny_model_dir, tiny_data, out, **flags))
+    return out
+
+
+@pytest.fixture(scope="session")
+def lora_run(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a LoRA run of six steps. Not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    torch.set_num_threads(1)
+    train(tiny_settings(tiny_model_dir, tiny_data, out, lora=True, lora_rank=4, max_steps=6, learning_rate=1e-2))
+    return out
+
+
+@pytest.fixture
+def log_of() -> Callable[..., list[dict[str, Any]]]:
+    """The lines of a run's log.jsonl of one kind, "step" or "eval"."""
+
+    def read(folder: Path, kind: str = "step") -> list[dict[str, Any]]:
+        entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [entry for entry in entries if entry["kind"] == kind]
+
+    return read
+
+
+@pytest.fixture
+def changed_model(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny checkpoint with other settings in config.json, or other tensors (None: without)."""
+
+    def change(config: dict[str, Any] | None = None, tensors: dict[str, torch.Tensor | None] | None = None) -> Path:
+        folder = tmp_path / "changed_model"
+        shutil.copytree(tiny_model_dir, folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+        if tensors:
+            kept = load_file(folder / "model.safetensors") | tensors
+            kept = {name: tensor for name, tensor in kept.items() if tensor is not None}
+            save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return change
 
 
 def tiny_tokenizer() -> Tokenizer:
