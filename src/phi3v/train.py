@@ -83,6 +83,7 @@ def train(run: Run) -> dict[str, Any]:
     folder = run.keeping.out
     _describe(run, data, model, config, dtype, total_steps)
     if start_from is None:
+        make_folder(folder)
         write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))
         write_text(folder / "environment.json", json.dumps(environment(device), indent=1))
     step = load_checkpoint(start_from, **state) if start_from else 0
@@ -154,8 +155,7 @@ def _claim_folder(run: Run) -> Path | None:
             raise InputError(f"--resume: {folder} holds no run, it has no config.json")
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"--out {folder} is not empty and holds no run: choose another folder")
-        make_folder(folder)
-        return None
+        return None  # the folder is made when there is something to put in it
     if not resume:
         raise InputError(
             f"--out {folder} holds an unfinished run: add --resume to go on with it, or choose another folder"
