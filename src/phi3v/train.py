@@ -153,6 +153,8 @@ def _claim_folder(run: Run) -> Path | None:
     if not started:
         if resume and folder.exists():
             raise InputError(f"--resume: {folder} holds no run, it has no config.json")
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--out {folder} is a file: choose another folder")
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"--out {folder} is not empty and holds no run: choose another folder")
         return None  # the folder is made when there is something to put in it

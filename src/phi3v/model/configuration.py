@@ -24,6 +24,10 @@ CLIP_VIT_L_336: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings"),
+)
 PUBLISHED_IMAGE_TOKEN_ID = 32044
 PUBLISHED_STOP_TOKEN_IDS = (32007, 32000)  # <|end|>, <|endoftext|>
 
@@ -105,6 +109,9 @@ class Phi3VConfig(PreTrainedConfig):
         return {**CLIP_VIT_L_336, **(self.vision_config or {})}
 
     def _check(self) -> None:
+        for name in SIZES:
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise InputError(f"config.json: {name} is {value!r}, it must be a whole number above 0")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"config.json: hidden_size {self.hidden_size} is not a multiple of "
@@ -140,9 +147,7 @@ class Phi3VConfig(PreTrainedConfig):
             del out["image_token_id"]
         if tuple(out["stop_token_ids"]) == PUBLISHED_STOP_TOKEN_IDS:
             del out["stop_token_ids"]
-        return {
-            key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and not value)
-        }
+        return {key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and not value)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         out = super().to_diff_dict()

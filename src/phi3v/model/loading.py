@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from phi3v.data.processor import Phi3VProcessor
@@ -38,7 +39,7 @@ def load_model(
         model = Phi3VForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except InputError:
         raise
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise InputError(f"{name}: {first_line(error)}") from error
     if processor.image_token_id != model.config.image_token_id:
         raise InputError(
@@ -62,7 +63,7 @@ def _load_adapter(
         raise InputError(f"{folder}: the adapter's base model cannot be loaded: {error}") from error
     try:
         model = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: {first_line(error)}") from error
     return model, Phi3VProcessor.from_pretrained(folder, num_crops=num_crops)
 

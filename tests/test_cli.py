@@ -1,0 +1,398 @@
+"""The command line: help, one line and status 2 for what a user can mend, and nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phi3v import checkpoint
+from phi3v.cli import main
+from phi3v.model.loading import load_model
+
+COMMANDS = ["train", "evaluate", "check", "merge", "chat", "report"]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail with status 2; gives its one line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def training(tiny_model_dir: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., list[object]]:
+    """`phi3v train` with the tiny model and data; flags by their names, True for a bare flag."""
+
+    def arguments(**flags: object) -> list[object]:
+        chosen: dict[str, object] = {
+            "model": tiny_model_dir,
+            "train": tiny_data,
+            "out": tmp_path / "run",
+            "dtype": "fp32",
+        }
+        chosen |= {"batch_size": 4, "max_steps": 2, **flags}
+        words: list[object] = ["train"]
+        for name, value in chosen.items():
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
+        return words
+
+    return arguments
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+# -- what goes well --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_works(command: str | None, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"] if command else ["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert all(one in said for one in (COMMANDS if command is None else [f"usage: phi3v {command}"]))
+
+
+def test_every_flag_is_explained(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    for flag in ("--freeze", "--lora-rank", "--eval-every-steps", "--max-crops-per-pack", "--resume", "--dry-run"):
+        assert flag in said
+    assert "Checkpoint every so many steps." in said
+
+
+def test_from_the_command_line_to_a_report_with_nothing_said_in_between(
+    training, capsys, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Libraries are silent: every line is ours."""
+    assert main([str(word) for word in training(eval=tiny_data, eval_limit=2, lora=True, lora_rank=2)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for noise in ("torch_dtype", "Writing", "Loading", "Warning", "it/s"):
+        assert noise not in captured.out
+    assert (tmp_path / "run/report.html").is_file()
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    assert (
+        main(["evaluate", str(tmp_path / "merged"), "--data", str(tiny_data), "--limit", "2", "--max-new-tokens", "2"])
+        == 0
+    )
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_question_may_come_after_the_pictures(finished_run: Path, tiny_data: Path, capsys) -> None:
+    images = tiny_data.parent / "images"
+    flags = ["--image", str(images / "red.png"), "--max-new-tokens", "6"]
+    assert main(["chat", str(finished_run), *flags, "what is the color"]) == 0
+    expected = json.loads((finished_run / "predictions.jsonl").read_text().splitlines()[0])["prediction"]
+    assert capsys.readouterr().out.strip() == expected
+
+
+def test_check_says_what_is_wrong_and_its_status_says_whether(tiny_data: Path, tmp_path: Path, capsys) -> None:
+    assert main(["check", str(tiny_data)]) == 0
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(tiny_data.read_text().replace("red.png", "rot.png", 1))
+    assert main(["check", str(bad), "--image-root", str(tiny_data.parent / "images")]) == 2
+    captured = capsys.readouterr()
+    assert "bad.jsonl:1: " in captured.out
+    assert "rot.png: no such image" in captured.out
+    assert captured.err == ""
+
+
+def test_an_interrupted_command_has_the_shells_status(training, monkeypatch, capsys) -> None:
+    def interrupt(run: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi3v.train.train", interrupt)
+    assert main([str(word) for word in training()]) == 130
+
+
+def test_a_bug_of_ours_keeps_its_traceback(training, monkeypatch) -> None:
+    def bug(run: Any) -> None:
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr("phi3v.train.train", bug)
+    with pytest.raises(ValueError, match="not the user's fault"):
+        main([str(word) for word in training()])
+
+
+# -- what goes wrong with the model ----------------------------------------------------------------------------------
+
+
+def test_a_missing_model_folder(training, fails, tiny_data: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    for command in (
+        training(model=missing),
+        ["evaluate", missing, "--data", tiny_data],
+        ["chat", missing, "hello"],
+        ["merge", missing, "--out", tmp_path / "merged"],
+    ):
+        assert str(missing) in fails(*command)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_model_folder(training, fails, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert fails(*training(model=tmp_path / "empty")).startswith(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("content", ["{", '{"hidden_size": "large"}', '{"hidden_size": 33, "num_attention_heads": 2}'])
+def test_a_broken_config_json(content: str, training, fails, changed_model) -> None:
+    folder = changed_model()
+    (folder / "config.json").write_text(content)
+    fails(*training(model=folder))
+
+
+def test_a_checkpoint_with_a_missing_tensor(training, fails, changed_model, tmp_path: Path) -> None:
+    folder = changed_model(tensors={"model.layers.1.mlp.down_proj.weight": None})
+    assert "model.layers.1.mlp.down_proj.weight is missing" in fails(*training(model=folder))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_with_a_misshapen_tensor(training, fails, changed_model) -> None:
+    folder = changed_model(tensors={"lm_head.weight": torch.zeros(432, 31)})
+    assert "lm_head.weight has shape [432, 31], expected [432, 32]" in fails(*training(model=folder))
+
+
+def test_a_truncated_checkpoint(training, fails, changed_model) -> None:
+    file = changed_model() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "changed_model" in fails(*training(model=file.parent))
+
+
+def test_a_tokenizer_without_the_image_token(training, fails, changed_model) -> None:
+    file = changed_model() / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|image|>", "<|other|>"))
+    assert "no token <|image|>" in fails(*training(model=file.parent))
+
+
+# -- what goes wrong with the data -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny data with its line 3 replaced by a turn, or a text."""
+
+    def write(line: str | dict[str, object]) -> Path:
+        folder = tmp_path / "data"
+        shutil.copytree(tiny_data.parent, folder)
+        if isinstance(line, dict):
+            line = json.dumps({"id": "new", "conversations": [{"user": "what", "assistant": "yes", **line}]})
+        lines = (folder / "train.jsonl").read_text().splitlines()
+        (folder / "train.jsonl").write_text("\n".join([*lines[:2], line, *lines[3:]]))
+        return folder / "train.jsonl"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"id": "x"}', "conversations is missing"),
+        ({"images": ["nothing.png"]}, "nothing.png: no such image"),
+        ({"images": ["../../secret.png"]}, "leads out of the image root"),
+        (
+            {"images": ["red.png"], "user": "<|image_1|><|image_2|> what"},
+            "prompt has 2 image tags (1, 2), 1 images were given",
+        ),
+        (
+            {"images": ["red.png", "blue.png"], "user": "<|image_1|> what"},
+            "prompt has 1 image tags (1), 2 images were given",
+        ),
+        ({"assistant": " "}, "the answer is empty"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(line: Any, message: str, data, training, fails, tmp_path: Path) -> None:
+    file = data(line)
+    said = fails(*training(train=file))
+    assert said.startswith(f"{file}:3: ")
+    assert message in said
+    assert not (tmp_path / "run").exists()
+    said = fails(*training(eval=file))  # the evaluation data is checked before the training as well
+    assert said.startswith(f"{file}:3: ")
+
+
+def test_an_unreadable_image_is_named(data, training, fails) -> None:
+    file = data({})
+    (file.parent / "images/blue.png").write_bytes(b"\x89PNG no more")
+    said = fails(*training(train=file))
+    assert said.startswith(f"{file}:4: ")
+    assert "blue.png" in said
+    assert "(and 2 more: phi3v check" in said
+
+
+def test_an_image_that_breaks_during_training_is_named(data, training, fails, monkeypatch, tmp_path: Path) -> None:
+    """As on a network drive that goes away."""
+    from phi3v.runlog import RunLog
+
+    file = data({})
+    log_step = RunLog.step
+
+    def step(self: RunLog, entry: dict[str, Any]) -> None:
+        log_step(self, entry)
+        for picture in (file.parent / "images").iterdir():
+            picture.write_bytes(b"gone")
+
+    monkeypatch.setattr(RunLog, "step", step)
+    assert ".png" in fails(*training(train=file, max_steps=8))
+
+
+def test_missing_data(training, fails, tmp_path: Path) -> None:
+    assert fails(*training(train=tmp_path / "no.jsonl")) == f"{tmp_path / 'no.jsonl'}: No such file or directory"
+    assert "--image-root" in fails(*training(image_root=tmp_path / "nowhere"))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "no examples" in fails(*training(train=tmp_path / "empty.jsonl"))
+
+
+def test_a_batch_larger_than_the_data(training, fails) -> None:
+    assert fails(*training(batch_size=15)) == "--batch-size 15 is larger than the training data (14 examples)"
+    assert fails(*training(batch_size=6, questions="expected")).endswith("is larger than the training data (5 pages)")
+
+
+# -- what goes wrong with flags and folders --------------------------------------------------------------------------
+
+
+def test_half_precision_on_a_cpu(training, fails, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fails(*training(dtype="fp16")).startswith("--dtype fp16 needs a CUDA device")
+
+
+def test_flags_that_exclude_each_other(training, fails, tmp_path: Path) -> None:
+    assert "--weighting token" in fails(*training(questions="expected", weighting="token"))
+    assert fails(*training(lora_rank=4)) == "--lora-rank has no effect without --lora"
+    assert fails(*training(freeze="vision", vision_learning_rate=1.0)).startswith(
+        "--vision-learning-rate has no effect"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flex_attention_cannot_drop(training, fails, changed_model) -> None:
+    folder = changed_model({"attention_dropout": 0.1})
+    assert fails(*training(model=folder, attention="flex_attention")).startswith(
+        "--attention flex_attention has no dropout"
+    )
+
+
+def test_an_unknown_recipe(fails) -> None:
+    assert fails("train", "easy-vqs") == "no recipe easy-vqs: did you mean easy-vqa?"
+    assert fails("train", "mine.jsonl") == "no recipe mine.jsonl: did you mean --train mine.jsonl?"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--no-such-flag"], ["fly"], ["evaluate", "x"], ["train", "--dtype", "int4"]]
+)
+def test_a_flag_that_does_not_exist(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_run_is_never_touched(resume: bool, training, fails, finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    before = files(run)
+    said = fails(*training(**({"resume": True} if resume else {})))
+    assert said == f"--out {run} holds a finished run: choose another folder"
+    assert files(run) == before
+
+
+def test_an_unfinished_run_is_gone_on_with_only_when_asked(training, fails, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("phi3v.model.phi3v.Phi3VForCausalLM.save_pretrained", full_disk)
+        fails(*training())
+    before = files(run)
+    assert "holds an unfinished run: add --resume to go on with it" in fails(*training())
+    assert "--learning-rate was 4e-05" in fails(*training(resume=True, learning_rate=1.0))
+    assert files(run) == before
+    assert main([str(word) for word in training(resume=True)]) == 0
+
+
+def test_a_folder_that_holds_something_else_is_not_written_into(training, fails, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert fails(*training(resume=True)) == f"--resume: {run} holds no run, it has no config.json"
+    (run / "thesis.tex").write_text("precious")
+    assert fails(*training()) == f"--out {run} is not empty and holds no run: choose another folder"
+    assert files(run) == {"thesis.tex": b"precious"}
+
+
+def test_a_folder_that_cannot_be_made(training, fails, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(*training(out=tmp_path / "file" / "run"))
+    assert fails(*training(out=tmp_path / "file")) == f"--out {tmp_path / 'file'} is a file: choose another folder"
+
+
+def full_disk(*unused: Any, **named: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_while_saving(training, fails, tmp_path: Path, monkeypatch) -> None:
+    write = checkpoint.save_file
+
+    def fill(tensors: Any, path: Path) -> None:
+        if "step-000004" in str(path):
+            path.write_bytes(b"half")
+            full_disk()
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", fill)
+    said = fails(*training(max_steps=6, save_every_steps=2))
+    checkpoints = tmp_path / "run/checkpoints"
+    assert said.startswith(f"cannot write {checkpoints / 'step-000004'}: ")
+    assert "No space left on device" in said
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
+    assert checkpoint.damage(checkpoints / "step-000002") is None
+
+
+def test_a_full_disk_while_logging(training, fails, monkeypatch) -> None:
+    from phi3v import runlog
+
+    class Full:
+        write = close = staticmethod(full_disk)
+        flush = staticmethod(lambda: None)
+
+    real = open
+    monkeypatch.setattr(runlog, "open", lambda file, mode: Full() if mode == "a" else real(file, mode), raising=False)
+    assert "log.jsonl: [Errno 28] No space left on device" in fails(*training())
+
+
+def test_a_loss_that_is_not_finite(training, fails, changed_model, tiny_model_dir: Path) -> None:
+    head = load_file(tiny_model_dir / "model.safetensors")["lm_head.weight"]
+    head[3] = float("nan")
+    said = fails(*training(model=changed_model(tensors={"lm_head.weight": head})))
+    assert said.startswith("step 1: the loss is not finite; its examples are e")
+
+
+def test_an_adapter_of_another_base(lora_run: Path, fails, changed_model, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(lora_run / "final", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = changed_model({"intermediate_size": 40})
+    model, _ = load_model(config["base_model_name_or_path"])
+    small = type(model)(type(model.config).from_pretrained(base))
+    small.save_pretrained(base)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    assert str(folder) in fails("merge", folder, "--out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
