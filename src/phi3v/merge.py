@@ -36,6 +36,8 @@ def merge(run: str, /, *, out: Path) -> Path:
         out: Where the merged model goes. It must not exist.
     """
     folder = Path(model_folder(run))
+    if not folder.is_dir():
+        raise InputError(f"{run}: no such model folder")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{run}: there is no adapter to merge (no {ADAPTER_CONFIG}); is it already a whole model?")
     if out.exists():

@@ -302,11 +302,13 @@ def _folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
     """The folder of that name, else the local copy of the Hub model of that name, downloaded if need be."""
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_absolute() or str(name).count("/") != 1:  # on the Hub it would be owner/name
+        raise InputError(f"{name}: no such model folder")
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(FILES), **hub))
     except (OSError, ValueError) as error:  # no such model, no access, no network; no possible name of a model
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{name}: no such folder, and no model on the Hub could be read ({reason})") from error
+        raise InputError(f"{name}: no such model folder, and no model on the Hub could be read ({reason})") from error
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -31,8 +31,6 @@ def load_model(
         return _load_adapter(folder, dtype, attention, num_crops)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name}: no model here, the folder has neither config.json nor {ADAPTER_CONFIG}")
-    if not folder.exists() and (folder.is_absolute() or str(name).count("/") != 1):
-        raise InputError(f"{name}: no such model folder")
     processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
     transformers_logging.disable_progress_bar()
     try:
