@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import phi3v
 from phi3v.errors import InputError
 from phi3v.hardware import environment, name_of, peak_memory_gb, pick_dtype
 
@@ -43,6 +44,7 @@ def test_the_environment_names_versions_but_neither_host_nor_user_nor_folder() -
     facts = environment(CPU)
     assert facts["torch"] == torch.__version__
     assert facts["cpu_cores"] == os.cpu_count()
+    assert facts["phi3v"] in (phi3v.__version__, None)
     text = json.dumps(facts)
     assert not platform.node() or platform.node() not in text
     assert str(Path(__file__).resolve().parents[1]) not in text
