@@ -293,6 +293,13 @@ def test_flex_attention_cannot_drop(training, fails, changed_model) -> None:
     )
 
 
+def test_flex_attention_on_a_cpu(training, fails, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fails(*training(attention="flex_attention")) == (
+        "--attention flex_attention has no backward pass on a CPU: choose sdpa"
+    )
+
+
 def test_an_unknown_recipe(fails) -> None:
     assert fails("train", "easy-vqs") == "no recipe easy-vqs: did you mean easy-vqa?"
     assert fails("train", "mine.jsonl") == "no recipe mine.jsonl: did you mean --train mine.jsonl?"

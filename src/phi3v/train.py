@@ -65,6 +65,8 @@ def train(run: Run) -> dict[str, Any]:
     config = load_config(run.base.model)
     if config.attention_dropout and run.base.attention == "flex_attention":
         raise InputError(f"--attention flex_attention has no dropout, {run.base.model} asks for it: choose sdpa")
+    if device.type == "cpu" and run.base.attention == "flex_attention":
+        raise InputError("--attention flex_attention has no backward pass on a CPU: choose sdpa")
     data = _read_data(run, processor, config, check_first=start_from is None)
     total_steps = data.total_steps(run)
     if run.keeping.dry_run:
