@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
@@ -214,7 +213,6 @@ def test_training_in_half_precision_follows_float32(tiny_checkpoint_dir, tiny_da
             optim=Optim(max_steps=12, learning_rate=3e-3, warmup_steps=2),
             keeping=Keeping(out=tmp_path / name, progress=False),
         )
-        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, with one precision
         train(run)
         entries = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         steps = [entry for entry in entries if entry["kind"] == "step"]
