@@ -83,9 +83,7 @@ def plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, **unu
     """What flash_attn_varlen_func promises: causal, aligned bottom-right, `window_size` keys to the left."""
     assert causal
     parts = []
-    for (a, b), (c, d) in zip(
-        *(pairwise(cu) for cu in (cu_seqlens_q, cu_seqlens_k)), strict=True
-    ):
+    for (a, b), (c, d) in zip(*(pairwise(cu) for cu in (cu_seqlens_q, cu_seqlens_k)), strict=True):
         query = torch.arange(d - c - (b - a), d - c)[:, None]
         distance = query - torch.arange(d - c)[None]
         mask = (distance >= 0) & (distance <= (window_size[0] if window_size[0] >= 0 else distance.max() + 1))

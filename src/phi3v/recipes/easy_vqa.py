@@ -19,24 +19,27 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+from torch.nn.functional import interpolate
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.config import Base, Data, Evaluation, Keeping, Optim, Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.vision import SIDE
 from phi3v.runlog import progress_bar
 
 FOLDER = Path("data/easy-vqa")
 TRAIN, TEST, MODEL = FOLDER / "train.jsonl", FOLDER / "test.jsonl", FOLDER / "model"
 
 NUM_CROPS = 1  # the pictures have 64x64 pixels
-CLIP: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 4}
+CLIP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2}
 DECODER: dict[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
+    "initializer_range": 0.08,  # about 1 / sqrt(hidden_size)
 }
 SEED = 0
 
@@ -45,10 +48,10 @@ def settings() -> Run:
     """The run that learns the task; every value can be overridden."""
     return Run(
         base=Base(model=str(MODEL)),
-        data=Data(train=TRAIN, eval=TEST, batch_size=16, questions="expected"),
-        optim=Optim(epochs=2, learning_rate=1e-3),
+        data=Data(train=TRAIN, eval=TEST, batch_size=16, questions="expected", max_tokens_per_pack=16384),
+        optim=Optim(epochs=3, learning_rate=1.5e-3, warmup_steps=30),
         evaluation=Evaluation(eval_every_steps=125, eval_limit=500, max_new_tokens=4),
-        keeping=Keeping(out=Path("runs/easy-vqa")),
+        keeping=Keeping(out=Path("runs/easy-vqa"), save_every_steps=125),
     )
 
 
@@ -127,6 +130,7 @@ def build_checkpoint(folder: Path, train_jsonl: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = Phi3VForCausalLM(config)
+        _open_eyes(model)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -137,6 +141,28 @@ def build_checkpoint(folder: Path, train_jsonl: Path) -> None:
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(f"cannot write {folder}: {error}") from error
+
+
+@torch.no_grad()
+def _open_eyes(model: Phi3VForCausalLM) -> None:
+    """A random start from which so small a CLIP learns from a few thousand pictures.
+
+    Patch filters are smooth, as the transform enlarges these pictures fivefold and leaves nothing finer to see.
+    Positions are sines of row and column, so that neighbours look alike. Queries and keys are three times as large, so
+    that a patch attends to its like rather than evenly to all.
+    """
+    vision = model.model.vision_embed_tokens.img_processor.vision_model
+    filters, positions = vision.embeddings.patch_embedding.weight, vision.embeddings.position_embedding.weight
+    coarse = torch.randn(len(filters), 3, 3, 3) * 0.02
+    filters.copy_(interpolate(coarse, size=(14, 14), mode="bilinear", align_corners=True))
+    frequencies = 100.0 ** -torch.linspace(0, 1, positions.shape[1] // 4 + 1)[:-1]
+    angles = torch.arange(SIDE)[:, None] * frequencies
+    along = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [24, D/2], the same for rows and columns
+    grid = torch.cat([along[:, None].expand(-1, SIDE, -1), along[None].expand(SIDE, -1, -1)], dim=-1)
+    positions.copy_(torch.cat([torch.zeros(1, positions.shape[1]), grid.flatten(0, 1)]))
+    for name, weight in vision.encoder.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight *= 3
 
 
 def _plain_su_rope(head_dim: int) -> dict[str, Any]:
