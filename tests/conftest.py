@@ -23,7 +23,8 @@ from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.train import train
 
 HERE = Path(__file__).parent
-REAL_TOKENIZER = Path(os.environ.get("PHI3V_TOKENIZER", HERE.parent / "../shared/golden/tokenizer"))
+# Files of the published model, in two folders: tokenizer/ and real_configs/.
+PUBLISHED = Path(os.environ.get("PHI3V_PUBLISHED", HERE.parent / "../shared/golden"))
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -64,9 +65,17 @@ def golden_dir() -> Path:
 @pytest.fixture(scope="session")
 def real_tokenizer_dir() -> Path:
     """Folder of the real Phi-3.5-vision tokenizer, 32045 tokens."""
-    if not (REAL_TOKENIZER / "tokenizer.json").is_file():
-        pytest.skip("the real Phi-3.5-vision tokenizer is not here: set PHI3V_TOKENIZER to its folder")
-    return REAL_TOKENIZER
+    if not (PUBLISHED / "tokenizer" / "tokenizer.json").is_file():
+        pytest.skip("the real Phi-3.5-vision tokenizer is not here: set PHI3V_PUBLISHED to the folder of tokenizer/")
+    return PUBLISHED / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def real_configs_dir() -> Path:
+    """Folder of the published config.json files of Phi-3.5-vision and Phi-3-vision."""
+    if not (PUBLISHED / "real_configs" / "config.json").is_file():
+        pytest.skip("the published config.json is not here: set PHI3V_PUBLISHED to the folder of real_configs/")
+    return PUBLISHED / "real_configs"
 
 
 @pytest.fixture(scope="session")

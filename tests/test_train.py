@@ -19,9 +19,10 @@ from phi3v import checkpoint
 from phi3v.config import Run
 from phi3v.data.chat import Encoded, encode, expand
 from phi3v.data.image import num_image_tokens
-from phi3v.data.plan import plan_epoch
+from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
+from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.loading import load_model
@@ -125,7 +126,7 @@ def test_the_logged_loss_is_the_mean_over_examples_of_their_mean(
     train(run := settings_for(max_steps=2, warmup_steps=2))
     model, processor = load_model(run.base.model)
     encoded = [encode(example, processor) for example in read_jsonl(tiny_data)]
-    plan = plan_epoch(room.Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
+    plan = plan_epoch(Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
     for step, entry in enumerate(log_of(run.keeping.out)):
         losses = [_loss(model, processor, encoded[index]) for index in plan.examples(step)]
         assert len(losses) == 4
@@ -133,8 +134,8 @@ def test_the_logged_loss_is_the_mean_over_examples_of_their_mean(
 
 
 def _plan_settings(run: Run) -> Any:
-    limits = room.PackLimits(max_tokens_per_pack=8192, max_crops_per_pack=64)
-    return room.PlanSettings(batch_size=run.data.batch_size, limits=limits)
+    limits = PackLimits(max_tokens_per_pack=8192, max_crops_per_pack=64)
+    return PlanSettings(batch_size=run.data.batch_size, limits=limits)
 
 
 def _loss(model: Any, processor: Phi3VProcessor, example: Encoded) -> float:
@@ -364,7 +365,7 @@ def test_a_loss_that_is_not_finite_names_the_examples_of_the_step(
         train(run)
     processor = Phi3VProcessor.from_pretrained(run.base.model)
     encoded = [encode(example, processor) for example in read_jsonl(tiny_data)]
-    plan = plan_epoch(room.Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
+    plan = plan_epoch(Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
     assert set(str(caught.value).split(" are ")[1].split(", ")) == {f"e{index}" for index in plan.examples(0)}
 
 

@@ -6,13 +6,10 @@ killed and resumed ends in the same weights, bit for bit, as one that was not.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +22,11 @@ from rich.text import Text
 from phi3v.audit import GradientAudit
 from phi3v.checkpoint import load_checkpoint, make_folder, newest_checkpoint, save_checkpoint, write_text, written_whole
 from phi3v.config import Run, load_run
-from phi3v.data.chat import Encoded, Example, encode
-from phi3v.data.check import check
-from phi3v.data.image import read_size
-from phi3v.data.loader import MicroBatch, Reading, training_packs
-from phi3v.data.plan import PlanSettings, plan_epoch
+from phi3v.data.plan import plan_epoch
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.schema import read_jsonl
-from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
-from phi3v.evaluate import answer, evenly, read_questions, write_predictions
+from phi3v.evaluate import answer, evenly, write_predictions
+from phi3v.feed import TrainingData, read_data, steps
 from phi3v.hardware import environment, name_of, peak_memory_gb, pick_device, pick_dtype
 from phi3v.loss import weighted_cross_entropy
 from phi3v.memory import estimate
@@ -67,7 +59,7 @@ def train(run: Run) -> dict[str, Any]:
         raise InputError(f"--attention flex_attention has no dropout, {run.base.model} asks for it: choose sdpa")
     if device.type == "cpu" and run.base.attention == "flex_attention":
         raise InputError("--attention flex_attention has no backward pass on a CPU: choose sdpa")
-    data = _read_data(run, processor, config, check_first=start_from is None)
+    data = read_data(run, processor, config, check_first=start_from is None)
     total_steps = data.total_steps(run)
     if run.keeping.dry_run:
         _list_settings(run)
@@ -99,7 +91,7 @@ def train(run: Run) -> dict[str, Any]:
         if step == 0 and run.evaluation.eval_before and data.questions:
             scorer.score("before", step, 0.0, log)
         model.train()
-        for batch in _steps(run, data, device, first_step=step, total_steps=total_steps):
+        for batch in steps(run, data, device, first_step=step, total_steps=total_steps):
             started, loss = time.monotonic(), torch.zeros((), device=device)
             names: list[str] = []
             for micro in batch.packs():
@@ -183,145 +175,6 @@ def _same_settings(run: Run, before: Run) -> None:
                 raise InputError(
                     f"--resume: --{flag} was {theirs[group].get(name)} in {before.keeping.out}, now it is {value}"
                 )
-
-
-# -- data ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    examples: list[Example]
-    encoded: list[Encoded]
-    lengths: Lengths
-    settings: PlanSettings
-    reading: Reading
-    steps_per_epoch: int
-    questions: list[Example]
-
-    def total_steps(self, run: Run) -> int:
-        if run.optim.max_steps is not None:
-            return run.optim.max_steps
-        return max(1, round(run.optim.epochs * self.steps_per_epoch))
-
-
-def _read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool) -> TrainingData:
-    assert run.data.train is not None
-    if check_first:
-        for file in filter(None, (run.data.train, run.data.eval)):
-            findings = check(file, run.data.image_root, processor, max_tokens=config.max_position_embeddings)
-            if findings.problems:
-                more = (
-                    f" (and {len(findings.problems) - 1} more: phi3v check {file})"
-                    if len(findings.problems) > 1
-                    else ""
-                )
-                raise InputError(f"{findings.problems[0]}{more}")
-    examples = read_jsonl(run.data.train, run.data.image_root)
-    sizes = functools.cache(read_size)  # a page has many questions
-    encoded = [encode(example, processor, sizes) for example in examples]
-    lengths = Lengths.of(encoded)
-    settings = PlanSettings(
-        batch_size=run.data.batch_size,
-        questions=run.data.questions,
-        weighting=run.data.weighting,
-        limits=PackLimits(
-            max_tokens_per_pack=run.data.max_tokens_per_pack,
-            max_crops_per_pack=run.data.max_crops_per_pack,
-            original_max=config.original_max_position_embeddings,
-            share_prefix=run.data.share_prefix,
-        ),
-    )
-    reading = Reading(
-        image_token_id=processor.image_token_id,
-        num_crops=processor.num_crops,
-        num_workers=_num_workers(run.data.num_workers),
-        pin_memory=torch.cuda.is_available(),
-    )
-    return TrainingData(
-        examples=examples,
-        encoded=encoded,
-        lengths=lengths,
-        settings=settings,
-        reading=reading,
-        steps_per_epoch=len(plan_epoch(lengths, settings, seed=run.keeping.seed, epoch=0)),
-        questions=read_questions(run.data.eval, run.data.image_root) if run.data.eval else [],
-    )
-
-
-def _num_workers(wanted: int | None) -> int:
-    if wanted is not None:
-        return wanted
-    cores = len(os.sched_getaffinity(0))
-    return 0 if cores <= 2 else min(4, cores - 1)
-
-
-@dataclass(kw_only=True)
-class _Batch:
-    """The packs of one optimizer step, and how long each was waited for."""
-
-    first: MicroBatch
-    rest: Iterator[tuple[float, MicroBatch]]
-    first_wait: float
-    epoch: float
-    wait: float = 0.0
-
-    @property
-    def crops(self) -> int:
-        return self.first.step.crops
-
-    def packs(self) -> Iterator[MicroBatch]:
-        micro, self.wait = self.first, self.first_wait
-        yield micro
-        while not micro.last:
-            waited, micro = next(self.rest)
-            self.wait += waited
-            yield micro
-
-    def entry(
-        self, step: int, loss: float, rate: float, norm: float, seconds: float, memory: float, skipped: bool
-    ) -> dict[str, Any]:
-        """The step's line in `log.jsonl`. `data_wait` is the share of the time spent waiting for data."""
-        counts = self.first.step
-        return {
-            "step": step,
-            "epoch": round(self.epoch, 4),
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "examples": counts.examples,
-            "pages": counts.pages,
-            "tokens": counts.tokens,
-            "crops": counts.crops,
-            "packs": counts.packs,
-            "examples_per_s": counts.examples / seconds,
-            "tokens_per_s": counts.tokens / seconds,
-            "data_wait": self.wait / seconds,
-            "seconds": seconds,
-            "memory_gb": memory,
-            **({"skipped": True} if skipped else {}),
-        }
-
-
-def _steps(
-    run: Run, data: TrainingData, device: torch.device, *, first_step: int, total_steps: int
-) -> Iterator[_Batch]:
-    """The optimizer steps still to do, over as many epochs as it takes."""
-
-    def timed() -> Iterator[tuple[float, MicroBatch]]:
-        epoch, within = divmod(first_step, data.steps_per_epoch)
-        while True:
-            plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch)
-            packs = training_packs(data.encoded, plan, data.reading, first_step=within)
-            before = time.monotonic()
-            for micro in packs:
-                yield time.monotonic() - before, micro
-                before = time.monotonic()
-            epoch, within = epoch + 1, 0
-
-    stream = timed()
-    for step in range(first_step, total_steps):
-        wait, first = next(stream)
-        yield _Batch(first=first, rest=stream, first_wait=wait, epoch=(step + 1) / data.steps_per_epoch)
 
 
 # -- model -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from phi3v.errors import InputError
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-REAL_CONFIGS = Path(__file__).parents[3] / "shared" / "golden" / "real_configs"
 AUTO_MAP = {
     "AutoConfig": "configuration_phi3_v.Phi3VConfig",
     "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",
@@ -95,10 +94,8 @@ def test_real_size():
 
 
 @pytest.mark.parametrize("name", ["config.json", "phi3-vision-128k.config.json"])
-def test_real_configs_survive(name, tmp_path):
-    if not REAL_CONFIGS.exists():
-        pytest.skip("the published config files are not here")
-    theirs = json.loads((REAL_CONFIGS / name).read_text())
+def test_real_configs_survive(name, tmp_path, real_configs_dir):
+    theirs = json.loads((real_configs_dir / name).read_text())
     Phi3VConfig.from_dict(theirs).save_pretrained(tmp_path)
     ours = json.loads((tmp_path / "config.json").read_text())
     theirs.pop("transformers_version"), ours.pop("transformers_version")

@@ -9,15 +9,12 @@ from phi3v.model import Phi3VConfig
 from phi3v.model.rope import LongRope, rotate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-REAL = Path(__file__).parents[3] / "shared" / "golden" / "real_configs" / "config.json"
 
 
 @pytest.mark.parametrize("regime", ["short", "long"])
-def test_tables_of_the_real_model(regime):
-    if not REAL.exists():
-        pytest.skip("the published config.json is not here")
+def test_tables_of_the_real_model(regime, real_configs_dir):
     golden = load_file(GOLDEN / "units" / "rope_real.safetensors")
-    rope = LongRope(Phi3VConfig.from_dict(json.loads(REAL.read_text())))
+    rope = LongRope(Phi3VConfig.from_dict(json.loads((real_configs_dir / "config.json").read_text())))
     positions = golden[f"{regime}/positions"]
     cos, sin = rope(positions, torch.full_like(positions, regime == "long"), torch.float32)
     torch.testing.assert_close(rope.inv_freq[int(regime == "long")], golden[f"{regime}/inv_freq"], rtol=0, atol=0)

@@ -74,6 +74,10 @@ def save_model(model: Any, processor: Phi3VProcessor, folder: Path, *, carry_fro
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
+        for adapter in model.peft_config.values():  # a relative path would only work from this folder
+            base = adapter.base_model_name_or_path
+            if base and Path(base).is_dir():
+                adapter.base_model_name_or_path = str(Path(base).resolve())
         # "auto" would put the whole base lm_head into the adapter file, because lm_head has an adapter
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template for a model card, all blanks

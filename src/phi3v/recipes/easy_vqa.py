@@ -162,7 +162,7 @@ def _open_eyes(model: Phi3VForCausalLM) -> None:
     positions.copy_(torch.cat([torch.zeros(1, positions.shape[1]), grid.flatten(0, 1)]))
     for name, weight in vision.encoder.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight *= 3
+            weight.mul_(3)
 
 
 def _plain_su_rope(head_dim: int) -> dict[str, Any]:
