@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,9 @@ from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.train import train
 
 HERE = Path(__file__).parent
+hypothesis.settings.register_profile("phi3v", deadline=None)  # tests never assert a time
+hypothesis.settings.load_profile("phi3v")
+
 # Files of the published model, in two folders: tokenizer/ and real_configs/.
 PUBLISHED = Path(os.environ.get("PHI3V_PUBLISHED", HERE.parent / "../shared/golden"))
 

@@ -8,6 +8,7 @@ import torch
 from phi3v.layout import Layout, Tree
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.generation import generate_pack
+from phi3v.model.phi3v import CACHE
 
 IMAGE, GRID = 95, (1, 1)
 NUM_IMAGE_TOKENS = 313
@@ -184,7 +185,7 @@ def test_manual_decoding_with_a_cache(model):
     ids = torch.randint(2, 90, (2, 12))
     whole = model(input_ids=ids).logits
     out = model(input_ids=ids[:, :7], use_cache=True)
-    rest = model(input_ids=ids[:, 7:], past_key_values=out.past_key_values).logits
+    rest = model(input_ids=ids[:, 7:], **{CACHE: out[CACHE]}).logits
     torch.testing.assert_close(torch.cat([out.logits, rest], 1), whole, rtol=0, atol=1e-4)
 
 

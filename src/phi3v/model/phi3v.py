@@ -12,6 +12,7 @@ Parameters, their names and their shapes are the published ones (592 tensors at 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,9 @@ from phi3v.model.vision import (
 
 if TYPE_CHECKING:
     from phi3v.data.pack import Pack
+
+# From transformers 5.24 on `past_key_values` is called `cache`; older releases know only the old name. We take both.
+CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 
 # The published processor marks image k's positions with -k.
 MOST_NEGATIVE_ID = -1_000_000_000
@@ -197,6 +201,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, L] (or inputs_embeds [B, L, H]) -> last_hidden_state [B, L, H] after the final norm."""
@@ -205,13 +210,14 @@ class Phi3VModel(Phi3VPreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed_pixel_values(input_ids, pixel_values, image_sizes)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            hidden = self.decode_cached(inputs_embeds, attention_mask, position_ids, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if cache is not None:
+            hidden = self.decode_cached(inputs_embeds, attention_mask, position_ids, cache)
         else:
             hidden = self.decode_batch(inputs_embeds, attention_mask, position_ids)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
@@ -247,6 +253,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         pack: Pack | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -267,6 +274,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             pixel_values,
             image_sizes,
             use_cache,
+            cache,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep if labels is None else slice(None)]).float()
@@ -275,7 +283,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             if bool((labels[:, 1:] == -100).all()):
                 raise InputError("labels: every label is -100 (ignored), there is nothing to learn")
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: out.get(CACHE)})
 
     # -- generation ------------------------------------------------------------------------------------------------
 
@@ -291,8 +299,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         ids = self.model.with_image_id(ids)
         kwargs.pop("num_img_tokens", None)
         embeds = self.model.embed_pixel_values(ids, kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", None))
-        if kwargs.get("use_cache", True) and "past_key_values" not in kwargs and "cache_implementation" not in kwargs:
-            kwargs["past_key_values"] = DynamicCache()  # not one made from the config: that would drop keys by window
+        given = {"past_key_values", "cache", "cache_implementation"} & kwargs.keys()
+        if kwargs.get("use_cache", True) and not given:
+            kwargs[CACHE] = DynamicCache()  # not one made from the config: that would drop keys by window
         return super().generate(ids, generation_config, prompt_embeds=embeds, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -302,19 +311,21 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         use_cache: bool = True,
+        cache: Cache | None = None,
         logits_to_keep: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The next forward: new tokens only, or everything when a row has just outgrown the short RoPE regime."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        past = 0 if cache is None else cache.get_seq_length()
         if past:
-            assert past_key_values is not None
+            assert cache is not None
             border = self.config.original_max_position_embeddings
             now, before = attention_mask.sum(1), attention_mask[:, :past].sum(1)
             if bool(((before <= border) & (now > border)).any()):
-                past_key_values.crop(-past)
+                cache.crop(-past)
                 past = 0
         known = 0 if prompt_embeds is None else prompt_embeds.shape[1]
         embeds = self.model.embed_tokens(input_ids[:, max(past, known) :])
@@ -326,7 +337,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             "inputs_embeds": embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids[:, past:],
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
