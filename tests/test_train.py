@@ -344,6 +344,19 @@ def test_other_flags_are_refused_by_name_when_a_run_goes_on(
         train(settings_for(**{"max_steps": 5, **changed}, resume=True))
 
 
+def test_a_run_does_not_go_on_with_other_data(settings_for: MAKE, tiny_data: Path, monkeypatch) -> None:
+    copy = tiny_data.with_name("copy.jsonl")
+    copy.write_bytes(tiny_data.read_bytes())
+    try:
+        start = settings_for(train=copy, max_steps=3, save_every_steps=1)
+        train_until(start, 2, monkeypatch)
+        copy.write_bytes(tiny_data.read_bytes().replace(b"maybe", b"never"))
+        with pytest.raises(InputError, match=r"--train .*copy.jsonl has changed since the run began"):
+            train(settings_for(train=copy, max_steps=3, save_every_steps=1, resume=True))
+    finally:
+        copy.unlink()
+
+
 def test_what_surrounds_the_loop_may_change(settings_for: MAKE, monkeypatch) -> None:
     train_until(settings_for(max_steps=3, save_every_steps=1, keep_checkpoints=1), 3, monkeypatch)
     run = settings_for(max_steps=3, save_every_steps=2, keep_checkpoints=3, resume=True)

@@ -6,6 +6,7 @@ killed and resumed ends in the same weights, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -79,7 +80,7 @@ def train(run: Run) -> dict[str, Any]:
     if start_from is None:
         make_folder(folder)
         write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))
-        write_text(folder / "environment.json", json.dumps(environment(device), indent=1))
+        write_text(folder / "environment.json", json.dumps({**environment(device), "data": _digests(run)}, indent=1))
     step = load_checkpoint(start_from, **state) if start_from else 0
     start_trackers(accelerator, folder, run.to_dict())
 
@@ -157,6 +158,7 @@ def _claim_folder(run: Run) -> Path | None:
             f"--out {folder} holds an unfinished run: add --resume to go on with it, or choose another folder"
         )
     _same_settings(run, load_run(folder))
+    _same_data(run, folder)
     newest, complaints = newest_checkpoint(folder / "checkpoints")
     for complaint in complaints:
         say(f"[yellow]damaged checkpoint passed over:[/] {escape(complaint)}")
@@ -175,6 +177,22 @@ def _same_settings(run: Run, before: Run) -> None:
                 raise InputError(
                     f"--resume: --{flag} was {theirs[group].get(name)} in {before.keeping.out}, now it is {value}"
                 )
+
+
+def _same_data(run: Run, folder: Path) -> None:
+    """Nor may the data files: their digests were kept with the run."""
+    file = folder / "environment.json"
+    before = json.loads(file.read_text()).get("data", {}) if file.exists() else {}
+    for flag, digest in _digests(run).items():
+        if before.get(flag, digest) != digest:
+            path = getattr(run.data, flag)
+            raise InputError(f"--resume: --{flag} {path} has changed since the run began; start a new run with it")
+
+
+def _digests(run: Run) -> dict[str, str]:
+    """SHA-256 of the data files, by flag."""
+    files = {"train": run.data.train, "eval": run.data.eval}
+    return {flag: hashlib.sha256(file.read_bytes()).hexdigest() for flag, file in files.items() if file}
 
 
 # -- model -----------------------------------------------------------------------------------------------------------
