@@ -27,6 +27,8 @@ from phi3v.model.configuration import Phi3VConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
+    """The examples of a run, what a plan must know of them, and the questions it is evaluated on."""
+
     examples: list[Example]
     encoded: list[Encoded]
     lengths: Lengths
@@ -36,12 +38,14 @@ class TrainingData:
     questions: list[Example]
 
     def total_steps(self, run: Run) -> int:
+        """Optimizer steps of the whole run."""
         if run.optim.max_steps is not None:
             return run.optim.max_steps
         return max(1, round(run.optim.epochs * self.steps_per_epoch))
 
 
 def read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool) -> TrainingData:
+    """Reads and encodes `--train` and `--eval`. With `check_first`, the first problem in either is an InputError."""
     assert run.data.train is not None
     if check_first:
         for file in filter(None, (run.data.train, run.data.eval)):

@@ -5,7 +5,8 @@ Shapes: T tokens of a pack, R query rows, B batch, L query length, K key length,
 `PackedAttention` reads the layout of a pack. Its backends compute the same function, and the dense mask ("eager") is
 the oracle for all of them:
 
-    sdpa               one call per prefix and one for all branches of a tree; keys are slices of the pack, never copied
+    sdpa               one call per prefix and one for all branches of a tree; keys are slices of the pack, and a prefix
+                       is copied only for branches past the first MAX_BRANCH_TOKENS_PER_CALL tokens
     eager              the dense [T, T] mask, softmax in float32
     flex_attention     a block mask built once per pack
     flash_attention_2  two variable-length calls per pack: prefixes, then branches with their prefix gathered in front
@@ -15,8 +16,10 @@ the oracle for all of them:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +169,7 @@ class PackedAttention:
 
         if self.dropout:
             raise ValueError("attention flex_attention has no dropout: set attention_dropout to 0 or choose sdpa")
-        run = torch.compile(flex_attention) if q_TND.is_cuda else flex_attention
+        run: Any = _compiled(flex_attention) if q_TND.is_cuda else flex_attention
         mask = self._flex_mask if rows is None else self._block_mask(rows)
         return run(_heads_first(q_TND), _heads_first(k_TND), _heads_first(v_TND), block_mask=mask)[0].transpose(0, 1)
 
@@ -277,6 +280,11 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: floa
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, torch.finfo(torch.float32).min)
     weights = scores.softmax(-1).to(q.dtype)
     return F.dropout(weights, dropout) @ v
+
+
+@functools.cache  # one compiled function for all layers and packs
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 def _heads_first(x_TND: Tensor) -> Tensor:
