@@ -100,7 +100,9 @@ def test_known_ids(processor: Phi3VProcessor) -> None:
     assert (encoded.prefix, encoded.prefix_tokens, encoded.tokens, encoded.crops) == (5, 4 + 757, 20 + 757, 5)
 
 
-def test_prompt_is_prefix_of_training(one: Example, processor: Phi3VProcessor) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_prompt_is_prefix_of_training(one: Example, closed: bool, processor: Phi3VProcessor) -> None:
+    one = replace(one, closed_turns=closed)
     whole = coded(one, processor)
     asked = questions(one)
     assert len(asked) == len(one.turns)
@@ -111,6 +113,17 @@ def test_prompt_is_prefix_of_training(one: Example, processor: Phi3VProcessor) -
         assert not prompt.supervised.any()
         assert prompt.images == one.images[: len(prompt.images)]
         assert prompt.ids[-1] == processor.token_ids("<|assistant|>")[0]
+
+
+def test_closed_turns_are_the_turns_one_by_one(one: Example, processor: Phi3VProcessor) -> None:
+    """As the original recipe for NLVR2 joins them: each with its own <s> and <|endoftext|>."""
+    whole = coded(replace(one, closed_turns=True), processor)
+    alone = [coded(replace(one, turns=(turn,)), processor) for turn in one.turns]
+    assert whole.ids.tolist() == np.concatenate([turn.ids for turn in alone]).tolist()
+    assert whole.supervised.tolist() == np.concatenate([turn.supervised for turn in alone]).tolist()
+    assert whole.prefix == coded(one, processor).prefix
+    if len(one.turns) == 1:
+        assert whole.ids.tolist() == coded(one, processor).ids.tolist()
 
 
 def test_questions_keep_the_answers() -> None:

@@ -1,9 +1,9 @@
 """From a conversation to token ids and labels: the one encode path of training, evaluation and chat.
 
 The text of a conversation is the chat template's, `<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>\\n` turn by turn,
-with `<s>` in front and `<|endoftext|>` once at the very end. Every image is one `<|image|>` id here, followed by
-another `<s>`; `expand` repeats it to the number of vectors the model puts there. A prompt for generation has exactly
-the ids that stood before its answer in training.
+with `<s>` in front and `<|endoftext|>` once at the very end; `closed_turns` gives every turn its own. Every image is
+one `<|image|>` id here, followed by another `<s>`; `expand` repeats it to the number of vectors the model puts there. A
+prompt for generation has exactly the ids that stood before its answer in training.
 """
 
 from __future__ import annotations
@@ -35,13 +35,19 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One conversation. `where` is its origin, "train.jsonl:41"; `answers` are the last turn's accepted answers."""
+    """One conversation. `where` is its origin, "train.jsonl:41"; `answers` are the last turn's accepted answers.
+
+    `group` names the examples that count as right only together. With `closed_turns` every turn begins with `<s>` and
+    ends with `<|endoftext|>`, as the original recipe for NLVR2 has it.
+    """
 
     id: str
     turns: tuple[Turn, ...]
     source: str = ""
     where: str = ""
     answers: tuple[str, ...] = ()
+    group: str = ""
+    closed_turns: bool = False
 
     def __post_init__(self) -> None:
         last = self.turns[-1].assistant
@@ -99,9 +105,10 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
     """Token ids and labels of a conversation; `sizes` gives the (width, height) of an image file.
 
     Supervised are, in every turn, the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
-    conversation; nothing, if the last turn waits for its answer: that is a prompt for generation. White space at the
-    start of an answer has no tokens, as the whole text has none there: `<|assistant|>` swallows it. Raises InputError,
-    naming the example, when tags and images do not match, a text holds `<|image|>`, or an image cannot be read.
+    conversation (of every turn, with `closed_turns`); nothing, if the last turn waits for its answer: that is a prompt
+    for generation. White space at the start of an answer has no tokens, as the whole text has none there:
+    `<|assistant|>` swallows it. Raises InputError, naming the example, when tags and images do not match, a text holds
+    `<|image|>`, or an image cannot be read.
     """
     images = example.images
     ids = [processor.bos_token_id]
@@ -112,6 +119,9 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
             piece = processor.token_ids(text)
             if message["role"] == "assistant":
                 answers.append((len(ids) + 1, len(ids) + len(piece)))
+            elif answers and example.closed_turns:
+                ids += [processor.end_of_text_id, processor.bos_token_id]
+                answers[-1] = (answers[-1][0], len(ids) - 1)
             ids += piece
         image_sizes = tuple(hd_size(*sizes(image), processor.num_crops) for image in images)
     except InputError as error:
