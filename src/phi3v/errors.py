@@ -1,5 +1,8 @@
 """The one exception meant for the person at the keyboard."""
 
+MAX_LENGTH = 1000
+"""Characters of a message; a name or a value in it may be as long as somebody made it."""
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line and names the file, line, flag or tensor.
@@ -7,3 +10,15 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with status 2; every other exception is a bug of ours
     and keeps its traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text as a terminal shows it and does not obey it: control characters escaped, the middle of a long one cut."""
+    if len(text) > MAX_LENGTH:
+        text = f"{text[: MAX_LENGTH * 3 // 4]} [...] {text[-MAX_LENGTH // 5 :]}"
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

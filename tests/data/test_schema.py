@@ -41,6 +41,8 @@ def test_the_guide_s_format(data: Path) -> None:
         "id": "2",
         "conversations": [turn(images=["a.png", "sub/b.png"]), turn(user="and", assistant="no")],
         "answers": ["no", "none"],
+        "group": "dev-1-0",
+        "closed_turns": True,
     }
     write(data, GOOD, "", two, "   ")
     first, second = read_jsonl(data)
@@ -50,6 +52,7 @@ def test_the_guide_s_format(data: Path) -> None:
     assert second.images == (str(root / "a.png"), str(root / "sub" / "b.png"))
     assert (second.where, second.source, second.answers) == (f"{data}:3", "", ("no", "none"))
     assert second.turns[1] == Turn(user="and", assistant="no", images=())
+    assert (first.group, first.closed_turns, second.group, second.closed_turns) == ("", False, "dev-1-0", True)
 
 
 def test_image_root(data: Path, tmp_path: Path) -> None:
@@ -99,7 +102,8 @@ def test_paths_stay_in_the_root(data: Path) -> None:
         (b'{"id": "1", }', "not JSON: "),
         (b'{"id": "\xff"}', "not UTF-8 at byte 9"),
         (b'[{"id": "1"},', "Each line must hold one object"),
-        (b"[" * 100_000, "not JSON: "),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b"[" * 66 + b"]" * 66, "nested more than 64 deep"),
         (b'{"id": ' + b"1" * 5000 + b"}", "not JSON: "),
         (json.dumps({**GOOD, "id": "\ud800"}).encode(), "half of a surrogate pair"),
         ([GOOD], "must be an object, not a list"),

@@ -9,13 +9,18 @@ pixels, both multiples of 336; sizes of files are (width, height), as Pillow giv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,35 +30,58 @@ CROP = 336
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, by content and not by name. Of the other forty that Pillow knows, one starts a program (EPS)."""
+
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded, Pillow's own threshold: a quarter of a GiB as RGB (A4 at 600 dpi has 35 M)."""
+
+MAX_BYTES = 2**30
+"""Largest file that is read: some decoders begin by reading all of it."""
+
+EXIF_ORIENTATION = 0x0112
+
+
+class Picture(NamedTuple):
+    """What an image file holds, beside its pixels."""
+
+    size: tuple[int, int]
+    """(width, height) in pixels."""
+
+    rotated: bool
+    """Whether a viewer would turn or mirror it, as its EXIF orientation says. The model sees it as it is stored."""
+
+    animated: bool
+    """Whether it has more frames or pages than the first, the only one the model sees."""
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(width, height) from the header of an image file, without decoding it. Raises InputError as `load_image` does."""
-    with _open(path) as image:
+    with _opened(path, MAX_PIXELS) as image:
         return image.size
 
 
 def load_image(source: str | Path | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The RGB picture in a file, or of a Pillow image: alpha dropped, grey repeated, palette looked up, EXIF ignored.
 
-    Raises InputError, naming the file, when it is missing, unreadable, truncated or has more than `max_pixels` pixels.
+    Of several frames or pages it is the first. Raises InputError, naming the file, when it is missing, none of FORMATS,
+    unreadable, truncated or has more than `max_pixels` pixels.
     """
-    given = isinstance(source, Image.Image)
-    name = "image" if given else str(source)
-    image = source if isinstance(source, Image.Image) else _open(source)
-    try:
-        if image.width * image.height > max_pixels:
-            raise InputError(f"{name}: {image.width}x{image.height} is more than {max_pixels} pixels")
+    with _opened(source, max_pixels) as image:
         return image.convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
-        raise InputError(f"{name}: unreadable image ({_reason(error)})") from error
-    finally:
-        if not given:
-            image.close()
+
+
+def examine(path: str | Path, max_pixels: int = MAX_PIXELS) -> Picture:
+    """What a file holds that `load_image` can load; raises InputError as that does."""
+    with _opened(path, max_pixels) as image:
+        size = image.convert("RGB").size
+        try:
+            # Only now: once decoded, a TIFF has been turned, and says so. The preview a telephone adds is no frame.
+            rotated = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        except Exception:  # damaged metadata, or a damaged second frame, raises anything and matters to nobody
+            rotated = animated = False
+        return Picture(size, rotated, animated)
 
 
 def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
@@ -156,16 +184,35 @@ def _scaled(width: int, height: int, num_crops: int) -> tuple[int, int]:
     return h, w
 
 
-def _open(path: str | Path) -> Image.Image:
+@contextmanager
+def _opened(source: str | Path | Image.Image, max_pixels: int) -> Iterator[Image.Image]:
+    """An image of acceptable size, its pixels not decoded yet. Whatever goes wrong in the block is an InputError."""
+    name = "image" if isinstance(source, Image.Image) else str(source)
     try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about odd metadata and large pictures
+            with nullcontext(source) if isinstance(source, Image.Image) else _open(source) as image:
+                if image.width * image.height > max_pixels:
+                    raise InputError(f"{name}: {image.width}x{image.height} is more than {max_pixels} pixels")
+                if not image.width * image.height:
+                    raise InputError(f"{name}: unreadable image (no pixels)")
+                yield image
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such image") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: absurdly large image ({_reason(error)})") from error
-    except Exception as error:  # a damaged header raises anything, too
-        raise InputError(f"{path}: unreadable image ({_reason(error)})") from error
+        raise InputError(f"{name}: absurdly large image ({error})") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name}: unreadable image (not {', '.join(FORMATS)}, or damaged)") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
+        raise InputError(f"{name}: unreadable image ({error or type(error).__name__})") from error
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _open(path: str | Path) -> Image.Image:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: unreadable image (not a file)")
+    if status.st_size > MAX_BYTES:
+        raise InputError(f"{path}: {status.st_size / 2**30:.1f} GiB is more than {MAX_BYTES / 2**30:.0f} GiB")
+    return Image.open(path, formats=FORMATS)

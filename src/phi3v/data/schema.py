@@ -2,28 +2,39 @@
 
     {"id": "7", "source": "docvqa", "conversations": [{"images": ["7.png"], "user": "Who?", "assistant": "Ada."}, ...]}
 
-`source` and `images` may be missing; `answers`, a list beside `conversations`, holds further accepted answers of the
-last turn. Image paths are relative to the image root, by default the folder `images` beside the file, and must not lead
-out of it. A line either becomes an `Example` or is named with everything that is wrong with it.
+`source` and `images` may be missing. Beside `conversations` there may be `answers`, all accepted answers of the last
+turn; `group`, the name of examples that count as right only together; and `closed_turns`, true if every turn begins
+with `<s>` and ends with `<|endoftext|>`, not just the whole conversation (as in the original recipe for NLVR2). Image
+paths are relative to the image root, by default the folder `images` beside the file, and must not lead out of it. A
+line either becomes an `Example` or is named with everything that is wrong with it.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phi3v import jsonfile
 from phi3v.data.chat import Example, Turn
 from phi3v.errors import InputError
 
-EXAMPLE_KEYS: dict[str, type] = {"id": str, "source": str, "conversations": list, "answers": list}
+EXAMPLE_KEYS: dict[str, type] = {
+    "id": str,
+    "source": str,
+    "conversations": list,
+    "answers": list,
+    "group": str,
+    "closed_turns": bool,
+}
 TURN_KEYS: dict[str, type] = {"images": list, "user": str, "assistant": str}
-OPTIONAL_KEYS = {"source", "answers", "images"}
-KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+OPTIONAL_KEYS = {"source", "answers", "group", "closed_turns", "images"}
+
+MAX_LINE_BYTES = 2**22
+"""Longest line: a context of 131,072 tokens has 0.6 MB of English, and 1 MB of Chinese written as \\uXXXX."""
 
 
 @dataclass(kw_only=True)
@@ -53,10 +64,12 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
 
 
 def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", content) of every line of a file that is not blank."""
+    """("file:line", content) of every line of a file that is not blank. Raises InputError for one too long to read."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise InputError(f"{path}:{number}: longer than {MAX_LINE_BYTES / 2**20:.0f} MiB{_hint(line)}")
                 if line.strip():
                     yield f"{path}:{number}", line
     except OSError as error:
@@ -91,20 +104,9 @@ def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[
 def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) -> Example | None:
     """The example on a line, or None if it holds none. With problems in `notes`, some of its images may be ""."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        notes.problems.append(f"not UTF-8 at byte {error.start + 1}")
-        return None
-    except json.JSONDecodeError as error:
-        array = line.lstrip()[:1] == b"["
-        hint = ": is the file one JSON array? Each line must hold one object" if array else ""
-        notes.problems.append(f"not JSON: {error.msg} at column {error.colno}{hint}")
-        return None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand brackets
-        notes.problems.append(f"not JSON: {error}")
-        return None
-    if b"\\ud" in line.lower() and not _is_unicode(record):
-        notes.problems.append("a text holds half of a surrogate pair (\\ud800 to \\udfff)")
+        record = jsonfile.parse(line)
+    except InputError as error:
+        notes.problems.append(f"{error}{_hint(line)}")
         return None
     if not _has_keys(record, "", EXAMPLE_KEYS, notes):
         return None
@@ -123,7 +125,13 @@ def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) 
     if not turns or len(turns) < len(record["conversations"]):
         return None
     return Example(
-        id=record["id"], source=record.get("source", ""), turns=tuple(turns), where=where, answers=tuple(answers)
+        id=record["id"],
+        source=record.get("source", ""),
+        turns=tuple(turns),
+        where=where,
+        answers=tuple(answers),
+        group=record.get("group", ""),
+        closed_turns=record.get("closed_turns", False),
     )
 
 
@@ -162,20 +170,17 @@ def _has_keys(record: object, name: str, keys: Mapping[str, type], notes: Notes)
     for key, kind in keys.items():
         if key in record:
             if not isinstance(record[key], kind):
-                notes.problems.append(f"{name}{key} must be {KINDS[kind]}, not {_kind(record[key])}")
+                notes.problems.append(f"{name}{key} must be {jsonfile.KINDS[kind]}, not {_kind(record[key])}")
         elif key not in OPTIONAL_KEYS:
             llava = " (from and value are LLaVA's keys; here a turn is user and assistant)" if "from" in record else ""
             notes.problems.append(f"{name}{key} is missing{llava}")
     return len(notes.problems) == before
 
 
-def _is_unicode(record: object) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _hint(line: bytes) -> str:
+    array = line.lstrip()[:1] == b"["
+    return ": is the file one JSON array? Each line must hold one object" if array else ""
 
 
 def _kind(value: object) -> str:
-    return KINDS.get(type(value), "a number")
+    return jsonfile.KINDS.get(type(value), "a number")
