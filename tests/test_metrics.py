@@ -73,6 +73,22 @@ def test_anls(prediction: str, answers: list[str], original: float, official: fl
     assert metrics.anls_official(prediction, answers) == pytest.approx(official)
 
 
+# Single spaces and no outer full stops, where nobody has anything to fold or to strip.
+WORDS = st.text(alphabet="abcAB .é", max_size=12).map(lambda text: " ".join(text.strip(" .").split()))
+
+
+@given(WORDS.filter(bool), st.lists(WORDS, min_size=1, max_size=3))
+def test_anls_is_that_of_the_anls_package(prediction: str, answers: list[str]) -> None:
+    """The package lower-cases, as the official score does, and has the paper's border, as the original's score does."""
+    anls_score = pytest.importorskip("anls").anls_score
+    lower = [answer.lower() for answer in answers]
+    assert metrics.anls(prediction.lower(), lower) == pytest.approx(anls_score(prediction, answers))
+    if metrics.anls_official(prediction, answers) != 0.5:
+        assert metrics.anls_official(prediction, answers) == pytest.approx(anls_score(prediction, answers))
+    else:
+        assert anls_score(prediction, answers) == 0
+
+
 @pytest.mark.parametrize("agreed", range(11))
 def test_vqa_accuracy_is_the_leave_one_out_mean(agreed: int) -> None:
     answers = ["red"] * agreed + ["blue"] * (10 - agreed)
@@ -128,6 +144,88 @@ def test_score_is_the_mean_over_questions() -> None:
 def test_score_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="no questions"):
         metrics.score([])
+
+
+SCORES = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
+
+
+@given(SCORES, SCORES)
+def test_auroc_is_the_share_of_pairs_in_order(positive: list[float], negative: list[float]) -> None:
+    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+    assert metrics.auroc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
+    flipped = [-value for value in negative], [-value for value in positive]
+    assert metrics.auroc(*flipped) == pytest.approx(metrics.auroc(positive, negative))
+
+
+def weighed(answer: str, prediction: str = "", **log_probs: float) -> Any:
+    return {"prediction": prediction, "answers": [answer], "label_log_probs": log_probs}
+
+
+def test_scores_of_two_labels() -> None:
+    lines = [
+        weighed("yes", "no", yes=-1, no=-2),  # said something else than the likelier label
+        weighed("Yes.", "yes", yes=-2, no=-1),  # ranked above one of the two others
+        weighed("no", "no", yes=-5, no=-2),
+        weighed("no", "no", yes=-1.5, no=-2),
+        weighed("purple", "no", yes=-9, no=-1),  # of neither class
+    ]
+    scores = metrics.score(lines)
+    assert scores["accuracy"] == 3 / 5
+    assert scores["label_accuracy"] == 2 / 5
+    assert scores["auroc"] == 3 / 4
+    swapped = [{**line, "label_log_probs": dict(reversed(line["label_log_probs"].items()))} for line in lines]
+    assert metrics.score(swapped) == scores
+
+
+def test_auroc_needs_two_labels_that_both_occur() -> None:
+    assert "auroc" not in metrics.score([weighed("yes", yes=-1, no=-2)])
+    three = [weighed("yes", yes=-1, no=-2, maybe=-3), weighed("no", yes=-1, no=-2, maybe=-3)]
+    assert metrics.score(three)["label_accuracy"] == 1 / 2
+    assert "auroc" not in metrics.score(three)
+    assert "label_accuracy" not in metrics.score([weighed("yes", yes=-1, no=-2), said("yes", "yes")])
+
+
+def test_the_first_of_equal_labels_is_the_likeliest() -> None:
+    assert metrics.likeliest(weighed("b", b=-1, a=-1, c=-2)) == "b"
+
+
+def test_consistency_is_of_whole_groups() -> None:
+    lines = [
+        {**said(text, "True"), "group": metrics.sentence_of(identifier)}
+        for identifier, text in [
+            *(("dev-8-0-0", "True"), ("dev-8-1-0", "true.")),  # one sentence with two pairs of images: both right
+            *(("dev-8-0-1", "True"), ("dev-8-1-1", "False")),
+            ("dev-9-0-0", "False"),
+        ]
+    ]
+    assert metrics.score(lines)["consistency"] == pytest.approx(1 / 3)
+    assert metrics.score(lines)["accuracy"] == 3 / 5
+    assert "consistency" not in metrics.score([*lines, said("a", "a")])
+
+
+def test_sentences_of_nlvr2() -> None:
+    assert metrics.sentence_of("test1-128-3-0") == "test1-128-0"
+    with pytest.raises(InputError, match="'dev-850-0-1-img0' is no identifier of NLVR2, like dev-850-0-1"):
+        metrics.sentence_of("dev-850-0-1-img0")
+
+
+def test_label_tables() -> None:
+    lines = [
+        *(said("Red.", "red"), said("red", "red"), said("blue", "red"), said("reddish", "red")),
+        *(said("blue", "blue"), said("red", "blue")),
+        *(said("blue", "red", "blue"), said("green", "blue", "red")),  # of several answers the one said, or the first
+        *(said("red", "purple"), said("violet", "purple")),
+    ]
+    tables = metrics.label_tables(lines, ["red", "blue", "green"])
+    assert tables["labels"] == ["red", "blue", "green"]
+    assert tables["confusion"] == [[2, 1, 0, 1], [1, 2, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
+    assert tables["per_class"] == {
+        "red": {"precision": 2 / 4, "recall": 2 / 4, "f1": 2 / 4, "support": 4},
+        "blue": {"precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7, "support": 4},
+        "green": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0},
+    }
+    assert sum(map(sum, tables["confusion"])) == len(lines), "no question is lost"
+    assert metrics.label_tables([], ["a"])["per_class"]["a"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
 
 
 def asked(*turns: tuple[str, str], answers: tuple[str, ...] = ()) -> Any:

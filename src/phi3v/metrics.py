@@ -2,14 +2,16 @@
 
 Every metric takes one prediction and the answers accepted for its question and returns a number from 0 to 1; `score`
 is their mean over a whole evaluation. A question with several accepted answers is scored against the best of them.
+Where labels were scored or examples form groups, `score` says more; `label_tables` has what is no single number.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from phi3v.errors import InputError
 
@@ -32,6 +34,10 @@ class Prediction(TypedDict):
     correct: bool
     anls: float
     num_tokens: int
+    label_log_probs: NotRequired[dict[str, float]]
+    """log p(label | page, question) of every label of a closed set."""
+    group: NotRequired[str]
+    """Examples that count for `consistency` only together."""
 
 
 def clean(prediction: str) -> str:
@@ -140,16 +146,114 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 def score(predictions: Iterable[Prediction]) -> dict[str, float]:
     """The mean of every metric over all questions, and their number: {"accuracy": .., .., "questions": n}.
 
-    Raises InputError when there is nothing to score.
+    Where every prediction has them, its `label_log_probs` add `label_accuracy`, the accuracy of the likeliest label,
+    and, for two labels, `auroc`; its `group` adds `consistency`. Raises InputError when there is nothing to score.
     """
     scored = list(predictions)
     if not scored:
         raise InputError("there are no questions to score")
     means = {
-        name: sum(metric(line["prediction"], line["answers"]) for line in scored) / len(scored)
-        for name, metric in METRICS.items()
+        name: _mean(metric(line["prediction"], line["answers"]) for line in scored) for name, metric in METRICS.items()
     }
+    if all("label_log_probs" in line for line in scored):
+        means["label_accuracy"] = _mean(accuracy(likeliest(line), line["answers"]) for line in scored)
+        means |= _auroc_of_two_labels(scored)
+    if all("group" in line for line in scored):
+        means["consistency"] = consistency(
+            (line["group"], accuracy(line["prediction"], line["answers"]) == 1) for line in scored
+        )
     return {**means, "questions": len(scored)}
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def likeliest(line: Prediction) -> str:
+    """The label with the highest log-probability, the first of equal ones."""
+    return max(line["label_log_probs"], key=line["label_log_probs"].__getitem__)
+
+
+def _auroc_of_two_labels(scored: Sequence[Prediction]) -> dict[str, float]:
+    """{"auroc": ..} by log p(a) - log p(b); {} for more labels than two, or if all answers are the same label.
+
+    Which of the labels is the positive one does not matter: swapping them turns every score around as well. A question
+    that accepts both labels or neither has no class and is left out.
+    """
+    sides: tuple[list[float], list[float]] = ([], [])
+    for line in scored:
+        if len(line["label_log_probs"]) != 2:
+            return {}
+        right = [accuracy(label, line["answers"]) == 1 for label in line["label_log_probs"]]
+        if sum(right) == 1:
+            first, second = line["label_log_probs"].values()
+            sides[right.index(True)].append(first - second)
+    return {"auroc": auroc(*sides)} if all(sides) else {}
+
+
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Area under the ROC curve, from the scores of the positive and of the negative examples (at least one each).
+
+    It is the probability that a positive example has the higher score, ties counting half (Mann-Whitney's U / n m).
+    """
+    ordered = sorted(negative)
+    wins = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in positive)
+    return wins / (2 * len(positive) * len(negative))
+
+
+def consistency(graded: Iterable[tuple[str, bool]]) -> float:
+    """Share of the groups all of whose examples are right, from (group, right) of every example.
+
+    NLVR2 (Suhr et al. 2019, arXiv:1811.00491) groups by sentence: `sentence_of`.
+    """
+    groups: dict[str, bool] = {}
+    for group, right in graded:
+        groups[group] = groups.get(group, True) and right
+    return sum(groups.values()) / len(groups)
+
+
+def sentence_of(identifier: str) -> str:
+    """The group of an NLVR2 example: its identifier, `split-set-pair-sentence`, without the pair of images.
+
+    As in the data set's own evaluation (github.com/lil-lab/nlvr, nlvr2/eval/metrics.py). Raises InputError.
+    """
+    parts = identifier.split("-")
+    if len(parts) != 4:
+        raise InputError(f"{identifier!r} is no identifier of NLVR2, like dev-850-0-1")
+    return "-".join(parts[:2] + parts[3:])
+
+
+def label_tables(predictions: Iterable[Prediction], labels: Sequence[str]) -> dict[str, Any]:
+    """What became of every label, for metrics.json:
+
+        {"labels": [..], "confusion": [[..], ..], "per_class": {label: {"precision", "recall", "f1", "support"}}}
+
+    confusion[i][j] counts the questions with answer labels[i] to which labels[j] was said; the last row and the last
+    column are for texts that are no label. A question that accepts several answers counts for the one that was said,
+    or for the first. Precision is 0 for a label that was never said, recall for one that was never the answer.
+    """
+    other = len(labels)
+    numbers = {normalize_answer(label): number for number, label in enumerate(labels)}
+    confusion = [[0] * (other + 1) for _ in range(other + 1)]
+    for line in predictions:
+        said, *accepted = (
+            numbers.get(normalize_answer(text), other) for text in (line["prediction"], *line["answers"])
+        )
+        confusion[said if said in accepted else accepted[0]][said] += 1
+
+    def grades(number: int) -> dict[str, float]:
+        right, support = confusion[number][number], sum(confusion[number])
+        said = sum(row[number] for row in confusion)
+        return {
+            "precision": right / said if said else 0.0,
+            "recall": right / support if support else 0.0,
+            "f1": 2 * right / (said + support) if said + support else 0.0,
+            "support": support,
+        }
+
+    per_class = {label: grades(number) for number, label in enumerate(labels)}
+    return {"labels": list(labels), "confusion": confusion, "per_class": per_class}
 
 
 def baselines(train: Iterable[Example], test: Sequence[Example]) -> dict[str, float]:
