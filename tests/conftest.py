@@ -264,6 +264,44 @@ def changed_model(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
+@pytest.fixture(scope="session")
+def make_video() -> Callable[..., Path]:
+    """A function that writes a video of a bright square that moves: `make_video(path, num_frames, ...)`.
+
+    direction   (right, down) pixels from frame to frame, around the edges
+    colour      of the square
+    codec       of FFmpeg; the default in an .avi with the tag XVID is what UCF101 is made of
+    """
+    av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'phi3v[video]'")
+
+    def make(
+        path: Path,
+        num_frames: int = 12,
+        *,
+        direction: tuple[int, int] = (4, 0),
+        colour: tuple[int, int, int] = (240, 60, 60),
+        size: tuple[int, int] = (64, 48),
+        codec: str = "mpeg4",
+        options: dict[str, str] | None = None,
+    ) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=25, options=options or {})
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuv420p"
+            if codec == "mpeg4":
+                stream.codec_context.codec_tag = "XVID"
+            picture = np.full((size[1], size[0], 3), 20, dtype=np.uint8)
+            picture[8:24, 8:24] = colour
+            for number in range(num_frames):
+                moved = np.roll(picture, (number * direction[1], number * direction[0]), axis=(0, 1))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+            container.mux(stream.encode())
+        return path
+
+    return make
+
+
 def tiny_tokenizer() -> Tokenizer:
     """The real tokenizer's normaliser, byte fallback, decoder and special tokens over an alphabet and a few words."""
     letters = ["▁", *map(chr, range(33, 127))]
