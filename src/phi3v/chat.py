@@ -11,7 +11,7 @@ from rich.prompt import Prompt
 from transformers import TextStreamer
 
 from phi3v.config import check_numbers
-from phi3v.data.chat import Example, Turn, messages
+from phi3v.data.chat import Example, Turn, prompt_text
 from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
@@ -104,8 +104,7 @@ def _paths(files: tuple[Path, ...]) -> tuple[str, ...]:
 def _reply(network: Any, processor: Phi3VProcessor, turns: tuple[Turn, ...], settings: dict[str, Any]) -> str:
     """Prints the answer while it is written, and returns it."""
     example = Example(id="chat", turns=turns, where="chat")
-    text = processor.apply_chat_template(messages(example), add_generation_prompt=True)
-    inputs = processor(text, list(example.images)).to(next(network.parameters()).device)
+    inputs = processor(prompt_text(example), list(example.images)).to(next(network.parameters()).device)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():
         out = network.generate(**inputs, **settings, pad_token_id=processor.pad_token_id, streamer=streamer)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.data.chat import Encoded, Example, Turn, encode, expand, messages, questions
+from phi3v.data.chat import Encoded, Example, Turn, encode, expand, messages, prompt_text, questions
 from phi3v.data.image import num_image_tokens
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
@@ -113,6 +113,8 @@ def test_prompt_is_prefix_of_training(one: Example, closed: bool, processor: Phi
         assert not prompt.supervised.any()
         assert prompt.images == one.images[: len(prompt.images)]
         assert prompt.ids[-1] == processor.token_ids("<|assistant|>")[0]
+        if not closed:
+            assert processor.token_ids(prompt_text(question)) == prompt.ids[1:].tolist()
 
 
 def test_closed_turns_are_the_turns_one_by_one(one: Example, processor: Phi3VProcessor) -> None:
@@ -180,6 +182,7 @@ def test_numbering_within_the_turn_or_through_the_conversation(processor: Phi3VP
         (example(("a", "look: <|image_1|>", "a.png")), "an answer cannot hold an image tag"),
         (example(("a", "<|image|>")), "literal <|image|>"),
         (example(("<|image|>", "a")), "literal <|image|>"),
+        (example((f"<|image_{'1' * 5000}|>", "a")), "1 image tags (1000000000), 0 images were given"),
     ],
 )
 def test_refusals_name_the_example(one: Example, message: str, processor: Phi3VProcessor) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from phi3v.data import check as module
 from phi3v.data.chat import encode
 from phi3v.data.check import Findings, Statistics, check, render
+from phi3v.data.image import EXIF_ORIENTATION
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.errors import InputError
@@ -134,12 +135,32 @@ def test_workers_find_the_same(data: Path, processor: Phi3VProcessor) -> None:
 
 def test_each_image_is_decoded_once(data: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
-    original = module.load_image
-    monkeypatch.setattr(module, "load_image", lambda *arguments: loaded.append(arguments[0]) or original(*arguments))
+    original = module.read_picture
+    monkeypatch.setattr(module, "read_picture", lambda *arguments: loaded.append(arguments[0]) or original(*arguments))
     (data.parent / "images" / "again.png").symlink_to(data.parent / "images" / "a.png")
     data.write_text("\n".join([*GOOD, *GOOD, line(9, images=("again.png", "./a.png"))]))
     check(data, None, processor)
     assert sorted(Path(path).name for path in loaded) == ["a.png", "b.jpg"]
+
+
+def test_what_a_viewer_would_show_otherwise(data: Path, processor: Phi3VProcessor) -> None:
+    images = data.parent / "images"
+    frames = [Image.new("L", (30, 20), shade) for shade in (0, 255)]
+    for name in ("moves.gif", "moves.webp", "moves.png", "pages.tif"):
+        frames[0].save(images / name, save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    for name in ("turned.jpg", "turned.png", "turned.webp"):
+        Image.new("RGB", (30, 20)).save(images / name, exif=exif)
+    exif[EXIF_ORIENTATION] = 1
+    Image.new("RGB", (30, 20)).save(images / "upright.jpg", exif=exif)
+    shown = sorted({file.name for file in images.iterdir()} - {"cut.png", "text.png", "long.png"})
+    data.write_text("\n".join(line(number, images=(name,)) for number, name in enumerate([*shown, "turned.jpg"])))
+    findings = check(data, None, processor)
+    assert findings.ok
+    rotated, animated = findings.warnings
+    assert f"{data}: 3 image files with an EXIF orientation ({images.resolve()}/turned.jpg, for one)" in rotated
+    assert f"{data}: 4 image files with several frames or pages ({images.resolve()}/moves.gif, for one)" in animated
 
 
 def test_absurdly_large_images(data: Path, processor: Phi3VProcessor) -> None:

@@ -170,8 +170,16 @@ def test_misuse(tiny: Phi3VProcessor) -> None:
         tiny(["a", "b"], [[picture(8, 8)]])
     with pytest.raises(InputError, match="max_length"):
         tiny("a", padding="max_length")
-    with pytest.raises(InputError, match="num_crops is 0"):
-        Phi3VProcessor(tiny.tokenizer, num_crops=0)
+    for num_crops in (0, 10**9, "4", 4.5, None):
+        with pytest.raises(InputError, match=rf"num_crops is {num_crops!r}, it must be a whole number from 1 to 1024"):
+            Phi3VProcessor(tiny.tokenizer, num_crops=num_crops)
+    template = tiny.tokenizer.chat_template
+    try:
+        tiny.tokenizer.chat_template = "{{ messages[7].role }}"
+        with pytest.raises(InputError, match="the chat template cannot write this conversation"):
+            tiny.apply_chat_template([{"role": "user", "content": "a"}])
+    finally:
+        tiny.tokenizer.chat_template = template
 
 
 def test_image_items_become_tags(tiny: Phi3VProcessor, tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ prompt for generation has exactly the ids that stood before its answer in traini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phi3v.data.image import hd_size, num_image_tokens, num_tiles, read_size
-from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags, check_text, expand
+from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags, check_text, expand, tag_numbers
 from phi3v.errors import InputError
 
-__all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "questions"]
+__all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "prompt_text", "questions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,7 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
     answers: list[tuple[int, int]] = []
     try:
         for message in messages(example):
-            text = f"<|{message['role']}|>\n{message['content']}<|end|>\n"
-            piece = processor.token_ids(text)
+            piece = processor.token_ids(_text(message))
             if message["role"] == "assistant":
                 answers.append((len(ids) + 1, len(ids) + len(piece)))
             elif answers and example.closed_turns:
@@ -164,6 +163,15 @@ def questions(example: Example) -> list[Example]:
     ]
 
 
+def prompt_text(example: Example) -> str:
+    """The text of a conversation that waits for its answer, with its images as tags: what `encode` tokenises."""
+    return "".join(map(_text, messages(example))) + "<|assistant|>\n"
+
+
+def _text(message: Mapping[str, str]) -> str:
+    return f"<|{message['role']}|>\n{message['content']}<|end|>\n"
+
+
 def messages(example: Example) -> list[dict[str, str]]:
     """The conversation as messages for a chat template, images as tags numbered through the whole conversation.
 
@@ -184,7 +192,7 @@ def user_text(turn: Turn, earlier: int) -> str:
     """The user's text with its images as tags earlier+1, earlier+2, ...; InputError if its own tags do not match."""
     check_text(turn.user)
     expected = range(earlier + 1, earlier + len(turn.images) + 1)
-    numbers = [int(number) for number in IMAGE_TAG.findall(turn.user)]
+    numbers = tag_numbers(turn.user)
     if not numbers:
         tags = "".join(f"<|image_{number}|>" for number in expected)
         return f"{tags}\n{turn.user}" if tags else turn.user

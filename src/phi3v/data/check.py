@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,17 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 from phi3v.data.chat import Example, answer_text, encode, user_text
-from phi3v.data.image import MAX_PIXELS, hd_size, load_image, num_tiles
+from phi3v.data.image import MAX_PIXELS, Picture, hd_size, num_tiles, read_picture
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import Notes, image_resolver, lines, parse
-from phi3v.errors import InputError
+from phi3v.errors import InputError, one_line
 
 SMALL = 500  # with fewer examples and images than this, starting worker processes takes longer than it saves
 CONTROL_TOKEN = re.compile(r"<\|(?:user|assistant|system|end|endoftext|placeholder\d+)\|>|</?s>|<unk>")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,8 @@ class Statistics:
 @dataclass(frozen=True, kw_only=True)
 class Findings:
     """What `check` found. `problems` and `warnings` are "file:line: what is wrong", in the order of the file.
+
+    The last warnings may be about image files: how many there are of a kind, and which is the first.
 
     Counts are of the lines that hold an example (`images` counts appearances, `image_files` files). Statistics are of
     the examples without a problem; None if there are none, and, of tokens, if no processor was given.
@@ -120,9 +120,10 @@ def check(
     measures = []
     with _executor(examiner, num_workers) as executor:
         run = _Run(executor, console or Console(stderr=True))
-        sizes = dict(zip(images, run("images", _image_size, images, chunk=8), strict=True))
-        sizes[""] = (1, 1)  # a refused path, noted already
-        jobs = [(example, {image: sizes[image] for image in example.images}) for example, _ in examples]
+        pictures = dict(zip(images, run("images", _picture, images, chunk=8), strict=True))
+        about_files = _about_files(str(path), pictures)
+        pictures[""] = Picture((1, 1), rotated=False, animated=False)  # a refused path, noted already
+        jobs = [(example, {image: pictures[image] for image in example.images}) for example, _ in examples]
         results = run("examples", _examine, jobs, chunk=256)
         for (_, note), (found, measure) in zip(examples, results, strict=True):
             note.problems += found.problems
@@ -130,11 +131,12 @@ def check(
             if not note.problems:
                 measures.append(measure)
     problems = [f"{where}: {problem}" for where, note in notes for problem in note.problems]
+    warnings = _condensed((where, text) for where, note in notes for text in note.warnings)
     tokens, answer_tokens, crops = zip(*measures, strict=True) if measures else ((), (), ())
     return Findings(
         path=str(path),
-        problems=tuple(map(_printable, problems if notes else [f"{path}: no examples"])),
-        warnings=tuple(map(_printable, _condensed((w, text) for w, note in notes for text in note.warnings))),
+        problems=tuple(map(one_line, problems if notes else [f"{path}: no examples"])),
+        warnings=tuple(map(one_line, [*warnings, *about_files])),
         bad_lines=sum(bool(note.problems) for _, note in notes),
         examples=len(examples),
         turns=sum(len(example.turns) for example, _ in examples),
@@ -211,22 +213,20 @@ class Examiner:
     max_tokens: int | None
     max_pixels: int
 
-    def image_size(self, path: str) -> Size | str:
-        """(width, height) of an image that can be decoded; what is wrong with any other."""
+    def picture(self, path: str) -> Picture | str:
+        """What an image file holds that training can use; what is wrong with any other."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, about odd metadata
-                size = load_image(path, self.max_pixels).size
-            hd_size(*size, self.num_crops)
+            picture = read_picture(path, self.max_pixels)
+            hd_size(*picture.size, self.num_crops)
         except InputError as error:
             text = str(error)
             return text if text.startswith(path) else f"{path}: {text}"
-        return size
+        return picture
 
-    def examine(self, example: Example, images: dict[str, Size | str]) -> tuple[Notes, Measure]:
-        """What is wrong with an example, given what `image_size` said of its images, and how large it is."""
-        notes = Notes(problems=[size for size in images.values() if isinstance(size, str)])
-        sizes = {image: size for image, size in images.items() if not isinstance(size, str)}
+    def examine(self, example: Example, pictures: dict[str, Picture | str]) -> tuple[Notes, Measure]:
+        """What is wrong with an example, given what `picture` said of its images, and how large it is."""
+        notes = Notes(problems=[wrong for wrong in pictures.values() if isinstance(wrong, str)])
+        sizes = {image: picture.size for image, picture in pictures.items() if isinstance(picture, Picture)}
         earlier = 0
         for number, turn in enumerate(example.turns, start=1):
             with _noted(notes, number):
@@ -241,7 +241,11 @@ class Examiner:
         if self.processor is None:
             hd_sizes = [hd_size(*sizes[image], self.num_crops) for image in example.images]
             return notes, Measure(0, 0, sum(num_tiles(h, w) + 1 for h, w in hd_sizes))
-        encoded = encode(example, self.processor, sizes.__getitem__)
+        try:
+            encoded = encode(example, self.processor, sizes.__getitem__)
+        except InputError as error:
+            notes.problems.append(str(error).removeprefix(f"{example.where}: "))
+            return notes, Measure(0, 0, 0)
         if self.max_tokens is not None and encoded.tokens > self.max_tokens:
             notes.problems.append(f"{encoded.tokens:,} tokens, more than {self.max_tokens:,}")
         return notes, Measure(encoded.tokens, encoded.num_supervised, encoded.crops)
@@ -266,11 +270,11 @@ def _start(examiner: Examiner) -> None:
     _examiner = examiner
 
 
-def _image_size(path: str) -> Size | str:
-    return _examiner.image_size(path)
+def _picture(path: str) -> Picture | str:
+    return _examiner.picture(path)
 
 
-def _examine(job: tuple[Example, dict[str, Size | str]]) -> tuple[Notes, Measure]:
+def _examine(job: tuple[Example, dict[str, Picture | str]]) -> tuple[Notes, Measure]:
     return _examiner.examine(*job)
 
 
@@ -324,12 +328,16 @@ def _condensed(warnings: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{where[0]}: {text}" + f" (and {more[text]})" * (len(where) > 1) for text, where in lines.items()]
 
 
+def _about_files(path: str, pictures: dict[str, Picture | str]) -> Iterator[str]:
+    """Of what a viewer shows otherwise than the model sees it: the number of files, and the first."""
+    readable = {file: picture for file, picture in pictures.items() if isinstance(picture, Picture)}
+    if rotated := [file for file, picture in readable.items() if picture.rotated]:
+        files = f"{_count(len(rotated), 'image file')} with an EXIF orientation ({rotated[0]}, for one)"
+        yield f"{path}: {files}: it is not followed, the model sees them as they are stored"
+    if animated := [file for file, picture in readable.items() if picture.animated]:
+        files = f"{_count(len(animated), 'image file')} with several frames or pages ({animated[0]}, for one)"
+        yield f"{path}: {files}: the model sees the first"
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: a path or an id may hold anything, also what steers a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

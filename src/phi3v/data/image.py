@@ -71,7 +71,7 @@ def load_image(source: str | Path | Image.Image, max_pixels: int = MAX_PIXELS) -
         return image.convert("RGB")
 
 
-def examine(path: str | Path, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_picture(path: str | Path, max_pixels: int = MAX_PIXELS) -> Picture:
     """What a file holds that `load_image` can load; raises InputError as that does."""
     with _opened(path, max_pixels) as image:
         size = image.convert("RGB").size

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
+from phi3v import jsonfile
 from phi3v.data.image import MEAN, STD, hd_transform, load_image, num_image_tokens, pixel_values
+from phi3v.data.tokenizer import read_tokenizer
 from phi3v.errors import InputError
 
 ImageSource = Image.Image | str | Path
@@ -51,6 +53,9 @@ TOKENIZER_FILES = (
 REMOTE_CODE = "processing_phi3_v.py"  # carried along for other readers, never run
 FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", REMOTE_CODE)
 
+MAX_CROPS = 1024
+"""More have no place in a context: 1,000 crops are 144,000 tokens."""
+
 
 def check_tags(numbers: Sequence[int], num_images: int) -> None:
     """Raises InputError, with both counts, unless the tags' numbers are 1, 2, ..., `num_images`."""
@@ -60,6 +65,11 @@ def check_tags(numbers: Sequence[int], num_images: int) -> None:
             f"prompt has {len(numbers)} image tags{found}, {num_images} images were given: "
             "each image needs its tag <|image_1|>, <|image_2|>, ... once and in this order"
         )
+
+
+def tag_numbers(text: str) -> list[int]:
+    """The numbers of a text's image tags, in order; 10^9 for all from there on, for Python reads only 4,300 digits."""
+    return [int(digits) if len(digits) < 10 else 10**9 for digits in IMAGE_TAG.findall(text)]
 
 
 def check_text(text: str) -> None:
@@ -80,8 +90,8 @@ class Phi3VProcessor:
     """Tokenizer and HD transform of one checkpoint. Raises InputError when the tokenizer lacks a special token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_crops: int = 4) -> None:
-        if num_crops < 1:
-            raise InputError(f"num_crops is {num_crops}, but a picture needs at least 1")
+        if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
+            raise InputError(f"num_crops is {num_crops!r}, it must be a whole number from 1 to {MAX_CROPS}")
         self.tokenizer = tokenizer
         self.num_crops = num_crops
         self.bos_token_id = self._special_id("<s>")
@@ -100,19 +110,13 @@ class Phi3VProcessor:
         is run. Raises InputError, naming the file, when something is missing or unreadable.
         """
         folder = _folder(name, hub)
-        files = {path.name: path.read_bytes() for file in FILES if (path := folder / file).is_file()}
+        files = {path.name: jsonfile.read_bytes(path) for file in FILES if (path := folder / file).is_file()}
         if "tokenizer.json" not in files:
             raise InputError(f"{name}: no tokenizer.json, so this is no model folder")
-        try:
-            settings = json.loads(files.get("preprocessor_config.json", b"{}"))
-        except ValueError as error:
-            raise InputError(f"{name}/preprocessor_config.json: {error}") from error
-        try:
-            # Not AutoTokenizer: it takes LlamaTokenizer from tokenizer_config.json, whose own normaliser tokenises the
-            # newline after a special token differently (14 of the 36 golden texts, transformers 5.17 and 5.23).
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise InputError(f"{name}/tokenizer.json: {' '.join(str(error).split())}") from error
+        settings = jsonfile.parse_object(
+            files.get("preprocessor_config.json", b"{}"), f"{name}/preprocessor_config.json"
+        )
+        tokenizer = read_tokenizer(files, str(name))
         processor = cls(tokenizer, num_crops if num_crops is not None else settings.get("num_crops", 4))
         processor._files = files
         processor._loaded = processor._tokenizer_state()
@@ -146,10 +150,13 @@ class Phi3VProcessor:
             backend.no_truncation()
             backend.no_padding()
         first, *rest = IMAGE_TAG.split(text)[::2]
-        ids = backend.encode(first, add_special_tokens=False).ids
-        for chunk in rest:
-            ids += [self.image_token_id, self.bos_token_id]
-            ids += backend.encode(chunk, add_special_tokens=False).ids
+        try:
+            ids = backend.encode(first, add_special_tokens=False).ids
+            for chunk in rest:
+                ids += [self.image_token_id, self.bos_token_id]
+                ids += backend.encode(chunk, add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise InputError(f"the tokenizer cannot read a text: {error}") from error
         return ids
 
     def __call__(
@@ -172,7 +179,7 @@ class Phi3VProcessor:
         groups = [_group(images)] if isinstance(text, str) else _groups(images, len(texts))
         rows, pictures = [], []
         for prompt, group in zip(texts, groups, strict=True):
-            check_tags([int(number) for number in IMAGE_TAG.findall(prompt)], len(group))
+            check_tags(tag_numbers(prompt), len(group))
             hd = [hd_transform(load_image(image), self.num_crops) for image in group]
             counts = [num_image_tokens(*picture.shape[:2]) for picture in hd]
             ids = expand([self.bos_token_id, *self.token_ids(prompt)], self.image_token_id, counts)
@@ -218,9 +225,12 @@ class Phi3VProcessor:
         for messages in conversation if batched else [conversation]:
             messages, given = _with_tags(messages)
             found.append(given)
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            except Exception as error:  # a template is a program, in a sandbox: it raises anything
+                raise InputError(f"the chat template cannot write this conversation: {error}") from error
             texts.append(cast(str, text))
         if not tokenize:
             return texts if batched else texts[0]
