@@ -11,12 +11,14 @@ from PIL import Image
 from rich.markup import escape
 from torch import Tensor
 
-from phi3v.checkpoint import written_whole
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.evaluate import model_folder
-from phi3v.hardware import pick_device
+from phi3v.files import written_whole
+from phi3v.hardware import name_of, pick_device, pick_dtype
 from phi3v.model.loading import ADAPTER_CONFIG, load_model, save_model
+from phi3v.model.parts import set_precision, widen
+from phi3v.model.quantization import read_quantization
 from phi3v.runlog import say
 
 PROBE = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\nA chart with three bars.<|end|>\n"
@@ -26,10 +28,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def merge(run: str, /, *, out: Path) -> Path:
-    """Merge the adapter of a LoRA run into its base model.
+    """Merge the adapter of a LoRA or QLoRA run into its base model.
 
-    The result is a checkpoint in the published layout, in the base model's own precision. Its logits are compared with
-    those of the base and the adapter before anything is written.
+    The result is a checkpoint in the published layout, in the base model's own precision: not quantised, even if the
+    adapter was trained on a quantised base. Its logits are compared with those of the base and the adapter before
+    anything is written, and with those of the model that was trained if that was quantised.
 
     Args:
         run: A run folder, or an adapter folder.
@@ -42,31 +45,48 @@ def merge(run: str, /, *, out: Path) -> Path:
         raise InputError(f"{run}: there is no adapter to merge (no {ADAPTER_CONFIG}); is it already a whole model?")
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder")
-    model, processor = load_model(folder)
     device = pick_device()
-    model.to(device).eval()
+    quantized = _probe(*load_model(folder, device=device), device) if read_quantization(folder) else None
+    model, processor = load_model(folder, as_trained=False)
+    own = model.dtype
     before = _probe(model, processor, device)
-    base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    merged = model.merge_and_unload(safe_merge=True)
+    merged = model.merge_and_unload(safe_merge=True).requires_grad_(False)
+    set_precision(merged, own)
     after = _probe(merged, processor, device)
-    difference = float((after - before).norm() / before.norm())
-    limit = TOLERANCE[merged.dtype]
+    difference, limit = _distance(after, before), TOLERANCE[own]
     say(
         f"logits before and after merging differ by {difference:.1e} "
-        f"(relative, {merged.dtype}; at most {limit:.0e} allowed)"
+        f"(relative, {name_of(own)}; at most {limit:.0e} allowed)"
     )
     if not difference <= limit:
         raise InputError(
             f"{run}: merging changed the model, its logits differ by {difference:.1e}; nothing was written"
         )
+    if quantized is not None:
+        say(
+            f"it was trained on a 4-bit base and is merged into the whole one: "
+            f"from the model that was trained, its logits differ by {_distance(after, quantized):.1e} (relative)"
+        )
+    set_precision(merged, own)
+    base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     with written_whole(out) as temporary:
         save_model(merged, processor, temporary, carry_from=base)
     say(f"merged model  {escape(str(out))}")
     return out
 
 
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).norm() / expected.norm())
+
+
 def _probe(model: Any, processor: Phi3VProcessor, device: torch.device) -> Tensor:
-    """Logits [L, V], float32, of one picture and a sentence."""
+    """Logits [L, V], float32, of one picture and a sentence. The model is on `device` afterwards.
+
+    It is also as wide as the device computes fast, because bf16 takes a CPU without units for it a hundred times as
+    long as float32.
+    """
+    model.to(device).eval()
+    widen(model, torch.promote_types(model.dtype, pick_dtype("auto", device)))
     picture = Image.linear_gradient("L").resize((336, 336))
     inputs = processor(PROBE, [picture]).to(device)
     with torch.no_grad():

@@ -14,21 +14,32 @@ from transformers.utils import logging as transformers_logging
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.parts import set_precision
 from phi3v.model.phi3v import Phi3VForCausalLM
+from phi3v.model.quantization import Quantization, quantize, read_quantization, write_quantization
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_model(
-    name: str | Path, *, dtype: torch.dtype | str = "auto", attention: str = "sdpa", num_crops: int | None = None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    attention: str = "sdpa",
+    num_crops: int | None = None,
+    as_trained: bool = True,
+    device: torch.device | None = None,
 ) -> tuple[Any, Phi3VProcessor]:
     """The model in a folder (or on the Hub) with its processor; an adapter folder comes on its base, in PEFT.
 
-    `dtype` is the checkpoint's own by default. Raises InputError, in one line, when there is nothing usable.
+    `dtype` is the checkpoint's own by default. The base of an adapter is quantised if it was in training, unless not
+    `as_trained`: on `device`, where a GPU needs seconds; everything else is on the CPU. Raises InputError, in one
+    line, when there is nothing usable.
     """
     folder = Path(name)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(folder, dtype, attention, num_crops)
+        how = read_quantization(folder) if as_trained else None
+        return _load_adapter(folder, how, dtype, attention, num_crops, device)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name}: no model here, the folder has neither config.json nor {ADAPTER_CONFIG}")
     processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
@@ -48,7 +59,12 @@ def load_model(
 
 
 def _load_adapter(
-    folder: Path, dtype: torch.dtype | str, attention: str, num_crops: int | None
+    folder: Path,
+    how: Quantization | None,
+    dtype: torch.dtype | str,
+    attention: str,
+    num_crops: int | None,
+    device: torch.device | None,
 ) -> tuple[Any, Phi3VProcessor]:
     from peft import PeftModel
 
@@ -56,9 +72,14 @@ def _load_adapter(
     if not base_name:
         raise InputError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is missing")
     try:
-        base, _ = load_model(base_name, dtype=dtype, attention=attention)
+        # What is quantised is the checkpoint in its own precision, as in training, whatever `dtype` is.
+        base, _ = load_model(base_name, dtype="auto" if how else dtype, attention=attention)
     except InputError as error:
         raise InputError(f"{folder}: the adapter's base model cannot be loaded: {error}") from error
+    if how:
+        quantize(base, how, compute_dtype=base.dtype, device=device)
+        if isinstance(dtype, torch.dtype):
+            set_precision(base.requires_grad_(False), dtype)
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -67,7 +88,7 @@ def _load_adapter(
 
 
 def save_model(model: Any, processor: Phi3VProcessor, folder: Path, *, carry_from: str | Path | None = None) -> None:
-    """Writes the model (an adapter, if it is inside PEFT) and the processor's files.
+    """Writes the model (if it is inside PEFT, its adapter and how its base is quantised) and the processor's files.
 
     The published remote code beside the base checkpoint, `carry_from`, is carried along: it is never run here, but
     other readers of the layout look for it.
@@ -81,6 +102,8 @@ def save_model(model: Any, processor: Phi3VProcessor, folder: Path, *, carry_fro
         # "auto" would put the whole base lm_head into the adapter file, because lm_head has an adapter
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template for a model card, all blanks
+        if how := getattr(model, "quantization", None):
+            write_quantization(folder, how)
     else:
         model.save_pretrained(folder)
         if carry_from is not None and Path(carry_from).is_dir():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from phi3v.model.phi3v import Phi3VForCausalLM
+from phi3v.model.quantization import compute_in
 
 EMBEDDER = "model.vision_embed_tokens."
 TOWER = EMBEDDER + "img_processor.vision_model."
@@ -31,10 +32,11 @@ def unused_tail(model: Phi3VForCausalLM) -> tuple[str, ...]:
 
 
 def freeze(model: Phi3VForCausalLM, parts: Iterable[str]) -> None:
-    """Frozen parts and the unused CLIP tail do not learn; everything else does."""
+    """Frozen parts, the unused CLIP tail and 4-bit weights do not learn; everything else does."""
     parts, tail = set(parts), unused_tail(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in parts and not name.startswith(tail))
+        learns = part_of(name) not in parts and not name.startswith(tail) and parameter.is_floating_point()
+        parameter.requires_grad_(learns)
 
 
 def lora_targets(model: Phi3VForCausalLM, frozen: Iterable[str]) -> list[str]:
@@ -74,17 +76,26 @@ def add_lora(
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights that learn in float32, the others in `dtype`: what autocast expects, and nothing is kept twice."""
+    """Weights that learn in float32, the others in `dtype`: what autocast expects, and nothing is kept twice.
+
+    4-bit weights stay as they are, and are multiplied in `dtype`.
+    """
     for parameter in model.parameters():
         wanted = torch.float32 if parameter.requires_grad else dtype
-        if parameter.dtype != wanted:
+        if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)
+    compute_in(model, dtype)
 
 
 def widen(model: nn.Module, dtype: torch.dtype) -> None:
-    """No weight in less precision than `dtype`: arithmetic in float32 wants float32 weights, not rounded results."""
+    """No weight in less precision than `dtype`: arithmetic in float32 wants float32 weights, not rounded results.
+
+    4-bit weights stay as they are, and are multiplied in `dtype`.
+    """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype))
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype))
+    compute_in(model, dtype)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -92,5 +103,11 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         learns, every = counts.get(part_of(name), (0, 0))
-        counts[part_of(name)] = (learns + parameter.numel() * parameter.requires_grad, every + parameter.numel())
+        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights to a byte
+        counts[part_of(name)] = (learns + number * parameter.requires_grad, every + number)
     return counts
+
+
+def quantised_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The packed weights of 4-bit layers: constants, held whole by every rank."""
+    return [parameter for parameter in model.parameters() if parameter.dtype == torch.uint8]
