@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,12 @@ DECODER: dict[str, Any] = {
 SEED = 0
 
 
-def settings() -> Run:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The task can be asked for nothing besides the flags of a run."""
+
+
+def settings(options: Options = Options()) -> Run:
     """The run that learns the task; every value can be overridden."""
     return Run(
         base=Base(model=str(MODEL)),
@@ -56,7 +62,7 @@ def settings() -> Run:
     )
 
 
-def prepare(run: Run) -> Run:
+def prepare(run: Run, options: Options = Options()) -> Run:
     """Makes the data and the checkpoint that `settings` names, as far as `run` uses them and they are not there yet."""
     if run.data.train == TRAIN or run.data.eval == TEST or run.base.model == str(MODEL):
         convert(FOLDER)

@@ -1,0 +1,198 @@
+"""The forms in which data sets are published: parquet files of the Hub, JSON beside folders of pictures.
+
+Whatever is missing, damaged or half downloaded is an InputError that names the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from phi3v.errors import InputError
+from phi3v.jsonfile import parse
+from phi3v.recipes.conversion import Record, Source, each
+
+ROWS_AT_ONCE = 16
+"""Of a parquet file; a row of document pages has a megabyte."""
+
+CAULDRON = "HuggingFaceM4/the_cauldron"
+CAULDRON_COLUMNS = ("images", "texts")
+
+CauldronRow = tuple[int, str, list[bytes], list[dict[str, str]]]
+"""Number, "file, row n", pictures, and texts: {"user", "assistant", "source"}."""
+
+
+def find_parquet(folder: Path, split: str, columns: Iterable[str], subset: str | None = None) -> list[Path]:
+    """The parquet files of a split that have these columns, in order, wherever they lie in a folder; [] if none do.
+
+    Of `subset` only, if given: those in a folder of that name, or directly in `folder`. Raises InputError, naming the
+    file, when some of the split are missing or one is damaged.
+    """
+    found = [
+        file
+        for file in sorted(_files_below(folder))
+        if file.suffix == ".parquet"
+        and split in (file.name.partition("-")[0], file.parent.name)
+        and (subset is None or subset in file.parts[len(folder.parts) - 1 :] or file.parent == folder)
+        and {*columns} <= _columns(file)
+    ]
+    if len(folders := {file.parent for file in found}) > 1:
+        first, second, *_ = sorted(map(str, folders))
+        raise InputError(f"the {split} split lies in both {first} and {second}: name one of them with --data-dir")
+    numbers = [match for file in found if (match := re.search(r"-(\d{5})-of-(\d{5})", file.name))]
+    there = {int(match[1]) for match in numbers}
+    if numbers and (missing := sorted({*range(int(numbers[0][2]))} - there)):
+        name = f"{split}-{missing[0]:05d}-of-{numbers[0][2]}*.parquet"
+        raise InputError(
+            f"{found[0].parent / name} is missing: {len(there)} of the {int(numbers[0][2])} files of the {split} split "
+            "are there"
+        )
+    return found
+
+
+def parquet_source(
+    name: str,
+    files: Sequence[Path],
+    columns: Sequence[str],
+    splits: Sequence[str],
+    records: Callable[[int, str, dict[str, Any]], Sequence[Record]],
+) -> Source:
+    """Parquet files of whose rows, (number, "file, row n", row), `records` makes the records."""
+    return Source(name=name, files=files, splits=splits, open=lambda: each(open_parquet(files, columns), records))
+
+
+def open_parquet(
+    files: Sequence[Path], columns: Sequence[str]
+) -> tuple[int, Iterator[tuple[int, str, dict[str, Any]]]]:
+    """Number of rows, and (number, "file, row n", row) of each, a few at a time. Raises InputError on damaged files."""
+
+    def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
+        number = 0
+        for file in files:
+            first = number
+            with _parquet(file) as parquet, _naming(file):
+                for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
+                    for row in batch.to_pylist():
+                        yield number, f"{file}, row {number - first}", row
+                        number += 1
+
+    return sum(_parquet(file).metadata.num_rows for file in files), rows()
+
+
+def picture_bytes(value: Mapping[str, Any] | None, where: str) -> bytes:
+    """The bytes of a cell of the Hub's type Image. Raises InputError when there are none."""
+    content = (value or {}).get("bytes")
+    if not content:
+        raise InputError(f"{where}: there is no picture in it")
+    return content
+
+
+def open_cauldron(files: Sequence[Path], subset: str, num_pictures: int) -> tuple[int, Iterator[CauldronRow]]:
+    """Number of rows of a subset of the Cauldron, and each of them. Raises InputError for a row of another subset."""
+    num_rows, rows = open_parquet(files, CAULDRON_COLUMNS)
+
+    def checked() -> Iterator[CauldronRow]:
+        for number, where, row in rows:
+            pictures = [picture_bytes(image, where) for image in row["images"]]
+            sources = {re.sub(r"\W", "", text["source"]).lower() for text in row["texts"]}
+            if len(pictures) != num_pictures or sources != {subset.replace("_", "")}:
+                raise InputError(
+                    f"{where}: {len(pictures)} pictures from {', '.join(sorted(sources)) or 'nowhere'}, so this is not "
+                    f"the Cauldron's {subset} ({num_pictures} in every row)"
+                )
+            yield number, where, pictures, row["texts"]
+
+    return num_rows, checked()
+
+
+def find_file(folder: Path, *names: str) -> Path | None:
+    """The first of the files that lies in a folder or one level below."""
+    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    return next((place / name for name in names for place in places if (place / name).is_file()), None)
+
+
+def read_lines(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a file with one JSON object a line. Raises InputError when one lacks one of the keys."""
+    with _naming(file), open(file, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                where = f"{file}:{number}"
+                try:
+                    row = parse(line)
+                except InputError as error:
+                    raise InputError(f"{where}: {error}") from error
+                yield where, with_keys(row, keys, where)
+
+
+def with_keys(row: Any, keys: Iterable[str], where: str) -> dict[str, Any]:
+    """The row, which is an object with all of the keys, or InputError."""
+    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise InputError(f"{where}: there is no {missing[0]!r} in it")
+    return row
+
+
+def find_pictures(folder: Path, names: Iterable[str], file: Path) -> dict[str, Path]:
+    """Where in a folder, at any depth, the pictures of these names lie that `file` asks for. Raises InputError."""
+    wanted = {*names}
+    found = {path.name: path for path in _files_below(folder) if path.name in wanted}
+    if missing := wanted - found.keys():
+        raise InputError(
+            f"{file}: {len(missing):,} of its {len(wanted):,} pictures are nowhere in {folder}, like {min(missing)}: "
+            "download or unpack them"
+        )
+    return found
+
+
+def download(repository: str, *patterns: str) -> Path:
+    """The local copy of the files of a data set on the Hub, downloaded if need be."""
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # no network, no access
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{repository} cannot be read from the Hub ({reason}): name a folder that holds it with --data-dir"
+        ) from error
+
+
+def nothing_found(folder: Path, task: str, expected: Iterable[str]) -> InputError:
+    """What to say of a folder in which no form of a data set lies."""
+    entries = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+    found = f"{', '.join(entries[:5])}{more}" if entries else "nothing"
+    return InputError(f"{folder} holds no {task}: expected {' or '.join(expected)}; found {found}")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    return (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
+def _columns(file: Path) -> set[str]:
+    return set(_parquet(file).schema_arrow.names)
+
+
+def _parquet(file: Path) -> Any:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InputError(f"{file}: reading parquet needs pyarrow: pip install 'phi3v[hub]'") from error
+    with _naming(file):
+        return ParquetFile(file)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Names the file in whatever its reader stumbles over."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: damaged or not fully downloaded ({reason})") from error
