@@ -36,6 +36,12 @@ def test_indices_are_the_originals_where_its_division_is_exact(num_frames: int) 
         assert frame_indices(total, num_frames) == np.arange(0, total, total / num_frames).astype(int).tolist()
 
 
+def test_indices_by_hand() -> None:
+    assert frame_indices(17, 7) == [0, 2, 4, 7, 9, 12, 14]
+    assert frame_indices(294, 18)[15:] == [245, 261, 277]
+    assert frame_indices(55, 55) == list(range(55))  # 55 * (1 / 55) and the like are not all whole numbers
+
+
 @pytest.mark.parametrize("num_frames", [3, 7, 8, 11, 25])
 def test_as_many_different_indices_as_asked_for(num_frames: int) -> None:
     for total in range(num_frames, 2000):
