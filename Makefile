@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 .PHONY: quickstart test test-slow test-oldest bench check format clean
 
 quickstart: .venv/.ready
-	$(BIN)/phi3v train easy-vqa --out runs/easy-vqa --resume
+	$(BIN)/phi3v train easy-vqa --out runs/easy-vqa --resume auto
 
 test: .venv/.ready
 	$(BIN)/pytest

@@ -319,7 +319,7 @@ def test_a_finished_run_is_never_touched(resume: bool, training, fails, finished
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     before = files(run)
-    said = fails(*training(**({"resume": True} if resume else {})))
+    said = fails(*training(**({"resume": "auto"} if resume else {})))
     assert said == f"--out {run} holds a finished run: choose another folder"
     assert files(run) == before
 
@@ -331,15 +331,15 @@ def test_an_unfinished_run_is_gone_on_with_only_when_asked(training, fails, tmp_
         fails(*training())
     before = files(run)
     assert "holds an unfinished run: add --resume to go on with it" in fails(*training())
-    assert "--learning-rate was 4e-05" in fails(*training(resume=True, learning_rate=1.0))
+    assert "--learning-rate was 4e-05" in fails(*training(resume="auto", learning_rate=1.0))
     assert files(run) == before
-    assert main([str(word) for word in training(resume=True)]) == 0
+    assert main([str(word) for word in training(resume="auto")]) == 0
 
 
 def test_a_folder_that_holds_something_else_is_not_written_into(training, fails, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert fails(*training(resume=True)) == f"--resume: {run} holds no run, it has no config.json"
+    assert fails(*training(resume="auto")) == f"--resume: {run} holds no run, it has no config.json"
     (run / "thesis.tex").write_text("precious")
     assert fails(*training()) == f"--out {run} is not empty and holds no run: choose another folder"
     assert files(run) == {"thesis.tex": b"precious"}

@@ -255,7 +255,7 @@ def test_a_run_that_was_killed_goes_on_bitwise(
     whole = train(dropping(out=tmp_path / "whole", **flags))
     killed = dropping(out=tmp_path / "killed", **flags)
     train_until(killed, 5, monkeypatch)  # mid-epoch, two steps after a checkpoint
-    going_on = dropping(out=tmp_path / "killed", resume=True, **flags)
+    going_on = dropping(out=tmp_path / "killed", resume="auto", **flags)
     train_until(
         going_on, 9, monkeypatch
     )  # across a border of epochs, right before a checkpoint and after an evaluation
@@ -272,7 +272,7 @@ def test_a_run_that_was_killed_goes_on_bitwise(
 def test_without_the_random_state_it_would_not(dropping: MAKE, tmp_path: Path, log_of: LOG, monkeypatch) -> None:
     """The test above can fail: dropout does matter."""
     train(dropping(out=tmp_path / "whole", max_steps=4))
-    run = dropping(out=tmp_path / "killed", max_steps=4, resume=True)
+    run = dropping(out=tmp_path / "killed", max_steps=4, resume="auto")
     train_until(dropping(out=tmp_path / "killed", max_steps=4), 4, monkeypatch)
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
     train(run)
@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(dropping: MAKE, tmp_path: Pat
     newest = checkpoints / "step-000006/weights.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     capsys.readouterr()
-    train(dropping(out=tmp_path / "killed", resume=True))
+    train(dropping(out=tmp_path / "killed", resume="auto"))
     said = capsys.readouterr().out
     assert f"damaged checkpoint passed over: {newest} has" in said
     assert f"resuming from {checkpoints / 'step-000003'}" in said
@@ -301,7 +301,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     flags = {"max_steps": 3, "eval": tiny_data}
     train(dropping(out=tmp_path / "whole", **flags))
     train_until(dropping(out=tmp_path / "killed", **flags), 2, monkeypatch)
-    train(dropping(out=tmp_path / "killed", resume=True, **flags))
+    train(dropping(out=tmp_path / "killed", resume="auto", **flags))
     assert "no whole checkpoint" in capsys.readouterr().out
     assert [e["split"] for e in log_of(tmp_path / "killed", "eval")] == ["before", "final"]
     assert [e["loss"] for e in log_of(tmp_path / "killed")] == [e["loss"] for e in log_of(tmp_path / "whole")]
@@ -317,7 +317,7 @@ def test_a_run_killed_at_its_very_end_is_only_finished(
             train(run)
     assert not (run.keeping.out / "metrics.json").exists()
     before = weights(run.keeping.out)
-    train(dropping(max_steps=3, eval=tiny_data, resume=True))
+    train(dropping(max_steps=3, eval=tiny_data, resume="auto"))
     assert same(weights(run.keeping.out), before)
     assert [e["split"] for e in log_of(run.keeping.out, "eval")] == ["before", "final"]
     assert len(log_of(run.keeping.out)) == 3
@@ -341,7 +341,7 @@ def test_other_flags_are_refused_by_name_when_a_run_goes_on(
     run.keeping.out.mkdir()
     (run.keeping.out / "config.json").write_text(json.dumps(run.to_dict()))
     with pytest.raises(InputError, match=f"--resume: {flag}"):
-        train(settings_for(**{"max_steps": 5, **changed}, resume=True))
+        train(settings_for(**{"max_steps": 5, **changed}, resume="auto"))
 
 
 def test_a_run_does_not_go_on_with_other_data(settings_for: MAKE, tiny_data: Path, monkeypatch) -> None:
@@ -352,14 +352,14 @@ def test_a_run_does_not_go_on_with_other_data(settings_for: MAKE, tiny_data: Pat
         train_until(start, 2, monkeypatch)
         copy.write_bytes(tiny_data.read_bytes().replace(b"maybe", b"never"))
         with pytest.raises(InputError, match=r"--train .*copy.jsonl has changed since the run began"):
-            train(settings_for(train=copy, max_steps=3, save_every_steps=1, resume=True))
+            train(settings_for(train=copy, max_steps=3, save_every_steps=1, resume="auto"))
     finally:
         copy.unlink()
 
 
 def test_what_surrounds_the_loop_may_change(settings_for: MAKE, monkeypatch) -> None:
     train_until(settings_for(max_steps=3, save_every_steps=1, keep_checkpoints=1), 3, monkeypatch)
-    run = settings_for(max_steps=3, save_every_steps=2, keep_checkpoints=3, resume=True)
+    run = settings_for(max_steps=3, save_every_steps=2, keep_checkpoints=3, resume="auto")
     train(run)
     assert sorted(path.name for path in (run.keeping.out / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
@@ -396,7 +396,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(settings_for: MAKE, monkeypatch
         with pytest.raises(InputError, match=r"cannot write .*step-000004: .*No space left"):
             train(run := settings_for(**flags))
     assert [path.name for path in (run.keeping.out / "checkpoints").iterdir()] == ["step-000002"]
-    train(settings_for(**flags, resume=True))
+    train(settings_for(**flags, resume="auto"))
     train(whole := settings_for(**flags, out=run.keeping.out.parent / "whole"))
     assert same(weights(run.keeping.out), weights(whole.keeping.out))
 
@@ -413,7 +413,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
     assert {file.name for file in run.keeping.out.iterdir()} == {
         *("config.json", "environment.json", "log.jsonl", "checkpoints")
     }
-    train(settings_for(max_steps=2, resume=True))
+    train(settings_for(max_steps=2, resume="auto"))
     assert (run.keeping.out / "final").is_dir()
 
 

@@ -6,10 +6,13 @@ looked at; once all is well the audit is over and costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from phi3v.errors import InputError
+from phi3v.parallel.ranks import Ranks
 
 # Steps with images after which every parameter must have been reached. Two would do (LoRA's A gets its first gradient
 # once B has moved); one more allows for a step whose few images happen to leave a unit silent.
@@ -19,35 +22,40 @@ STEPS_TO_REACH_ALL = 3
 ALWAYS_ZERO = ("self_attn.k_proj.bias",)
 
 
+ALONE = Ranks()
+
+
 class GradientAudit:
     """Call `check` after every backward pass, before the optimizer steps, until `done`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.unreached = {
-            name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(ALWAYS_ZERO)
-        }
+        self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.unreached = {name for name in self.trainable if not name.endswith(ALWAYS_ZERO)}
         self.steps_with_images = 0
         self.done = False
 
-    def check(self, *, images: bool, skipped: bool = False) -> None:
-        """`images`: did this step have any? `skipped`: fp16 overflow, the optimizer will not step.
+    def check(self, gradients: Iterable[tuple[str, Tensor | None]], *, images: bool, ranks: Ranks = ALONE) -> None:
+        """`gradients`: of every parameter, or the part this rank holds. `images`: did this step have any?
 
-        Raises InputError, naming the parameter, for a gradient that is not finite, a frozen parameter with a gradient,
-        or a trainable one that was never reached.
+        Raises InputError, naming the parameter, for a frozen parameter with a gradient, or a trainable one that was
+        never reached. A gradient that is not finite is the loop's business: the step does not count here.
         """
-        if self.done or skipped:
+        if self.done:
             return
-        for name, parameter in self.model.named_parameters():
-            gradient = parameter.grad
+        reached, frozen, finite = set(), set(), True
+        for name, gradient in gradients:
             if gradient is None:
                 continue
-            if not parameter.requires_grad:
-                raise InputError(f"gradient audit: {name} is frozen, but it has a gradient")
-            if not torch.isfinite(gradient).all():
-                raise InputError(f"gradient audit: the gradient of {name} is not finite")
+            if name not in self.trainable:
+                frozen.add(name)
+            finite = finite and bool(torch.isfinite(gradient).all())
             if name in self.unreached and bool(gradient.any()):
-                self.unreached.discard(name)
+                reached.add(name)
+        if ranks.any(not finite):
+            return
+        if frozen := {name for names in ranks.gather(sorted(frozen)) for name in names}:
+            raise InputError(f"gradient audit: {min(frozen)} is frozen, but it has a gradient")
+        self.unreached -= {name for names in ranks.gather(sorted(reached)) for name in names}
         self.steps_with_images += images
         if not self.unreached:
             self.done = True

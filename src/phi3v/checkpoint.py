@@ -1,4 +1,8 @@
-"""Checkpoints a run can go on from, exactly: weights that learn, optimizer, schedule, loss scale, random state.
+"""Checkpoints a run can go on from, exactly, on any engine and any number of ranks.
+
+Every rank writes the slices it holds of the weights that learn and of the optimizer's state, into a file of its own;
+on the way back every rank reads just what it needs, whatever the slices were. Random numbers need no state: the loop
+seeds every step.
 
 Invariant: a folder called `step-N` is whole. It is written under another name, flushed to disk and renamed; its
 manifest holds the size and SHA-256 of every file, and both are checked before anything is loaded. Tensors are
@@ -9,122 +13,183 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.errors import InputError
+from phi3v.files import begin, disk_errors, finish, flush
+from phi3v.parallel.engine import Engine, Slice
+from phi3v.parallel.ranks import Ranks
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+ALONE = Ranks(device=torch.device("cpu"))
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    scaler: Any = None,
+    engine: Engine,
+    schedule: LRScheduler,
+    ranks: Ranks = ALONE,
     keep: int = 2,
+    metric: float | None = None,
 ) -> Path:
-    """Writes `folder/step-N`, then removes all but the newest `keep`. Raises InputError when the disk is full."""
+    """Writes `folder/step-N`, then removes all but the newest `keep` and the one with the highest `metric`.
+
+    All ranks call this together. Raises InputError, on all of them, when one cannot write, as on a full disk; earlier
+    checkpoints are then as they were.
+    """
     target = folder / f"step-{step:06d}"
-    with written_whole(target) as temporary:
-        learnt = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(learnt, temporary / "weights.safetensors")
-        state = optimizer.state_dict()
-        tensors, numbers = {}, {}
-        for index, values in state["state"].items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{index}.{key}"] = value.contiguous()
-                else:
-                    numbers[f"{index}.{key}"] = value
-        save_file(tensors, temporary / "optimizer.safetensors")
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-        save_file(random, temporary / "random.safetensors")
-        rest = {
-            "step": step,
-            "optimizer": {"numbers": numbers, "groups": state["param_groups"]},
-            "schedule": schedule.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        (temporary / "state.json").write_text(json.dumps(rest))
-        (temporary / MANIFEST).write_text(json.dumps(_manifest(temporary), indent=1))
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+    temporary = ranks.first_does(lambda: begin(target))
+
+    def write_part() -> dict[str, dict[str, Any]]:
+        with disk_errors(target):
+            return _write_slices(engine, temporary / f"rank-{ranks.rank:05d}-of-{ranks.num:05d}.safetensors")
+
+    def complete(manifest: dict[str, dict[str, Any]]) -> None:
+        with disk_errors(target):
+            rest = {
+                "step": step,
+                "metric": metric,
+                "schedule": schedule.state_dict(),
+                "scaler": engine.scaler_state(),
+            }
+            (temporary / STATE).write_text(json.dumps(rest))
+            manifest |= {STATE: _entry(temporary / STATE)}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        finish(temporary, target)
+        _forget(folder, keep)
+
+    try:
+        parts = [part for parts in ranks.gather([ranks.all_do(write_part)]) for part in parts]
+        ranks.first_does(lambda: complete({name: entry for part in parts for name, entry in part.items()}))
+    except InputError:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return target
 
 
-def load_checkpoint(
-    path: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    scaler: Any = None,
-) -> int:
-    """Puts everything back where it was, random state included, and returns the step.
+def _write_slices(engine: Engine, file: Path) -> dict[str, dict[str, Any]]:
+    """Writes what this rank is to save; returns its line of the manifest."""
+    tensors, about = {}, {}
+    for part in engine.slices():
+        if engine.owns(part.name) and part.weight.numel():
+            count = None if part.count is None else float(part.count)
+            about[part.name] = {"shape": part.shape, "start": part.start, "count": count}
+            for key, value in {"weight": part.weight, **part.state}.items():
+                tensors[f"{key}/{part.name}"] = value.detach().contiguous()
+    save_file(tensors, file, metadata={"slices": json.dumps(about)})
+    flush(file)
+    return {file.name: _entry(file)}
+
+
+def load_checkpoint(path: Path, *, engine: Engine, schedule: LRScheduler) -> int:
+    """Puts everything back where it was and returns the step.
 
     Raises InputError when the checkpoint belongs to a run in which other weights learn.
     """
-    weights = load_file(path / "weights.safetensors")
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if strangers := sorted(learning.keys() ^ weights.keys()):
-        raise InputError(f"{path}: other weights learn in this run, {strangers[0]} for one: resume with the same flags")
-    with torch.no_grad():
-        for name, parameter in learning.items():
-            if parameter.shape != weights[name].shape:
-                raise InputError(
-                    f"{path}: {name} has shape {list(weights[name].shape)}, expected {list(parameter.shape)}"
-                )
-            parameter.copy_(weights[name])
-    rest = json.loads((path / "state.json").read_text())
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(path / "optimizer.safetensors").items(), *rest["optimizer"]["numbers"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["optimizer"]["groups"]})
+    rest = json.loads((path / STATE).read_text())
+    engine.make_state()
+    with ExitStack() as opened, torch.no_grad():
+        saved = _saved(path, opened)
+        ours = {part.name: part for part in engine.slices()}
+        _same_weights(path, engine, ours, saved)
+        for part in ours.values():
+            _read_into(part, saved[part.name])
+    engine.slices_written()
     schedule.load_state_dict(rest["schedule"])
-    if scaler is not None and rest["scaler"] is not None:
-        scaler.load_state_dict(rest["scaler"])
-    random = load_file(path / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    for key, value in random.items():
-        if key.startswith("cuda.") and torch.cuda.is_available():
-            torch.cuda.set_rng_state(value, int(key.removeprefix("cuda.")))
+    for group, rate in zip(engine.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    engine.load_scaler_state(rest["scaler"])
     return rest["step"]
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and what is wrong with the newer ones that were passed over."""
+class _Saved(NamedTuple):
+    """A slice in a file."""
+
+    file: Any
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    steps: float | None
+
+
+def _saved(path: Path, opened: ExitStack) -> dict[str, list[_Saved]]:
+    found: dict[str, list[_Saved]] = {}
+    for name in sorted(path.glob("rank-*.safetensors")):
+        file = opened.enter_context(safe_open(name, framework="pt"))
+        for parameter, about in json.loads(file.metadata()["slices"]).items():
+            size = file.get_slice(f"weight/{parameter}").get_shape()[0]
+            shape, start = tuple(about["shape"]), about["start"]
+            found.setdefault(parameter, []).append(_Saved(file, shape, start, start + size, about["count"]))
+    return found
+
+
+def _same_weights(path: Path, engine: Engine, ours: dict[str, Slice], saved: dict[str, list[_Saved]]) -> None:
+    learning = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
+    if strangers := sorted(learning ^ saved.keys()):
+        raise InputError(f"{path}: other weights learn in this run, {strangers[0]} for one: resume with the same flags")
+    for name, part in ours.items():
+        if part.shape != saved[name][0].shape:
+            raise InputError(f"{path}: {name} has shape {list(saved[name][0].shape)}, expected {list(part.shape)}")
+        if sum(piece.stop - piece.start for piece in saved[name]) != math.prod(part.shape):
+            raise InputError(f"{path}: {name} is incomplete")
+
+
+def _read_into(part: Slice, saved: list[_Saved]) -> None:
+    """Copies the stretches of the stored slices that lie in this one."""
+    stop = part.start + part.weight.numel()
+    for piece in saved:
+        first, last = max(part.start, piece.start), min(stop, piece.stop)
+        if first >= last:
+            continue
+        stored, here = slice(first - piece.start, last - piece.start), slice(first - part.start, last - part.start)
+        part.weight[here] = piece.file.get_slice(f"weight/{part.name}")[stored].to(part.weight.device)
+        if part.count is not None:
+            part.count.fill_(piece.steps or 0.0)
+        for key, value in part.state.items():
+            if piece.steps is None:
+                value[here] = 0.0  # it had slept since the run began
+            else:
+                value[here] = piece.file.get_slice(f"{key}/{part.name}")[stored].to(value.device)
+
+
+def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, and what is wrong with the newer ones that were passed over.
+
+    All ranks call this together; each checks its share of the files.
+    """
     complaints: list[str] = []
-    for path in reversed(_steps(folder)):
-        if (complaint := damage(path)) is None:
-            return path, complaints
-        complaints.append(complaint)
+    for name in ranks.first_does(lambda: [path.name for path in reversed(_steps(folder))]):
+        complaint = damage(folder / name, share=(ranks.rank, ranks.num))
+        found = [line for lines in ranks.gather([complaint] if complaint else []) for line in lines]
+        if not found:
+            return folder / name, complaints
+        complaints.append(found[0])
     return None, complaints
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None if every file is as it was written."""
+def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint, naming the file, or None if every file is as it was written.
+
+    `share` (i, n) looks at every n-th file only, from the i-th on.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{path / MANIFEST}: {error}"
-    for name, entry in manifest.items():
-        file = path / name
+    for name in sorted(manifest)[share[0] :: share[1]]:
+        file, entry = path / name, manifest[name]
         if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != entry["bytes"]:
@@ -134,52 +199,20 @@ def damage(path: Path) -> str | None:
     return None
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` once its block is done and its files are on disk; or nothing at all.
+def _forget(folder: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep` and the best."""
+    steps = _steps(folder)
+    best = max(((metric, path) for path in steps if (metric := _metric(path)) is not None), default=(0.0, None))[1]
+    for path in steps[:-keep]:
+        if path != best:
+            shutil.rmtree(path)
 
-    An existing `target` is replaced. Raises InputError when writing fails, a full disk for one; `target` then is as
-    it was before.
-    """
-    make_folder(target.parent)
-    temporary = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
+
+def _metric(path: Path) -> float | None:
     try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        _flush(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _flush(target.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"cannot write {target}: {error}; what was saved before is untouched") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder, with those it lies in, unless it is there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.unfinished")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {file}: {error}") from error
+        return json.loads((path / STATE).read_text())["metric"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -189,18 +222,10 @@ def _steps(folder: Path) -> list[Path]:
     )
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg, configure
 
 from phi3v.config import Run
-from phi3v.errors import InputError
+from phi3v.errors import InputError, RankError
 
 DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
 
@@ -38,16 +38,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _commands(recipe), prog="phi3v", description=DESCRIPTION, args=given
         )
     except InputError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        return 2
+        if _rank() == 0 or isinstance(error, RankError):
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return _end(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         return 130
     return status if isinstance(status, int) else 0
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _end(status: int) -> int:
+    """Among several processes an error ends this one at once: tidying up would wait for the others, who wait for it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def _silence() -> None:
     """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
+    if _rank() > 0:
+        warnings.filterwarnings("ignore")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)

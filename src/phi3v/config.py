@@ -76,6 +76,10 @@ class Data:
     num_workers: int | None = None
     """Processes that read images. Default: one for every core but one, at most 4, and none on two cores or fewer."""
 
+    on_bad_example: Literal["stop", "skip"] = "stop"
+    """An image that has become unreadable while the run goes on. stop: end, naming it. skip: go on without its examples
+    (the mean is over the others), and list them in skipped.jsonl."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
@@ -89,6 +93,15 @@ class Tuning:
 
     lora: bool = False
     """Train low-rank adapters instead of the weights: on the decoder, its head, and the parts that are not frozen."""
+
+    qlora: bool = False
+    """LoRA over a base whose decoder weights are held in four bits (nf4)."""
+
+    quantize: tuple[Literal["vision", "projector"], ...] = ()
+    """Further parts that `--qlora` holds in four bits."""
+
+    double_quant: bool = False
+    """With `--qlora`: quantise the scales as well, 0.4 bits less a weight."""
 
     lora_rank: int = 64
     """Rank of the adapters."""
@@ -116,6 +129,11 @@ class Tuning:
     def frozen(self) -> tuple[Part, ...]:
         named = {*self.freeze, *(("vision", "projector") if self.freeze_vision_model else ())}
         return tuple(part for part in typing.get_args(Part) if part in named)
+
+    @property
+    def adapters(self) -> bool:
+        """Whether adapters learn, not the weights themselves."""
+        return self.lora or self.qlora
 
     @property
     def alpha(self) -> float:
@@ -164,6 +182,18 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How several processes share the work (`torchrun --nproc_per_node=N -m phi3v train ...`)."""
+
+    parallel: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    """ddp: every GPU holds everything. zero1, zero2: the optimizer's state (and gradients) are split. fsdp2, zero3: the
+    weights too. auto: zero2 for the whole model (fsdp2 without DeepSpeed), ddp for adapters and on CPUs."""
+
+    rank_timeout_minutes: float = 30.0
+    """A process that has not come to where the others wait after so long is reported, and the job ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Answering the questions of `--eval`."""
 
@@ -191,10 +221,21 @@ class Keeping:
     """Checkpoint every so many steps. One is always written at the end."""
 
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, besides the one that scored best."""
 
-    resume: bool = False
-    """Go on exactly where the newest checkpoint in the run folder stands."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on exactly where the newest whole checkpoint in the run folder stands, or start where there is none."""
+
+    max_minutes: float | None = None
+    """Checkpoint and end after so long, to be resumed."""
+
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """A loss or gradient that is not a number. stop: end, naming the examples. rollback: go back to the last
+    checkpoint, and past that step without learning from it."""
+
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written. stop: end; continue: go on, and try again when the next one is due. What was
+    saved before stays either way."""
 
     seed: int = 42
     """Of the data order, adapters and dropout."""
@@ -218,7 +259,13 @@ LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             *("max_steps", "eval_every_steps", "eval_limit", "save_every_steps", "keep_checkpoints", "limit"),
         ),
     ),
-    "positive": (lambda value: value > 0, ("epochs", "learning_rate", "eps", "max_grad_norm", "lora_alpha")),
+    "positive": (
+        lambda value: value > 0,
+        (
+            *("epochs", "learning_rate", "eps", "max_grad_norm", "lora_alpha"),
+            *("max_minutes", "rank_timeout_minutes"),
+        ),
+    ),
     "at least 0": (
         lambda value: value >= 0,
         (
@@ -238,6 +285,7 @@ class Run:
     data: Data = field(default_factory=Data)
     tuning: Tuning = field(default_factory=Tuning)
     optim: Optim = field(default_factory=Optim)
+    scaling: Scaling = field(default_factory=Scaling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     keeping: Keeping = field(default_factory=Keeping)
 
@@ -257,9 +305,14 @@ class Run:
             if importlib.util.find_spec(tracker) is None:  # accelerate would leave it out without a word
                 raise InputError(f"--track {tracker}: it is not installed (pip install {tracker})")
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "dora", "rslora"):
-            if not self.tuning.lora and values[name] != getattr(Tuning, name):
-                raise InputError(f"--{name.replace('_', '-')} has no effect without --lora")
-        if "embeddings" in self.tuning.frozen and self.tuning.lora:
+            if not self.tuning.adapters and values[name] != getattr(Tuning, name):
+                raise InputError(f"--{name.replace('_', '-')} has no effect without --lora or --qlora")
+        for name in ("quantize", "double_quant"):
+            if not self.tuning.qlora and values[name]:
+                raise InputError(f"--{name.replace('_', '-')} has no effect without --qlora")
+        if self.tuning.qlora and self.tuning.lora_init in ("pissa", "olora"):
+            raise InputError(f"--lora-init {self.tuning.lora_init} decomposes the weights, which --qlora has quantised")
+        if "embeddings" in self.tuning.frozen and self.tuning.adapters:
             raise InputError("--freeze embeddings has no effect with --lora: adapters never touch the embeddings")
 
     def to_dict(self) -> dict[str, Any]:

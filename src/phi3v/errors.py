@@ -15,6 +15,10 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
+class RankError(InputError):
+    """Something has gone wrong on this rank alone; every other InputError is raised by all ranks of a job alike."""
+
+
 def one_line(text: str) -> str:
     """A text as a terminal shows it and does not obey it: control characters escaped, the middle of a long one cut."""
     if len(text) > MAX_LENGTH:

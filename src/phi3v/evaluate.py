@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from phi3v.checkpoint import make_folder, write_text
 from phi3v.config import Attention, Precision, check_numbers
 from phi3v.data.chat import Example, encode, questions
 from phi3v.data.image import read_size
@@ -24,12 +23,17 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import PackLimits
 from phi3v.errors import InputError
+from phi3v.files import make_folder, write_text
 from phi3v.hardware import pick_device, pick_dtype
 from phi3v.metrics import Prediction, accuracy, anls, score
 from phi3v.model.generation import generate_pack
 from phi3v.model.loading import load_model
 from phi3v.model.parts import widen
+from phi3v.parallel.ranks import Ranks
 from phi3v.runlog import progress_bar, say
+from phi3v.stopping import Stopped
+
+ALONE = Ranks()
 
 
 def read_questions(path: Path, image_root: Path | None, limit: int | None = None) -> list[Example]:
@@ -56,24 +60,33 @@ def answer(
     dtype: torch.dtype,
     title: str = "evaluating",
     progress: bool = True,
+    ranks: Ranks = ALONE,
+    leave_off: Callable[[], bool] = lambda: False,
 ) -> list[Prediction]:
-    """Greedy answers, scored one by one, in the order of `prompts`."""
+    """Greedy answers, scored one by one, in the order of `prompts`; every rank takes its share and hears of all.
+
+    `leave_off` is asked before every pack. Raises Stopped, on all ranks, when it says so on any.
+    """
     device = next(model.parameters()).device
     sizes = functools.cache(read_size)  # a page has many questions
     encoded = [encode(prompt, processor, sizes) for prompt in prompts]
-    predictions: list[Prediction | None] = [None] * len(prompts)
-    packs = prompt_packs(encoded, limits, reading, max_new_tokens=max_new_tokens)
+    answered: list[tuple[int, Prediction]] = []
+    packs = prompt_packs(
+        encoded, limits, reading, max_new_tokens=max_new_tokens, rank=ranks.rank, num_ranks=ranks.num, tell=say
+    )
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     with progress_bar(title, len(prompts), "questions", show=progress, summary=False) as advance, mixed:
         for batch in packs:
+            if ranks.any(leave_off()):
+                raise Stopped
             pack = batch.pack.to(device, non_blocking=True)
             found = generate_pack(model, pack, max_new_tokens=max_new_tokens, stop_token_ids=processor.stop_token_ids)
             for number, ids in zip(batch.numbers, found, strict=True):
                 text = processor.decode(ids, skip_special_tokens=True)
-                predictions[number] = _prediction(prompts[number], text, len(ids))
-            advance(len(found))
-    assert all(predictions)
-    return [prediction for prediction in predictions if prediction is not None]
+                answered.append((number, _prediction(prompts[number], text, len(ids))))
+            advance(len(found) * ranks.num)  # the others are about as far
+    everyone = dict(pair for pairs in ranks.gather(answered) for pair in pairs)
+    return [everyone[number] for number in range(len(prompts))]
 
 
 def _prediction(prompt: Example, text: str, num_tokens: int) -> Prediction:
@@ -176,5 +189,5 @@ def model_folder(name: str | Path) -> str | Path:
     if (folder / "final").is_dir():
         return folder / "final"
     if (folder / "checkpoints").is_dir():
-        raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume`")
+        raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume auto`")
     return name

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from phi3v.data.chat import Encoded, Example, encode
 from phi3v.data.check import check
 from phi3v.data.image import read_size
 from phi3v.data.loader import MicroBatch, Reading, training_packs
+from phi3v.data.pack import Lost
 from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
@@ -23,6 +24,8 @@ from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.evaluate import read_questions
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.parallel.ranks import Ranks
+from phi3v.runlog import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +47,15 @@ class TrainingData:
         return max(1, round(run.optim.epochs * self.steps_per_epoch))
 
 
-def read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool) -> TrainingData:
+def read_data(
+    run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool, ranks: Ranks
+) -> TrainingData:
     """Reads and encodes `--train` and `--eval`. With `check_first`, the first problem in either is an InputError."""
     assert run.data.train is not None
     if check_first:
-        for file in filter(None, (run.data.train, run.data.eval)):
-            findings = check(file, run.data.image_root, processor, max_tokens=config.max_position_embeddings)
-            if findings.problems:
-                more = (
-                    f" (and {len(findings.problems) - 1} more: phi3v check {file})"
-                    if len(findings.problems) > 1
-                    else ""
-                )
-                raise InputError(f"{findings.problems[0]}{more}")
+        ranks.first_does(lambda: _check(run, processor, config))
     examples = read_jsonl(run.data.train, run.data.image_root)
-    sizes = functools.cache(read_size)  # a page has many questions
-    encoded = [encode(example, processor, sizes) for example in examples]
+    encoded = _encode(examples, processor, ranks)
     lengths = Lengths.of(encoded)
     settings = PlanSettings(
         batch_size=run.data.batch_size,
@@ -77,6 +73,7 @@ def read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check
         num_crops=processor.num_crops,
         num_workers=_num_workers(run.data.num_workers),
         pin_memory=torch.cuda.is_available(),
+        on_bad_example=run.data.on_bad_example,
     )
     return TrainingData(
         examples=examples,
@@ -89,26 +86,51 @@ def read_data(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check
     )
 
 
+def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig) -> None:
+    for file in filter(None, (run.data.train, run.data.eval)):
+        findings = check(file, run.data.image_root, processor, max_tokens=config.max_position_embeddings)
+        if findings.problems:
+            others = len(findings.problems) - 1
+            more = f" (and {others} more: phi3v check {file})" if others else ""
+            raise InputError(f"{findings.problems[0]}{more}")
+
+
+def _encode(examples: list[Example], processor: Phi3VProcessor, ranks: Ranks) -> list[Encoded]:
+    """Each rank encodes its share, headers of the pictures included, and hears of the others'."""
+    sizes = functools.cache(read_size)  # a page has many questions
+
+    def share() -> list[Encoded]:
+        return [encode(example, processor, sizes) for example in examples[ranks.rank :: ranks.num]]
+
+    encoded: list[Any] = [None] * len(examples)
+    for rank, found in enumerate(ranks.gather(ranks.all_do(share))):
+        encoded[rank :: ranks.num] = found
+    return encoded
+
+
 def _num_workers(wanted: int | None) -> int:
     if wanted is not None:
         return wanted
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return 0 if cores <= 2 else min(4, cores - 1)
 
 
 @dataclass(kw_only=True)
 class StepPacks:
-    """The packs of one optimizer step, and how long each was waited for."""
+    """The packs of one optimizer step on this rank, how long was waited for them, and what could not be read."""
 
     first: MicroBatch
     rest: Iterator[tuple[float, MicroBatch]]
     first_wait: float
     epoch: float
     wait: float = 0.0
+    lost: list[Lost] = field(default_factory=list)
+    """Examples of the step, on all ranks, that are skipped; the others' weights make up for them."""
 
     @property
-    def crops(self) -> int:
-        return self.first.step.crops
+    def images(self) -> bool:
+        """Whether the step has any, on any rank."""
+        return self.first.step.crops > 0
 
     def packs(self) -> Iterator[MicroBatch]:
         micro, self.wait = self.first, self.first_wait
@@ -118,23 +140,39 @@ class StepPacks:
             self.wait += waited
             yield micro
 
+    def without_lost(self, ranks: Ranks) -> StepPacks:
+        """The step with all its packs read, and their weights such that the loss is the mean over what was read."""
+        packs = list(self.packs())
+        self.lost = [lost for found in ranks.gather([lost for micro in packs for lost in micro.lost]) for lost in found]
+        if not self.lost:
+            rest = packs
+        elif len(self.lost) == self.first.step.examples:
+            raise InputError(f"no example of a step can be read: {self.lost[0].where}: {self.lost[0].reason}")
+        else:
+            left = 1.0 - sum(lost.weight for lost in self.lost)
+            rest = [m._replace(pack=replace(m.pack, weights=m.pack.weights / left)) for m in packs]
+        self.first, self.first_wait = rest[0], self.wait
+        self.rest = ((0.0, micro) for micro in rest[1:])
+        return self
+
     def entry(
         self, step: int, loss: float, rate: float, norm: float, seconds: float, memory: float, skipped: bool
     ) -> dict[str, Any]:
         """The step's line in `log.jsonl`. `data_wait` is the share of the time spent waiting for data."""
         counts = self.first.step
+        examples = counts.examples - len(self.lost)
         return {
             "step": step,
             "epoch": round(self.epoch, 4),
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
-            "examples": counts.examples,
+            "examples": examples,
             "pages": counts.pages,
             "tokens": counts.tokens,
             "crops": counts.crops,
             "packs": counts.packs,
-            "examples_per_s": counts.examples / seconds,
+            "examples_per_s": examples / seconds,
             "tokens_per_s": counts.tokens / seconds,
             "data_wait": self.wait / seconds,
             "seconds": seconds,
@@ -143,16 +181,16 @@ class StepPacks:
         }
 
 
-def steps(
-    run: Run, data: TrainingData, device: torch.device, *, first_step: int, total_steps: int
-) -> Iterator[StepPacks]:
+def steps(run: Run, data: TrainingData, ranks: Ranks, *, first_step: int, total_steps: int) -> Iterator[StepPacks]:
     """The optimizer steps still to do, over as many epochs as it takes."""
 
     def timed() -> Iterator[tuple[float, MicroBatch]]:
         epoch, within = divmod(first_step, data.steps_per_epoch)
         while True:
             plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch)
-            packs = training_packs(data.encoded, plan, data.reading, first_step=within)
+            packs = training_packs(
+                data.encoded, plan, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, tell=say
+            )
             before = time.monotonic()
             for micro in packs:
                 yield time.monotonic() - before, micro
@@ -162,4 +200,12 @@ def steps(
     stream = timed()
     for step in range(first_step, total_steps):
         wait, first = next(stream)
-        yield StepPacks(first=first, rest=stream, first_wait=wait, epoch=(step + 1) / data.steps_per_epoch)
+        packs = StepPacks(first=first, rest=stream, first_wait=wait, epoch=(step + 1) / data.steps_per_epoch)
+        yield packs.without_lost(ranks) if data.reading.on_bad_example == "skip" else packs
+
+
+def examples_of(run: Run, data: TrainingData, ranks: Ranks, step: int) -> list[list[str]]:
+    """Ids of the examples of a step, by rank."""
+    epoch, within = divmod(step, data.steps_per_epoch)
+    _, packs = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch).packs(within, ranks.num)
+    return [[data.encoded[i].id for pack in of_rank for tree in pack for i in tree.examples] for of_rank in packs]

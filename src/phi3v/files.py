@@ -20,12 +20,29 @@ def written_whole(target: Path) -> Iterator[Path]:
     An existing `target` is replaced. Raises InputError when writing fails, a full disk for one; `target` then is as
     it was before.
     """
+    temporary = begin(target)
+    try:
+        with disk_errors(target):
+            yield temporary
+        finish(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def begin(target: Path) -> Path:
+    """Makes the temporary folder that `finish` will rename to `target`; for several writers, else `written_whole`."""
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with disk_errors(target):
         temporary.mkdir()
-        yield temporary
+    return temporary
+
+
+def finish(temporary: Path, target: Path) -> None:
+    """Puts the temporary folder on disk and in the place of `target`."""
+    with disk_errors(target):
         for file in temporary.rglob("*"):
             flush(file)
         flush(temporary)
@@ -33,12 +50,15 @@ def written_whole(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(temporary, target)
         flush(target.parent)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """What the disk refuses while `target` is written becomes an InputError that names it."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"cannot write {target}: {error}; what was saved before is untouched") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def make_folder(folder: Path) -> None:

@@ -5,21 +5,46 @@ from __future__ import annotations
 from torch import nn
 
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.parallel import Parallel
 
 PATCHES = 577  # per crop
 
 
+# What the ranks of an engine share out.
+SHARED: dict[Parallel, tuple[str, ...]] = {
+    "ddp": (),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights"),
+    "fsdp2": ("optimizer", "gradients", "weights"),
+}
+
+
 def estimate(
-    model: nn.Module, config: Phi3VConfig, *, tokens: int, crops: int, rows: int, bytes_per_value: int, recompute: bool
+    model: nn.Module,
+    config: Phi3VConfig,
+    *,
+    tokens: int,
+    crops: int,
+    rows: int,
+    bytes_per_value: int,
+    recompute: bool,
+    engine: Parallel = "ddp",
+    num_ranks: int = 1,
 ) -> dict[str, float]:
     """GB by part for the largest pack: `tokens` and `crops` run through the layers, `rows` get logits.
 
     Trainable weights, their gradients and both AdamW moments are float32. Activations are what a layer keeps for its
     backward pass: 8 H + 3 F values a token in the decoder, 8 D + 2 F a patch in CLIP (H, D widths, F the MLP's); with
-    `recompute` only the layers' inputs and one layer's worth. An estimate: the allocator and kernels come on top.
+    `recompute` only the layers' inputs and one layer's worth. `engine` says what `num_ranks` share out. An estimate:
+    the allocator and kernels come on top.
     """
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = sum(
+        p.numel() * (bytes_per_value if p.is_floating_point() else p.element_size())
+        for p in model.parameters()
+        if not p.requires_grad
+    )
     clip = config.clip
     decoder_layer = (8 * config.hidden_size + 3 * config.intermediate_size) * tokens
     clip_layer = (8 * clip["hidden_size"] + 2 * clip["intermediate_size"]) * crops * PATCHES
@@ -31,11 +56,11 @@ def estimate(
     else:
         kept = layers * decoder_layer + (clip_layers * clip_layer if vision_learns else 0)
     parts = {
-        "weights": 4 * learn + bytes_per_value * frozen,
+        "weights": 4 * learn + frozen,
         "gradients": 4 * learn,
         "optimizer": 8 * learn,
         "activations": bytes_per_value * kept,
         "logits": 3 * 4 * rows * config.vocab_size,
     }
-    gigabytes = {name: size / 1e9 for name, size in parts.items()}
+    gigabytes = {name: size / 1e9 / (num_ranks if name in SHARED[engine] else 1) for name, size in parts.items()}
     return {**gigabytes, "total": sum(gigabytes.values())}

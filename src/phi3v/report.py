@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from phi3v.chart import HEIGHT, WIDTH, Chart, Level, Series, chart, number, percent, smooth, thin
-from phi3v.checkpoint import write_text
+from phi3v.files import write_text
 from phi3v.data.image import load_image
 from phi3v.errors import InputError
 from phi3v.metrics import Prediction, normalize_answer

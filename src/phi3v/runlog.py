@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from phi3v.checkpoint import write_text
 from phi3v.errors import InputError
+from phi3v.files import write_text
 
 console = Console(stderr=False, highlight=False)
 
@@ -23,16 +24,28 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 class RunLog:
-    """One line a step in `log.jsonl`, the same numbers on the bar and to the trackers. A context manager."""
+    """One line a step in `log.jsonl`, the same numbers on the bar and to the trackers. A context manager.
 
-    def __init__(self, folder: Path, *, total_steps: int, first_step: int, accelerator: Any, show: bool) -> None:
-        self.file = folder / "log.jsonl"
-        self._forget_after(first_step)
-        try:
-            self._stream = open(self.file, "a")  # noqa: SIM115  (closed by __exit__)
-        except OSError as error:
-            raise InputError(f"cannot write {self.file}: {error}") from error
-        self.accelerator, self.total, self.show = accelerator, total_steps, show
+    Only the rank that writes has one with a file; elsewhere `folder` is None and nothing is written or shown.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        total_steps: int,
+        first_step: int,
+        trackers: Sequence[Any] = (),
+        show: bool = True,
+        drop_lines: bool = False,
+    ) -> None:
+        self.file = None if folder is None else folder / "log.jsonl"
+        self.trackers, self.total, self.show = trackers, total_steps, show and self.file is not None
+        show = self.show
+        self.drop_lines = drop_lines
+        """Go on without the lines that a full disk refuses."""
+        self._stream: TextIO | None = None
+        self._open(first_step)
         self.bar = Progress(
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -45,22 +58,47 @@ class RunLog:
         self._task = self.bar.add_task("training", total=total_steps, completed=first_step, numbers="")
         self._last_line = 0.0
 
-    def _forget_after(self, step: int) -> None:
+    def _open(self, step: int) -> None:
+        if self.file is None:
+            return
+        self._forget_after(self.file, step)
+        try:
+            self._stream = open(self.file, "a")  # noqa: SIM115  (closed by __exit__)
+        except OSError as error:
+            raise InputError(f"cannot write {self.file}: {error}") from error
+
+    def _reopen(self) -> None:
+        """Gets rid of the half line that the stream still holds, or it would come back with the next one."""
+        assert self.file is not None
+        with suppress(OSError):
+            self._stream.close()  # type: ignore[union-attr]
+        self._stream = open(self.file, "a")  # noqa: SIM115
+
+    def back_to(self, step: int) -> None:
+        """Goes on after `step`: what was said later will be said again."""
+        if self._stream is not None:
+            self._stream.close()
+        self._open(step)
+        self.bar.update(self._task, completed=step)
+
+    @staticmethod
+    def _forget_after(file: Path, step: int) -> None:
         """A run that is resumed says again what it said after its checkpoint, and scores its end again: that goes.
 
-        A run that starts again at step 0 says everything again.
+        A run that starts again at step 0 says everything again. Complaints stay, they are nobody's to repeat.
         """
-        if not self.file.exists():
+        if not file.exists():
             return
         kept = []
-        for line in self.file.read_text().splitlines():
+        for line in file.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                if 0 < step >= entry["step"] and entry.get("split") != "final":
+                told = 0 < step >= entry["step"] and entry.get("split") != "final"
+                if told or entry["kind"] == "complaint":
                     kept.append(line)
             except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing
                 continue
-        write_text(self.file, "".join(line + "\n" for line in kept))
+        write_text(file, "".join(line + "\n" for line in kept))
 
     def __enter__(self) -> RunLog:
         self.bar.start()
@@ -69,18 +107,32 @@ class RunLog:
     def __exit__(self, *unused: Any) -> None:
         self.bar.stop()
         with suppress(OSError):  # a line that did not fit on the disk was complained about when it was written
-            self._stream.close()
+            if self._stream is not None:
+                self._stream.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends a line and passes its numbers to the trackers."""
+        if self._stream is None:
+            return
         try:
             self._stream.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
             self._stream.flush()
         except OSError as error:
-            raise InputError(f"cannot write {self.file}: {error}") from error
+            if not self.drop_lines:
+                raise InputError(f"cannot write {self.file}: {error}") from error
+            self._reopen()
         values = {**entry, **{f"eval/{key}": value for key, value in entry.get("metrics", {}).items()}}
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        self.accelerator.log(numbers, step=entry["step"])
+        for tracker in self.trackers:
+            tracker.log(numbers, step=entry["step"])
+
+    def complain(self, step: int, what: str, examples: Sequence[str] = ()) -> None:
+        """Says, and keeps, that something was not as it should be."""
+        of = f"; its examples are {', '.join(examples)}" if examples else ""
+        say(f"[yellow]step {step}:[/] {escape(what + of)}")
+        self.write({"kind": "complaint", "step": step, "what": what, "examples": list(examples)})
 
     def step(self, entry: dict[str, Any]) -> None:
         """The line of a step, and its essence for the eye."""
@@ -119,14 +171,28 @@ def progress_bar(
         say(f"{title}: {total:,} {unit} in {time.monotonic() - started:.0f} s")
 
 
-def start_trackers(accelerator: Any, folder: Path, settings: dict[str, Any]) -> None:
-    """Opens the trackers named by `--track`, with the run's settings flattened to `group/name`."""
+def start_trackers(names: Sequence[str], folder: Path, settings: dict[str, Any]) -> list[Any]:
+    """The trackers named by `--track`, told the run's settings, flattened to `group/name`."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     flat = {f"{group}/{name}": value for group, values in settings.items() for name, value in values.items()}
     plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
-    try:
-        accelerator.init_trackers("phi3v", config=plain)
-    except ImportError as error:
-        raise InputError(f"--track: {error}; install it with pip install 'phi3v[track]'") from error
+    trackers = []
+    for name in names:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        try:
+            tracker = kind("phi3v", logging_dir=str(folder)) if kind.requires_logging_directory else kind("phi3v")
+            tracker.start()
+        except ImportError as error:
+            raise InputError(f"--track {name}: {error}; install it with pip install 'phi3v[track]'") from error
+        tracker.store_init_configuration(plain)
+        trackers.append(tracker)
+    return trackers
+
+
+def speak(aloud: bool) -> None:
+    """Whether this process says anything at all: one of a job does."""
+    console.quiet = not aloud
 
 
 def say(text: str) -> None:

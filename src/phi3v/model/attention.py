@@ -112,6 +112,8 @@ class PackedAttention:
         self._row_calls: tuple[Tensor, list[list[Call]]] | None = None
 
     def __call__(self, layer: int, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, rows: Tensor | None = None) -> Tensor:
+        if not self.layout.trees:
+            return q_TND  # of no tokens; the gradient still goes through, as engines with several ranks need it
         groups = q_TND.shape[1] // k_TMD.shape[1]
         if groups > 1:
             k_TMD, v_TMD = k_TMD.repeat_interleave(groups, 1), v_TMD.repeat_interleave(groups, 1)

@@ -22,6 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from phi3v.data.image import CROP
 from phi3v.errors import InputError
 from phi3v.layout import Layout, Tree
 from phi3v.model.attention import Attend, CachedAttention, PackedAttention
@@ -96,6 +97,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = LongRope(config)
         self.gradient_checkpointing = False
+        self.always_embed_images = False  # for engines whose ranks must all do the same work
         self.post_init()
 
     # -- embeddings ------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         if not grids:
             if bool(positions.any()):
                 raise InputError(f"input_ids hold {int(positions.sum())} image positions, but no images were given")
-            return x
+            return x + self._blank_image(x.device) if self.always_embed_images else x
         assert crops is not None
         images = self.vision_embed_tokens(crops, grids).to(x.dtype)
         if int(positions.sum()) != images.shape[0]:
@@ -122,6 +124,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
             )
         x = x.masked_scatter(positions[..., None], images)
         return F.dropout(x, self.config.embd_pdrop, self.training) if self.config.embd_pdrop else x
+
+    def _blank_image(self, device: torch.device) -> Tensor:
+        """Zero, by way of the whole image embedder: what reaches its weights is a gradient of zeros."""
+        blank = torch.zeros(1, 3, CROP, CROP, device=device)
+        return 0.0 * self.vision_embed_tokens(blank, [(1, 1)]).sum()
 
     def embed_pixel_values(self, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None) -> Tensor:
         """`embed` for the published batch: pixel_values [n, N+1, 3, 336, 336], image_sizes [n, 2] (h, w)."""

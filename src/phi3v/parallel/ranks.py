@@ -1,0 +1,161 @@
+"""The processes of a job: who they are, and the few things they tell each other.
+
+Started alone there is one rank and every function here returns at once. Under `torchrun` the ranks find each other
+through the environment it sets. Small messages (names, counts, predictions) go over gloo; gradients and weights over
+the devices' own network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from phi3v.errors import InputError
+from phi3v.hardware import pick_device
+
+T = TypeVar("T")
+
+GATHERED_AT_ONCE = 4096  # objects: a bound on the memory of one message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among all of the job."""
+
+    rank: int = 0
+    num: int = 1
+    local_rank: int = 0
+    """Among the processes of this host."""
+    device: torch.device = field(default_factory=pick_device)
+    timeout_s: float = 1800.0
+
+    @property
+    def is_first(self) -> bool:
+        """The rank that writes and speaks."""
+        return self.rank == 0
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over all ranks, in float64."""
+        if self.num == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=_small())
+        return sums.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        return self.total(flag)[0] > 0
+
+    def gather(self, items: Sequence[T]) -> list[list[T]]:
+        """Every rank's items, by rank, on every rank."""
+        if self.num == 1:
+            return [list(items)]
+        longest = max(int(n) for n in self._every(len(items)))
+        found: list[list[T]] = [[] for _ in range(self.num)]
+        for start in range(0, longest, GATHERED_AT_ONCE):
+            for mine, part in zip(found, self._every(list(items[start : start + GATHERED_AT_ONCE])), strict=True):
+                mine += part
+        return found
+
+    def _every(self, item: T) -> list[T]:
+        items: list[Any] = [None] * self.num
+        dist.all_gather_object(items, item, group=_small())
+        return items
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank; an InputError there is raised here too."""
+        if self.num == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except InputError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, group=_small())
+        if outcome[1] is not None:
+            raise InputError(outcome[1])
+        return outcome[0]
+
+    def all_do(self, work: Callable[[], T]) -> T:
+        """`work` on every rank; if it fails on any with an InputError, all raise the first one."""
+        result, failed = None, None
+        try:
+            result = work()
+        except InputError as error:
+            failed = str(error)
+        failures = [message for messages in self.gather([failed] if failed else []) for message in messages]
+        if failures:
+            raise InputError(failures[0])
+        return result  # type: ignore[return-value]
+
+    def meet(self) -> None:
+        """Waits for all ranks. Raises MissingRank, naming them, when some do not come within `timeout_s`."""
+        if self.num == 1:
+            return
+        try:
+            dist.monitored_barrier(_small(), timeout=timedelta(seconds=self.timeout_s), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise MissingRank(error) from error
+
+
+class MissingRank(RuntimeError):
+    """A rank did not come to a meeting: it hangs, or it is gone. `ranks` are those that are known to be missing."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__(str(error))
+        found = re.search(r"Ranks ([\d, ]+) failed to pass", str(error))
+        self.ranks = [int(rank) for rank in found[1].split(",")] if found else []
+
+
+def join(timeout_s: float = 1800.0) -> Ranks:
+    """This process's place in the job that `torchrun` started, or alone. Can be called again; `leave` undoes it."""
+    num = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device()
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once it is imported, complains of finding none
+    if num == 1:
+        return Ranks(timeout_s=timeout_s)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"this host has {torch.cuda.device_count()} GPUs, torchrun started a process for GPU {local_rank + 1}: "
+                f"use --nproc_per_node={torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # An engine's collective waits longer than a meeting, so that the meeting is what reports a missing rank.
+        wait = timedelta(seconds=timeout_s + 60)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    return Ranks(rank=rank, num=num, local_rank=local_rank, device=device, timeout_s=timeout_s)
+
+
+def leave() -> None:
+    """Ends this process's part in the job, if there is one."""
+    global _group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _group = None
+
+
+_group: dist.ProcessGroup | None = None
+
+
+def _small() -> dist.ProcessGroup:
+    """The group for small messages: gloo, beside NCCL; the default one where that is gloo already."""
+    global _group
+    if _group is None:
+        _group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    assert _group is not None
+    return _group

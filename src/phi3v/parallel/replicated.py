@@ -1,0 +1,111 @@
+"""Every rank holds the whole model: one rank alone, or PyTorch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from phi3v.data.pack import Pack
+from phi3v.loss import weighted_cross_entropy
+from phi3v.model.parts import set_precision
+from phi3v.parallel.engine import Slice, StepResult, idle_step, rounded, same_work_on_every_rank
+from phi3v.parallel.ranks import Ranks
+
+
+class Replicated:
+    """Gradients are averaged over the ranks; the optimizer runs on every rank alike."""
+
+    def __init__(
+        self,
+        model: Any,
+        ranks: Ranks,
+        *,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        max_grad_norm: float,
+        dtype: torch.dtype,
+    ) -> None:
+        set_precision(model, dtype)
+        self.model = model.to(ranks.device)
+        self.ranks, self.max_grad_norm, self.dtype = ranks, max_grad_norm, dtype
+        self.runs: nn.Module = self.model
+        if ranks.num > 1:
+            same_work_on_every_rank(model)
+            self.runs = DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # saves a copy of them
+        self.optimizer = make_optimizer(model)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+
+    def learn(self, pack: Pack, *, last: bool) -> Tensor:
+        waits = not last and isinstance(self.runs, DistributedDataParallel)
+        with self.runs.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.ranks.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = weighted_cross_entropy(self.runs(pack=pack).logits, pack.targets, pack.weights)
+            # The weights of a step add up to one over all ranks, and the gradients will be averaged.
+            self.scaler.scale(loss * self.ranks.num).backward()
+        return loss.detach()
+
+    def step(self) -> StepResult:
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm))
+        if finite := math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, not finite)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.grad
+
+    def slices(self) -> Iterator[Slice]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                state = self.optimizer.state.get(parameter, {})
+                yield Slice(
+                    name=name,
+                    shape=tuple(parameter.shape),
+                    start=0,
+                    weight=parameter.detach().view(-1),
+                    state={key: value.view(-1) for key, value in state.items() if key != "step"},
+                    count=state.get("step"),
+                )
+
+    def owns(self, name: str) -> bool:
+        """The parameters are dealt to the ranks by size, so that all write alike."""
+        if not hasattr(self, "_owner"):
+            loads, self._owner = [0] * self.ranks.num, {}
+            for parameter_name, parameter in sorted(self.model.named_parameters(), key=lambda item: -item[1].numel()):
+                owner = min(range(self.ranks.num), key=loads.__getitem__)
+                loads[owner] += parameter.numel()
+                self._owner[parameter_name] = owner
+        return self._owner[name] == self.ranks.rank
+
+    def make_state(self) -> None:
+        idle_step(self.optimizer)
+
+    def slices_written(self) -> None:
+        pass
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        yield self.model
+
+    def final(self, dtype: torch.dtype | None) -> Any:
+        for parameter in self.model.parameters():
+            parameter.data = rounded(parameter.data, dtype)
+        return self.model
+
+    def scaler_state(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        if self.scaler.is_enabled() and state:
+            self.scaler.load_state_dict(state)

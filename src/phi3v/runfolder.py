@@ -1,0 +1,104 @@
+"""Whose folder it is: a run folder is claimed by one run, locked against a second, and never overwritten."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from phi3v.config import Run, load_run
+from phi3v.errors import InputError
+from phi3v.files import make_folder
+
+LOCK = ".lock"
+
+
+class Claim(NamedTuple):
+    """What was found in the folder."""
+
+    started: bool
+    """It holds an unfinished run that is to go on."""
+    finished: bool
+    """It holds a run that is done: nothing is left to do."""
+
+
+def claim(run: Run) -> Claim:
+    """Looks into the run folder before anything is loaded. Raises InputError unless this run may write there."""
+    folder, resume = run.keeping.out, run.keeping.resume == "auto"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: choose another folder")
+    if not (folder / "config.json").exists():
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+            raise InputError(f"--out {folder} is not empty and holds no run: choose another folder")
+        return Claim(False, False)  # the folder is made when there is something to put in it
+    if (folder / "metrics.json").exists():
+        if not resume:
+            raise InputError(f"--out {folder} holds a finished run: choose another folder")
+        _same_settings(run, load_run(folder))
+        return Claim(True, True)
+    if not resume:
+        raise InputError(
+            f"--out {folder} holds an unfinished run: add --resume auto to go on with it, or choose another folder"
+        )
+    _same_settings(run, load_run(folder))
+    _same_data(run, folder)
+    return Claim(True, False)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second writer out of the folder. The lock ends with the process, however that ends."""
+    make_folder(folder)
+    try:
+        stream = open(folder / LOCK, "a+")  # noqa: SIM115  (held open for the lock's sake)
+    except OSError as error:
+        raise InputError(f"cannot write {folder / LOCK}: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            raise InputError(f"--out {folder}: another run is writing here ({stream.read() or 'unknown'})") from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.flush()
+        yield
+
+
+def digests(run: Run) -> dict[str, str]:
+    """SHA-256 of the data files, by flag."""
+    files = {"train": run.data.train, "eval": run.data.eval}
+    return {flag: hashlib.sha256(file.read_bytes()).hexdigest() for flag, file in files.items() if file}
+
+
+# What may differ between a run and its continuation: what surrounds the loop, and how the work is spread.
+FREE = {"scaling": (), "keeping": ("seed", "on_nonfinite")}
+
+
+def _same_settings(run: Run, before: Run) -> None:
+    """Going on exactly means with the same settings; the groups in FREE may change, but for what is listed there."""
+    ours, theirs = run.to_dict(), before.to_dict()
+    for group in ours:
+        for name, value in ours[group].items():
+            free = group in FREE and name not in FREE[group]
+            if not free and theirs[group].get(name, value) != value:
+                flag = name.replace("_", "-")
+                raise InputError(
+                    f"--resume: --{flag} was {theirs[group].get(name)} in {before.keeping.out}, now it is {value}"
+                )
+
+
+def _same_data(run: Run, folder: Path) -> None:
+    """Nor may the data files: their digests were kept with the run."""
+    file = folder / "environment.json"
+    before = json.loads(file.read_text()).get("data", {}) if file.exists() else {}
+    for flag, digest in digests(run).items():
+        if before.get(flag, digest) != digest:
+            path = getattr(run.data, flag)
+            raise InputError(f"--resume: --{flag} {path} has changed since the run began; start a new run with it")
