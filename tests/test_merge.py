@@ -17,7 +17,9 @@ from phi3v.config import Run
 from phi3v.errors import InputError
 from phi3v.merge import merge
 from phi3v.model import Phi3VForCausalLM
-from phi3v.model.loading import load_model
+from phi3v.model.loading import load_model, save_model
+from phi3v.model.parts import add_lora
+from phi3v.model.quantization import Quantization, quantize
 from phi3v.train import train
 
 
@@ -77,8 +79,47 @@ def test_a_merged_model_is_a_published_checkpoint(lora_run: Path, tiny_model_dir
         name: (t.shape, t.dtype) for name, t in base.items()
     }
     assert {file.name for file in out.iterdir()} == {file.name for file in tiny_model_dir.iterdir()}
-    assert "logits before and after merging differ by" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "logits before and after merging differ by" in said
+    assert "quantised" not in said
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_adapter_of_a_quantised_base_goes_into_the_whole_one(
+    dtype: torch.dtype, tiny_checkpoint_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
+    base, processor = load_model(tiny_checkpoint_dir, dtype=dtype)
+    save_model(base, processor, tmp_path / "base")
+    model, _ = load_model(tmp_path / "base")
+    quantize(model, Quantization(parts=("vision",)), compute_dtype=torch.float32)
+    kind = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "init": "gaussian", "dora": False, "rslora": False}
+    model = add_lora(model, frozen=("projector",), **kind)
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in adapters.values():
+        torch.nn.init.normal_(p, std=0.1)
+    save_model(model, processor, tmp_path / "adapter")
+
+    out = merge(str(tmp_path / "adapter"), out=tmp_path / "merged")
+    whole, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert {name: t.dtype for name, t in merged.items()} == {name: t.dtype for name, t in whole.items()}
+    assert not (out / "quantization.json").exists()
+    changed = {name for name in whole if not torch.equal(whole[name], merged[name])}
+    assert len(changed) == len(adapters) / 2 == 2 * 4 + 2 * 6 + 1
+    for name in changed:
+        a, b = (adapters[f"base_model.model.{name[:-7]}.lora_{half}.default.weight"].detach() for half in "AB")
+        torch.testing.assert_close(merged[name], (whole[name].float() + 2 * b @ a).to(dtype), rtol=0, atol=1e-6)
+
+    plain, _ = load_model(out, dtype=torch.float32)
+    trained, _ = load_model(tmp_path / "adapter", dtype=torch.float32)
+    expected = room._distance(
+        room._probe(plain, processor, torch.device("cpu")), room._probe(trained, processor, torch.device("cpu"))
+    )
+    assert expected > 0.05
+    said = capsys.readouterr().out
+    assert f"its logits differ by {expected:.1e} (relative) from those of the model that was trained" in said
+    assert "logits before and after merging differ by" in said
 
 
 def test_what_cannot_be_merged_is_refused(lora_run: Path, finished_run: Path, tmp_path: Path) -> None:

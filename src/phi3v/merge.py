@@ -46,7 +46,10 @@ def merge(run: str, /, *, out: Path) -> Path:
     if out.exists():
         raise InputError(f"--out {out} exists already: choose another folder")
     device = pick_device()
-    quantized = _probe(*load_model(folder, device=device), device) if read_quantization(folder) else None
+    quantized = None
+    if how := read_quantization(folder):
+        say(f"loading the model that was trained (its base: {how}), then the whole one")
+        quantized = _probe(*load_model(folder, device=device), device)
     model, processor = load_model(folder, as_trained=False)
     own = model.dtype
     before = _probe(model, processor, device)
@@ -64,8 +67,8 @@ def merge(run: str, /, *, out: Path) -> Path:
         )
     if quantized is not None:
         say(
-            f"it was trained on a 4-bit base and is merged into the whole one: "
-            f"from the model that was trained, its logits differ by {_distance(after, quantized):.1e} (relative)"
+            f"the merged model is not quantised: its logits differ by {_distance(after, quantized):.1e} (relative) "
+            "from those of the model that was trained"
         )
     set_precision(merged, own)
     base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]

@@ -281,6 +281,8 @@ def test_a_pack_without_tokens_gives_gradients_of_zeros(tiny_checkpoint_dir: Pat
 def test_adapters_learn(tiny_checkpoint_dir: Path, packs: list[Pack]) -> None:
     model = adapted(quantized(tiny_checkpoint_dir, *ALL))
     packed = [weight.clone() for weight in quantised_weights(model)]
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    assert type(layer).__module__ == "peft.tuners.lora.bnb"  # PEFT's own layer for 4-bit linears
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(15):
