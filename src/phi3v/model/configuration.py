@@ -1,16 +1,21 @@
 """The configuration of Phi-3.5-vision and Phi-3-vision, read from and written in the published layout.
 
-Invariant: `config.json` in, `config.json` out, key for key. What the published file does not know (the sizes of a
-smaller CLIP, another id for `<|image|>`) is written only where it differs from the published model.
+Invariant: `config.json` in, `config.json` out, key for key; but only our own keys are obeyed, and only with values that
+make sense. transformers would let a file choose the attention (a kernel on the Hub, for one), other weights or a
+quantisation. What the published file does not know (the sizes of a smaller CLIP, another id for `<|image|>`) is written
+only where it differs from the published model.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 from transformers import PreTrainedConfig
 
 from phi3v.errors import InputError
+from phi3v.jsonfile import read_object
 
 # The published code keeps CLIP ViT-L/14-336 in code, not in config.json; so do we.
 CLIP_VIT_L_336: dict[str, Any] = {
@@ -24,12 +29,79 @@ CLIP_VIT_L_336: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings"),
-)
 PUBLISHED_IMAGE_TOKEN_ID = 32044
 PUBLISHED_STOP_TOKEN_IDS = (32007, 32000)  # <|end|>, <|endoftext|>
+
+
+class Rule(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def __or__(self, other: Rule) -> Rule:
+        return Rule(f"{self.words} or {other.words}", lambda value: self.holds(value) or other.holds(value))
+
+
+def _whole(low: int, high: int) -> Rule:
+    return Rule(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def _number(low: float, high: float) -> Rule:
+    return Rule(
+        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
+    )
+
+
+def _several(each: Rule) -> Rule:
+    return Rule(
+        f"a list, of each {each.words}", lambda value: isinstance(value, list | tuple) and all(map(each.holds, value))
+    )
+
+
+NULL = Rule("null", lambda value: value is None)
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+OBJECT = NULL | Rule("an object", lambda value: isinstance(value, dict))
+TOKEN_ID = _whole(0, 2**20)
+FACTORS = _several(_number(1e-9, 1e9))
+
+# Sizes are bounded, so that the empty model they describe can be built before a tensor of the checkpoint is looked at.
+RULES = {
+    "vocab_size": _whole(1, 2**20),
+    "hidden_size": _whole(1, 2**16),
+    "intermediate_size": _whole(1, 2**18),
+    "num_hidden_layers": _whole(1, 2**10),
+    "num_attention_heads": _whole(1, 2**12),
+    "num_key_value_heads": _whole(1, 2**12),
+    "max_position_embeddings": _whole(1, 2**24),
+    "original_max_position_embeddings": _whole(2, 2**24),
+    "sliding_window": NULL | _whole(1, 2**24),
+    "rms_norm_eps": _number(0, 1),
+    "rope_theta": _number(1, 1e12),
+    "initializer_range": _number(0, 100),
+    "attention_dropout": _number(0, 0.99),
+    "embd_pdrop": _number(0, 0.99),
+    "resid_pdrop": _number(0, 0.99),
+    "use_cache": FLAG,
+    "tie_word_embeddings": FLAG,
+    "bos_token_id": NULL | TOKEN_ID,
+    "pad_token_id": NULL | TOKEN_ID,
+    "eos_token_id": NULL | TOKEN_ID | _several(TOKEN_ID),
+    "image_token_id": TOKEN_ID,
+    "stop_token_ids": _several(TOKEN_ID),
+    "rope_scaling": OBJECT,
+    "embd_layer": OBJECT,
+    "img_processor": OBJECT,
+    "vision_config": OBJECT,
+    "auto_map": OBJECT,
+}
+CLIP_RULES = {
+    "hidden_size": _whole(1, 2**16),
+    "intermediate_size": _whole(1, 2**18),
+    "num_hidden_layers": _whole(2, 2**10),
+    "num_attention_heads": _whole(1, 2**12),
+}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Phi3VConfig(PreTrainedConfig):
@@ -73,10 +145,7 @@ class Phi3VConfig(PreTrainedConfig):
     stop_token_ids: list[int] | tuple[int, ...] = PUBLISHED_STOP_TOKEN_IDS
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The published config.json asks for flash_attention_2, and transformers would let that override the caller.
-        # It is carried along and written back, and never obeyed.
-        self.published_attn_implementation = kwargs.pop("_attn_implementation", None)
-        self.published_name = kwargs.pop("_name_or_path", None)
+        self.foreign: dict[str, Any] = {}  # what else a file said
         if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
         if self.embd_layer is None:
@@ -108,19 +177,47 @@ class Phi3VConfig(PreTrainedConfig):
         """The sizes of the CLIP tower: the published constants, overridden by `vision_config`."""
         return {**CLIP_VIT_L_336, **(self.vision_config or {})}
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration in the content of a config.json; `kwargs` as in transformers.
+
+        Raises InputError for another kind of model, and for a value that cannot be.
+        """
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise InputError(f"config.json: model_type is {kind!r}, only {cls.model_type!r} can be read")
+        if (dtype := config_dict.get("dtype", config_dict.get("torch_dtype"))) not in (None, *DTYPES):
+            raise InputError(f"config.json: dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
+        obeyed = {*RULES, "hidden_act", "dtype", "torch_dtype"}
+        made = super().from_dict({key: value for key, value in config_dict.items() if key in obeyed}, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.foreign = {key: value for key, value in config_dict.items() if key not in obeyed}
+        return made
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        content = read_object(Path(json_file))
+        content.pop("configuration_files", None)  # transformers would go on to one of these
+        return {"model_type": cls.model_type, **content}
+
     def _check(self) -> None:
-        for name in SIZES:
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise InputError(f"config.json: {name} is {value!r}, it must be a whole number above 0")
-        if self.hidden_size % self.num_attention_heads:
+        _check_values("", vars(self), RULES)
+        _check_values("vision_config.", self.clip, CLIP_RULES)
+        if self.hidden_size % (2 * self.num_attention_heads):
             raise InputError(
-                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
+                f"config.json: hidden_size {self.hidden_size} is not a multiple of twice "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.clip["hidden_size"] % self.clip["num_attention_heads"]:
+            raise InputError("config.json: vision_config.hidden_size is not a multiple of its num_attention_heads")
         if self.hidden_act != "silu":
             raise InputError(f"config.json: hidden_act {self.hidden_act!r} is not supported, only 'silu'")
-        if self.clip["image_size"] != 336 or self.clip["patch_size"] != 14:
-            raise InputError("config.json: vision_config must keep image_size 336 and patch_size 14")
+        if any(self.clip[name] != CLIP_VIT_L_336[name] for name in ("image_size", "patch_size", "num_channels")):
+            raise InputError("config.json: vision_config must keep image_size 336, patch_size 14 and num_channels 3")
         order = (self.embd_layer or {}).get("hd_transform_order", "sub_glb")
         if order != "sub_glb":
             raise InputError(f"config.json: embd_layer.hd_transform_order {order!r} is not supported, only 'sub_glb'")
@@ -129,20 +226,14 @@ class Phi3VConfig(PreTrainedConfig):
         kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
         if kind not in ("su", "longrope", "yarn"):
             raise InputError(f"config.json: rope_scaling.type {kind!r} is not supported, only 'su' and 'yarn'")
+        _check_values("rope_scaling.", self.rope_scaling, dict.fromkeys(("short_factor", "long_factor"), FACTORS))
         for name in ("short_factor", "long_factor"):
-            factors = self.rope_scaling.get(name)
-            if not isinstance(factors, list) or len(factors) != self.head_dim // 2:
-                found = len(factors) if isinstance(factors, list) else factors
+            if (found := len(self.rope_scaling[name])) != self.head_dim // 2:
                 raise InputError(f"config.json: rope_scaling.{name} needs {self.head_dim // 2} numbers, found {found}")
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        for name, ours in (
-            ("_name_or_path", "published_name"),
-            ("_attn_implementation", "published_attn_implementation"),
-        ):
-            if (value := out.pop(ours, None)) is not None:
-                out[name] = value
+        out |= out.pop("foreign")
         if out["image_token_id"] == PUBLISHED_IMAGE_TOKEN_ID:
             del out["image_token_id"]
         if tuple(out["stop_token_ids"]) == PUBLISHED_STOP_TOKEN_IDS:
@@ -150,9 +241,17 @@ class Phi3VConfig(PreTrainedConfig):
         return {key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and not value)}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        out = super().to_diff_dict()
-        if self.published_name is not None:
-            out["_name_or_path"] = self.published_name
+        foreign, self.foreign = self.foreign, {}  # transformers would look into its values, and may stumble
+        try:
+            out = super().to_diff_dict() | foreign
+        finally:
+            self.foreign = foreign
         if "dtype" in out:
             out["torch_dtype"] = out.pop("dtype")  # the name the published file and its readers know
         return out
+
+
+def _check_values(place: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    for name, rule in rules.items():
+        if not rule.holds(value := values.get(name)):
+            raise InputError(f"config.json: {place}{name} is {value!r}, it must be {rule.words}")
