@@ -1,11 +1,10 @@
 """The roof: the commands, their flags from dataclasses and signatures, and nothing else."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +12,12 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
-from tyro.conf import OmitArgPrefixes, UseAppendAction, arg, configure
+from tyro.conf import OmitArgPrefixes as Flat
+from tyro.conf import UseAppendAction, arg, configure
 
 from phi3v.config import Run
 from phi3v.errors import InputError, RankError
+from phi3v.runlog import speak
 
 DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
 
@@ -24,6 +25,12 @@ DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
     phi3v train easy-vqa         a recipe brings data and settings; flags override
     phi3v COMMAND --help         all flags
 """
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Without a recipe a run has its own flags only."""
+
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns about every worker process
 
@@ -35,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe, given = _take_recipe(given)
         status = tyro.extras.subcommand_cli_from_dict(
-            _commands(recipe), prog="phi3v", description=DESCRIPTION, args=given
+            _commands(recipe, given[1:]), prog="phi3v", description=DESCRIPTION, args=given
         )
     except InputError as error:
         if _rank() == 0 or isinstance(error, RankError):
@@ -62,6 +69,7 @@ def _end(status: int) -> int:
 
 def _silence() -> None:
     """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
+    speak(_rank() == 0)
     if _rank() > 0:
         warnings.filterwarnings("ignore")
     transformers_logging.disable_progress_bar()
@@ -70,29 +78,54 @@ def _silence() -> None:
 
 
 def _take_recipe(given: list[str]) -> tuple[Any, list[str]]:
-    """`train NAME ...` -> the recipe's module and `train ...`."""
-    if len(given) < 2 or given[0] != "train" or given[1].startswith("-"):
+    """`train NAME ...` or `train --recipe FILE ...` -> the recipe's module and `train ...`."""
+    if len(given) < 2 or given[0] != "train":
         return None, given
-    from phi3v.recipes import find_recipe
+    from phi3v.recipes import find_recipe, load_recipe
 
-    return find_recipe(given[1]), [given[0], *given[2:]]
+    if not given[1].startswith("-"):
+        return find_recipe(given[1]), [given[0], *given[2:]]
+    for at, word in enumerate(given):
+        if word == "--recipe" and at + 1 < len(given):
+            return load_recipe(Path(given[at + 1])), [*given[:at], *given[at + 2 :]]
+        if word.startswith("--recipe="):
+            return load_recipe(Path(word.partition("=")[2])), [*given[:at], *given[at + 1 :]]
+    return None, given
 
 
-def _commands(recipe: Any) -> dict[str, Callable[..., Any]]:
+def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
     from phi3v.chat import chat
+    from phi3v.convert import convert
     from phi3v.evaluate import evaluate
     from phi3v.merge import merge
 
-    default = Run() if recipe is None else recipe.settings()
+    # What the task is asked for decides what the run's defaults are.
+    options: Any = NoOptions if recipe is None else recipe.Options
+    asked, _ = tyro.cli(Flat[options], args=flags, return_unknown_args=True, add_help=False)  # type: ignore[misc]
+    default = Run() if recipe is None else recipe.settings(asked)
 
-    def train(run: OmitArgPrefixes[Annotated[Run, arg(name="")]] = default) -> None:
+    def train(
+        task: Flat[Annotated[options, arg(name="")]] = asked,
+        run: Flat[Annotated[Run, arg(name="")]] = default,
+    ) -> None:
         """Fine-tune a model: checks the data, trains, evaluates, saves, reports.
 
-        With the name of a recipe in front of the flags, its data and settings are the defaults.
+        With the name of a recipe (`phi3v recipes`) in front of the flags, or --recipe FILE with one of your own, its
+        data and settings are the defaults.
         """
         from phi3v import train as room
 
-        room.train(run if recipe is None else recipe.prepare(run))
+        room.train(run if recipe is None else recipe.prepare(run, task))
+
+    def recipes(name: str | None = None, /) -> None:
+        """List the recipes, or show what one is, its settings mode by mode, and the scores that were published.
+
+        Args:
+            name: A recipe, or `forkme` for the template of your own.
+        """
+        from phi3v.recipes.table import show
+
+        show(name)
 
     def check(
         data: Path,
@@ -138,6 +171,8 @@ def _commands(recipe: Any) -> dict[str, Callable[..., Any]]:
 
     return {
         "train": train,
+        "recipes": recipes,
+        "convert": convert,
         "evaluate": evaluate,
         "check": check,
         "merge": merge,

@@ -20,7 +20,7 @@ from phi3v.errors import InputError
 
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,9 @@ class Base:
     num_crops: int | None = None
     """Tiles an image may be cut into: 16 suits single images, 4 several frames. Default: the checkpoint's own."""
 
-    attention: Attention = "sdpa"
-    """How attention is computed. All choices compute the same."""
+    attention: Attention = "auto"
+    """How attention is computed. All choices compute the same. auto: flash_attention_2 where flash-attn is installed
+    and can be used, else sdpa."""
 
     dtype: Precision = "auto"
     """Precision of the arithmetic. Trainable weights are always kept in float32, frozen ones in this precision. auto:

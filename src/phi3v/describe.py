@@ -27,6 +27,7 @@ def describe(
     config: Phi3VConfig,
     *,
     dtype: torch.dtype,
+    attention: str,
     engine: Parallel,
     ranks: Ranks,
     recompute: bool,
@@ -48,7 +49,7 @@ def describe(
         num_ranks=ranks.num,
     )
     _row("model", escape(run.base.model))
-    _row("", f"{name_of(dtype)} on {ranks.device}, attention {run.base.attention}, num_crops {data.reading.num_crops}")
+    _row("", f"{name_of(dtype)} on {ranks.device}, attention {attention}, num_crops {data.reading.num_crops}")
     if ranks.num > 1:
         _row("processes", f"{ranks.num}, {engine}")
     for number, (part, (learn, every)) in enumerate(count_parameters(model).items()):

@@ -24,7 +24,7 @@ from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import PackLimits
 from phi3v.errors import InputError
 from phi3v.files import make_folder, write_text
-from phi3v.hardware import pick_device, pick_dtype
+from phi3v.hardware import pick_attention, pick_device, pick_dtype
 from phi3v.metrics import Prediction, accuracy, anls, score
 from phi3v.model.generation import generate_pack
 from phi3v.model.loading import load_model
@@ -124,7 +124,7 @@ def evaluate(
     max_tokens_per_pack: int = 8192,
     max_crops_per_pack: int = 64,
     dtype: Precision = "auto",
-    attention: Attention = "sdpa",
+    attention: Attention = "auto",
     num_workers: int = 0,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -156,7 +156,7 @@ def evaluate(
         raise InputError(f"--out {target} holds a run or a model: choose another folder")
     prompts = read_questions(data, image_root, limit)
     make_folder(target)
-    network, processor = load_model(folder, attention=attention, num_crops=num_crops)
+    network, processor = load_model(folder, attention=pick_attention(attention, device, precision), num_crops=num_crops)
     widen(network, precision)
     predictions = answer(
         network.to(device).eval(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import resource
@@ -31,6 +32,14 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto`: the fastest exact one at hand. flash-attn wants CUDA and half precision; torch's sdpa runs anywhere."""
+    if wanted != "auto":
+        return wanted
+    usable = device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if usable else "sdpa"
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -32,7 +32,7 @@ from phi3v.errors import InputError, RankError
 from phi3v.evaluate import answer, evenly, write_predictions
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps
 from phi3v.files import make_folder, write_text, written_whole
-from phi3v.hardware import environment, peak_memory_gb, pick_dtype
+from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype
 from phi3v.metrics import baselines, score
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loading import load_config, load_model, save_model
@@ -98,21 +98,29 @@ def train(run: Run) -> dict[str, Any]:
 
         processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
         config = load_config(run.base.model)
-        _check_attention(run, config, ranks)
+        attention = pick_attention(run.base.attention, ranks.device, dtype)
+        _check_attention(run, attention, config, ranks)
         data = read_data(run, processor, config, check_first=not found.started, ranks=ranks)
         total_steps = data.total_steps(run)
         name, why = pick_engine(run.scaling.parallel, ranks, adapters=run.tuning.adapters)
         recompute = _recompute(run, config, ranks)
-        about: dict[str, Any] = {"dtype": dtype, "engine": name, "ranks": ranks, "recompute": recompute, "total_steps": total_steps}
+        about: dict[str, Any] = {
+            "dtype": dtype,
+            "attention": attention,
+            "engine": name,
+            "ranks": ranks,
+            "recompute": recompute,
+            "total_steps": total_steps,
+        }
         if run.keeping.dry_run:
             list_settings(run)
-            shell = _build_model(run, dtype, ranks, recompute, weights=False)
+            shell = _build_model(run, attention, dtype, ranks, recompute, weights=False)
             set_precision(shell, dtype)
             describe(run, data, shell, config, **about)
             return {}
 
         torch.manual_seed(run.keeping.seed)
-        model = _build_model(run, dtype, ranks, recompute)
+        model = _build_model(run, attention, dtype, ranks, recompute)
         describe(run, data, model, config, **about)
         if why:
             say(f"[yellow]note[/]        {escape(why)}")
@@ -239,11 +247,13 @@ def _finish(job: _Job) -> dict[str, Any]:
 # -- model -----------------------------------------------------------------------------------------------------------
 
 
-def _build_model(run: Run, dtype: torch.dtype, ranks: Ranks, recompute: bool, *, weights: bool = True) -> Any:
+def _build_model(
+    run: Run, attention: str, dtype: torch.dtype, ranks: Ranks, recompute: bool, *, weights: bool = True
+) -> Any:
     """The model with what learns and what does not, as loaded; without `weights`, an empty shell."""
     tuning = run.tuning
     if weights:
-        model, _ = load_model(run.base.model, attention=run.base.attention)
+        model, _ = load_model(run.base.model, attention=attention)
     else:
         with torch.device("meta"):
             model = Phi3VForCausalLM(load_config(run.base.model))
@@ -276,10 +286,10 @@ def _recompute(run: Run, config: Phi3VConfig, ranks: Ranks) -> bool:
         return sum(parameter.numel() for parameter in Phi3VForCausalLM(config).parameters()) > BIG_MODEL
 
 
-def _check_attention(run: Run, config: Phi3VConfig, ranks: Ranks) -> None:
-    if run.base.attention == "flex_attention" and config.attention_dropout:
+def _check_attention(run: Run, attention: str, config: Phi3VConfig, ranks: Ranks) -> None:
+    if attention == "flex_attention" and config.attention_dropout:
         raise InputError(f"--attention flex_attention has no dropout, {run.base.model} asks for it: choose sdpa")
-    if run.base.attention == "flex_attention" and ranks.device.type == "cpu":
+    if attention == "flex_attention" and ranks.device.type == "cpu":
         raise InputError("--attention flex_attention has no backward pass on a CPU: choose sdpa")
 
 
