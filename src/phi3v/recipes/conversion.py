@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ EVALUATED = ("test", "dev", "test1")
 
 FORMAT = 1
 """Raised when the same data would be converted to something else than before."""
+
+HEAD_START_S = 2.0
+"""Of the first rank, when all want to convert the same data."""
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg"}
 """Of pictures that are bytes, by how they begin; for the eye only, since pictures are read by their content."""
@@ -152,6 +156,8 @@ def converting(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Path | No
 def _alone(folder: Path) -> Iterator[None]:
     """Of all processes that want to make the folder only this one."""
     make_folder(folder.parent)
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(HEAD_START_S)  # the first rank is the one that shows its progress and says what is wrong
     try:
         lock = os.open(folder.with_name(f".{folder.name}.lock"), os.O_CREAT | os.O_RDWR)
     except OSError as error:

@@ -183,7 +183,7 @@ def _parquet(file: Path) -> Any:
     except ImportError as error:
         raise InputError(f"{file}: reading parquet needs pyarrow: pip install 'phi3v[hub]'") from error
     with _naming(file):
-        return ParquetFile(file)
+        return ParquetFile(file, pre_buffer=False, buffer_size=2**20)  # or it reads a whole row group ahead
 
 
 @contextmanager

@@ -7,6 +7,7 @@ tables and `markdown` writes them into the docs. Nothing is typed twice.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +127,8 @@ def markdown(recipe: ModuleType) -> str:
     """The table of a recipe for a page of the docs."""
     head, *rows = _cells(recipe.TABLE)
     lines = [head, ["---"] * len(head), *rows]
-    notes = [f"\n\\* {note}" for note in _notes(recipe.TABLE)]
+    notes = [f"\n{recipe.TABLE.metric} in percent, of {recipe.TABLE.model}."]
+    notes += [f"\n\\* {note}" for note in _notes(recipe.TABLE)]
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + notes) + "\n"
 
 
@@ -139,13 +141,17 @@ def _overview(recipes: Sequence[ModuleType]) -> Grid:
 
 
 def _details(recipe: ModuleType) -> Group:
-    parts: list[Any] = [escape(_docstring(recipe))]
+    title, _, text = _docstring(recipe).partition("\n")
+    entries = Grid.grid(padding=(0, 2))
+    for name, entry in re.findall(r"^(\w+)  +(.+(?:\n  .+)*)", text, re.MULTILINE):
+        entries.add_row(f"[bold]{name}", escape(" ".join(entry.split())))
+    parts: list[Any] = [f"[bold]{escape(title)}[/]\n", entries]
     if table := getattr(recipe, "TABLE", None):
         head, *rows = _cells(table)
         grid = Grid(*head, title=f"\n{table.command} --mode MODE", title_justify="left", title_style="bold")
         for row in rows:
             grid.add_row(*row)
-        parts += [grid, *(f"* {note}" for note in _notes(table))]
+        parts += [grid, f"{table.metric} in percent, of {table.model}", *(f"* {note}" for note in _notes(table))]
     return Group(*parts)
 
 
@@ -155,12 +161,11 @@ def _docstring(recipe: ModuleType) -> str:
 
 def _cells(table: Table) -> list[list[str]]:
     """Head and rows. A score with a star is suspect."""
-    head = ["mode", "dtype", "LoRA rank", "alpha", "batch size", "learning rate", "epochs"]
-    cells = [[*head, f"{table.metric} ({table.model})"]]
+    cells = [["mode", "dtype", "LoRA rank", "alpha", "batch size", "learning rate", "epochs", table.metric]]
     for row in table.rows:
-        rate = f"{row.learning_rate:.2g}".replace("e-0", "e-")
+        rate = f"{row.learning_rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
         numbers = [row.lora_rank, row.lora_alpha, row.batch_size, rate, row.epochs]
-        score = "none: our settings" if row.score is None else f"{row.score:.2f}{'*' if row.note else ''}"
+        score = "our settings" if row.score is None else f"{row.score:.2f}{'*' if row.note else ''}"
         cells.append([row.mode, row.dtype, *("-" if number is None else f"{number}" for number in numbers), score])
     return cells
 
