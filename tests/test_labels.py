@@ -24,6 +24,8 @@ from phi3v.evaluate import answer, read_questions
 from phi3v.labels import Branches, closed_answers, label_tokens, score_labels, share
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.parts import add_lora
+from phi3v.parallel.ranks import Ranks
+from phi3v.stopping import Stopped
 
 # Measured on one core of an AVX2 CPU: 1e-7 of a score at most, which is 5e-6, as they go down to -100.
 TOLERANCE = {"rtol": 1e-6, "atol": 0.0}
@@ -137,13 +139,28 @@ def test_scores_under_adapters_are_those_of_separate_forwards(model, processor, 
     )
 
 
+class Mute(Ranks):
+    """One of several ranks that hears nothing of the others."""
+
+    def total(self, *values: float) -> list[float]:
+        return list(values)
+
+
 def test_the_sum_over_ranks_is_the_whole(model, processor, prompts, expected) -> None:
     parts = [
-        score_labels(model, processor, prompts, LABELS, rank=rank, num_ranks=3, **how(processor, 800))
+        score_labels(model, processor, prompts, LABELS, ranks=Mute(rank=rank, num=3), **how(processor, 800))
         for rank in range(3)
     ]
     torch.testing.assert_close(sum(parts), expected, **TOLERANCE)
-    assert all((part == 0).any() and (part != 0).any() for part in parts)
+    scorers = sum((part != 0).int() for part in parts)
+    assert bool((scorers == 1).all()), "every label is scored by one rank"
+    assert all(bool((part != 0).any()) for part in parts)
+
+
+def test_scoring_leaves_off_between_packs(model, processor, prompts) -> None:
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        score_labels(model, processor, prompts, LABELS, leave_off=lambda: next(asked), **how(processor, 450))
 
 
 @pytest.mark.parametrize("tokenizer", ["tiny_processor_dir", "real_tokenizer_dir"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -30,8 +30,11 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.tree import PackLimits, group
 from phi3v.errors import InputError
 from phi3v.metrics import normalize_answer
-from phi3v.runlog import progress_bar
+from phi3v.parallel.ranks import Ranks
+from phi3v.runlog import progress_bar, say
+from phi3v.stopping import Stopped
 
+ALONE = Ranks()
 MAX_LABELS = 101  # the classes of UCF101, the largest closed set of the recipes
 
 
@@ -57,21 +60,21 @@ def score_labels(
     limits: PackLimits,
     reading: Reading,
     dtype: torch.dtype,
-    rank: int = 0,
-    num_ranks: int = 1,
     title: str = "scoring labels",
     progress: bool = True,
+    ranks: Ranks = ALONE,
+    leave_off: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """log p(label | page, question) for P prompts and L labels: [P, L] float64, on the CPU.
 
-    With several ranks, what another rank computes is 0 here: the sum over the ranks is the whole. All ranks run equally
-    many packs. Raises InputError for labels that cannot compete, and as `encode` and `prompt_packs` do.
+    Every rank takes its share and hears of all. `leave_off` is asked before every pack; Stopped is raised, on all
+    ranks, when it says so on any. Raises InputError for labels that cannot compete, and as `encode` and `prompt_packs`.
     """
     assert all(prompt.turns[-1].assistant is None for prompt in prompts)
     sizes = functools.cache(read_size)  # a page has many questions
     endings = label_tokens(labels, processor)
     branches = Branches(share([encode(prompt, processor, sizes) for prompt in prompts], len(labels)), endings)
-    packs = prompt_packs(branches, limits, reading, max_new_tokens=0, rank=rank, num_ranks=num_ranks)
+    packs = prompt_packs(branches, limits, reading, max_new_tokens=0, rank=ranks.rank, num_ranks=ranks.num, tell=say)
     device = next(model.parameters()).device
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scores = torch.zeros(len(branches), dtype=torch.float64)
@@ -80,14 +83,17 @@ def score_labels(
     try:
         with progress_bar(title, len(branches), "labels", show=progress, summary=False) as advance, mixed:
             for numbers, on_cpu in packs:
+                if ranks.any(leave_off()):
+                    raise Stopped
                 pack = on_cpu.to(device, non_blocking=True)
                 losses = F.cross_entropy(model(pack=pack).logits, pack.targets, reduction="none")
                 at = torch.tensor(numbers, dtype=torch.int64)[on_cpu.branch]
                 scores.index_add_(0, at, -losses.double().cpu())
-                advance(len(numbers) * num_ranks)
+                advance(len(numbers) * ranks.num)  # the others are about as far
     finally:
         model.train(was_training)
-    return scores.view(len(prompts), len(labels))
+    whole = torch.tensor(ranks.total(*scores.tolist()), dtype=torch.float64)  # what others scored is 0 here
+    return whole.view(len(prompts), len(labels))
 
 
 def label_tokens(labels: Sequence[str], processor: Phi3VProcessor) -> list[NDArray[np.int32]]:
