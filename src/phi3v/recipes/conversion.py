@@ -143,7 +143,7 @@ def converting(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Path | No
     if _is_made(folder, made_from):
         yield None
         return
-    with _alone(folder):
+    with alone(folder):
         if _is_made(folder, made_from):
             yield None
             return
@@ -153,7 +153,7 @@ def converting(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Path | No
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Of all processes that want to make the folder only this one."""
     make_folder(folder.parent)
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
