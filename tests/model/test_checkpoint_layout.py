@@ -172,7 +172,7 @@ def test_safetensors_only(tmp_path, published):
     folder.mkdir()
     shutil.copy(published / "config.json", folder)
     torch.save({"lm_head.weight": torch.zeros(1)}, folder / "pytorch_model.bin")
-    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+    with pytest.raises(InputError, match=r"no file named model.safetensors"):
         Phi3VForCausalLM.from_pretrained(folder)
 
 

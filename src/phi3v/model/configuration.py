@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from phi3v.errors import InputError
 from phi3v.jsonfile import read_object
@@ -63,7 +63,6 @@ NULL = Rule("null", lambda value: value is None)
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 OBJECT = NULL | Rule("an object", lambda value: isinstance(value, dict))
 TOKEN_ID = _whole(0, 2**20)
-FACTORS = _several(_number(1e-9, 1e9))
 
 # Sizes are bounded, so that the empty model they describe can be built before a tensor of the checkpoint is looked at.
 RULES = {
@@ -100,6 +99,18 @@ CLIP_RULES = {
     "intermediate_size": _whole(1, 2**18),
     "num_hidden_layers": _whole(2, 2**10),
     "num_attention_heads": _whole(1, 2**12),
+}
+FACTOR_RULES = dict.fromkeys(("short_factor", "long_factor"), _several(_number(1e-9, 1e9)))
+GENERATION_RULES = {
+    "bos_token_id": TOKEN_ID,
+    "pad_token_id": TOKEN_ID,
+    "eos_token_id": TOKEN_ID | _several(TOKEN_ID),
+    "max_new_tokens": _whole(1, 2**24),
+    "do_sample": FLAG,
+    "temperature": _number(1e-3, 1e3),
+    "top_k": _whole(0, 2**20),
+    "top_p": _number(0, 1),
+    "repetition_penalty": _number(1e-3, 1e3),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -200,8 +211,8 @@ class Phi3VConfig(PreTrainedConfig):
         return {"model_type": cls.model_type, **content}
 
     def _check(self) -> None:
-        _check_values("", vars(self), RULES)
-        _check_values("vision_config.", self.clip, CLIP_RULES)
+        _check_values("config.json: ", vars(self), RULES)
+        _check_values("config.json: vision_config.", self.clip, CLIP_RULES)
         if self.hidden_size % (2 * self.num_attention_heads):
             raise InputError(
                 f"config.json: hidden_size {self.hidden_size} is not a multiple of twice "
@@ -226,8 +237,8 @@ class Phi3VConfig(PreTrainedConfig):
         kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
         if kind not in ("su", "longrope", "yarn"):
             raise InputError(f"config.json: rope_scaling.type {kind!r} is not supported, only 'su' and 'yarn'")
-        _check_values("rope_scaling.", self.rope_scaling, dict.fromkeys(("short_factor", "long_factor"), FACTORS))
-        for name in ("short_factor", "long_factor"):
+        _check_values("config.json: rope_scaling.", self.rope_scaling, FACTOR_RULES)
+        for name in FACTOR_RULES:
             if (found := len(self.rope_scaling[name])) != self.head_dim // 2:
                 raise InputError(f"config.json: rope_scaling.{name} needs {self.head_dim // 2} numbers, found {found}")
 
@@ -251,7 +262,22 @@ class Phi3VConfig(PreTrainedConfig):
         return out
 
 
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """What a folder's generation_config.json says of the few things that matter here; None if there is none.
+
+    transformers would let the file choose beams by the thousand, an assistant model, a cache, a compiler. Raises
+    InputError, naming the file.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    content = read_object(file)
+    chosen = {name: content[name] for name in GENERATION_RULES if content.get(name) is not None}
+    _check_values(f"{file}: ", chosen, {name: GENERATION_RULES[name] for name in chosen})
+    return GenerationConfig(**chosen)
+
+
 def _check_values(place: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     for name, rule in rules.items():
         if not rule.holds(value := values.get(name)):
-            raise InputError(f"config.json: {place}{name} is {value!r}, it must be {rule.words}")
+            raise InputError(f"{place}{name} is {value!r}, it must be {rule.words}")

@@ -12,7 +12,9 @@ Parameters, their names and their shapes are the published ones (592 tensors at 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +28,7 @@ from phi3v.data.image import CROP
 from phi3v.errors import InputError
 from phi3v.layout import Layout, Tree
 from phi3v.model.attention import Attend, CachedAttention, PackedAttention
-from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.configuration import Phi3VConfig, read_generation_config
 from phi3v.model.decoder import Phi3VDecoderLayer, RMSNorm
 from phi3v.model.rope import LongRope
 from phi3v.model.vision import (
@@ -36,6 +38,7 @@ from phi3v.model.vision import (
     crops_of_tiles,
     grid_of,
 )
+from phi3v.model.weights import Shapes, checkpoint_shapes, refuse_other
 
 if TYPE_CHECKING:
     from phi3v.data.pack import Pack
@@ -60,6 +63,11 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_flex_attn = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but never from a pickle, which can run code."""
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -353,21 +361,29 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint with a missing or misshapen tensor is refused, by the tensor's name."""
+        """As in transformers, but a checkpoint with a missing or misshapen tensor is refused, by the tensor's name.
+
+        In a folder, before anything is made for it: a small file may speak of a huge model.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are reported below, all of them by name
+        folder, place = Path(pretrained_model_name_or_path), f"checkpoint {pretrained_model_name_or_path}"
+        if folder.is_dir():
+            refuse_other(place, checkpoint_shapes(folder), cls._expected_shapes(kwargs.get("config"), folder))
+            kwargs.setdefault("generation_config", read_generation_config(folder))
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-        problems += [
-            f"{name} has shape {list(found)}, expected {list(wanted)}"
-            for name, found, wanted in sorted(info["mismatched_keys"])
-        ]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise InputError(f"checkpoint {pretrained_model_name_or_path}: {'; '.join(problems[:3])}{more}")
+        mismatched = sorted(info["mismatched_keys"])
+        expected = {name: shape for name, _, shape in mismatched} | dict.fromkeys(info["missing_keys"], ())
+        refuse_other(place, {name: shape for name, shape, _ in mismatched}, expected)
         model._stop_where_answers_end()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _expected_shapes(cls, config: Phi3VConfig | None, folder: Path) -> Shapes:
+        with torch.device("meta"):
+            model = cls(Phi3VConfig.from_pretrained(folder) if config is None else copy.deepcopy(config))
+        tied = cls._tied_weights_keys if model.config.tie_word_embeddings else {}
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
     def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:
         """Safetensors under the published key names (sharded above 5 GB, as published), config.json with `auto_map`."""
