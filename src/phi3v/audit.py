@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from phi3v.errors import InputError
-from phi3v.parallel.ranks import Ranks
+from phi3v.parallel.ranks import ALONE, Ranks
 
 # Steps with images after which every parameter must have been reached. Two would do (LoRA's A gets its first gradient
 # once B has moved); one more allows for a step whose few images happen to leave a unit silent.
@@ -20,9 +20,6 @@ STEPS_TO_REACH_ALL = 3
 
 # Zero by analysis: softmax does not change when the same vector is added to all keys.
 ALWAYS_ZERO = ("self_attn.k_proj.bias",)
-
-
-ALONE = Ranks()
 
 
 class GradientAudit:

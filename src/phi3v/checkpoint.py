@@ -27,10 +27,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from phi3v.errors import InputError
 from phi3v.files import begin, disk_errors, finish, flush
 from phi3v.parallel.engine import Engine, Slice
-from phi3v.parallel.ranks import Ranks
+from phi3v.parallel.ranks import ALONE, Ranks
 
 MANIFEST, STATE = "manifest.json", "state.json"
-ALONE = Ranks(device=torch.device("cpu"))
 
 
 def save_checkpoint(

@@ -36,14 +36,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns about ev
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0 when all went well, 2 when the user can mend what went wrong (one line says what)."""
+    """Runs the command line; the status is that of `status_of`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    return status_of(lambda: _run(given))
+
+
+def status_of(work: Callable[[], Any]) -> int:
+    """0 when all went well, 2 when the user can mend what went wrong (one line says what), 130 after Ctrl-C."""
     _silence()
     try:
-        recipe, given = _take_recipe(given)
-        status = tyro.extras.subcommand_cli_from_dict(
-            _commands(recipe, given[1:]), prog="phi3v", description=DESCRIPTION, args=given
-        )
+        status = work()
     except InputError as error:
         if _rank() == 0 or isinstance(error, RankError):
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
@@ -52,6 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print("interrupted")
         return 130
     return status if isinstance(status, int) else 0
+
+
+def _run(given: list[str]) -> Any:
+    recipe, given = _take_recipe(given)
+    return tyro.extras.subcommand_cli_from_dict(
+        _commands(recipe, given[1:]), prog="phi3v", description=DESCRIPTION, args=given
+    )
 
 
 def _rank() -> int:

@@ -210,6 +210,13 @@ class Evaluation:
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
 
+    score: Literal["generate", "labels", "both"] = "generate"
+    """generate: the answer is what the model writes. labels: of a closed set of labels, the most likely one, found in
+    one pass. both: written answers, and the scores of the labels beside them (accuracy, AUROC)."""
+
+    labels: tuple[str, ...] = ()
+    """The closed set. Default: the answers of the training data, if they are few."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
@@ -294,6 +301,8 @@ class Run:
         """Raises InputError, naming the flag to change, for what cannot be run."""
         if self.data.train is None:
             raise InputError("--train is missing: give the training conversations, a .jsonl file")
+        if self.evaluation.labels and self.evaluation.score == "generate":
+            raise InputError("--labels has no effect with --score generate: choose labels or both")
         if self.evaluation.eval_every_steps is not None and self.data.eval is None:
             raise InputError("--eval-every-steps needs --eval")
         groups = [getattr(self, group.name) for group in dataclasses.fields(self)]

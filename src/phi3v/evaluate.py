@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.markup import escape
@@ -25,15 +25,15 @@ from phi3v.data.tree import PackLimits
 from phi3v.errors import InputError
 from phi3v.files import make_folder, write_text
 from phi3v.hardware import pick_attention, pick_device, pick_dtype
-from phi3v.metrics import Prediction, accuracy, anls, score
+from phi3v.labels import closed_answers, score_labels
+from phi3v.metrics import Prediction, accuracy, anls, label_tables
+from phi3v.metrics import score as scores_of
 from phi3v.model.generation import generate_pack
 from phi3v.model.loading import load_model
 from phi3v.model.parts import widen
-from phi3v.parallel.ranks import Ranks
+from phi3v.parallel.ranks import ALONE, Ranks
 from phi3v.runlog import progress_bar, say
 from phi3v.stopping import Stopped
-
-ALONE = Ranks()
 
 
 def read_questions(path: Path, image_root: Path | None, limit: int | None = None) -> list[Example]:
@@ -89,9 +89,54 @@ def answer(
     return [everyone[number] for number in range(len(prompts))]
 
 
+def read_predictions(file: Path) -> list[Prediction]:
+    """What `write_predictions` wrote."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+class Scoring(NamedTuple):
+    """How answers are found: written, or chosen among labels, or both."""
+
+    by: Literal["generate", "labels", "both"] = "generate"
+    labels: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, by: Literal["generate", "labels", "both"], labels: tuple[str, ...], examples: list[Example]) -> Scoring:
+        """With the labels that `examples` have as answers, unless some are given. Raises InputError for free text."""
+        if by == "generate":
+            return cls()
+        if not labels and (found := closed_answers(examples)) is None:
+            raise InputError(f"--score {by} needs --labels: the answers are free text")
+        return cls(by, labels or found or ())
+
+
+def predict(
+    model: Any,
+    processor: Phi3VProcessor,
+    prompts: Sequence[Example],
+    scoring: Scoring,
+    *,
+    max_new_tokens: int,
+    title: str = "evaluating",
+    **how: Any,
+) -> list[Prediction]:
+    """Answers in the order of `prompts`, written or chosen or both; `how` is as for `answer`."""
+    if scoring.by == "generate":
+        return answer(model, processor, prompts, max_new_tokens=max_new_tokens, title=title, **how)
+    scores = score_labels(model, processor, prompts, scoring.labels, title=title, **how).tolist()
+    if scoring.by == "both":
+        predictions = answer(model, processor, prompts, max_new_tokens=max_new_tokens, title=title, **how)
+    else:
+        likeliest = [scoring.labels[max(range(len(row)), key=row.__getitem__)] for row in scores]
+        predictions = [_prediction(prompt, text, 0) for prompt, text in zip(prompts, likeliest, strict=True)]
+    for prediction, row in zip(predictions, scores, strict=True):
+        prediction["label_log_probs"] = dict(zip(scoring.labels, row, strict=True))
+    return predictions
+
+
 def _prediction(prompt: Example, text: str, num_tokens: int) -> Prediction:
     text = text.strip()
-    return Prediction(
+    found = Prediction(
         id=prompt.id,
         source=prompt.source,
         where=prompt.where,
@@ -103,12 +148,15 @@ def _prediction(prompt: Example, text: str, num_tokens: int) -> Prediction:
         anls=anls(text, prompt.answers),
         num_tokens=num_tokens,
     )
+    if prompt.group is not None:
+        found["group"] = prompt.group
+    return found
 
 
-def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
-    """`predictions.jsonl`, one question a line."""
+def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
+    """One question a line."""
     lines = (json.dumps(prediction, ensure_ascii=False) for prediction in predictions)
-    write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    write_text(file, "\n".join(lines) + "\n")
 
 
 def evaluate(
@@ -121,6 +169,8 @@ def evaluate(
     limit: int | None = None,
     num_crops: int | None = None,
     max_new_tokens: int = 64,
+    score: Literal["generate", "labels", "both"] = "generate",
+    labels: tuple[str, ...] = (),
     max_tokens_per_pack: int = 8192,
     max_crops_per_pack: int = 64,
     dtype: Precision = "auto",
@@ -140,6 +190,8 @@ def evaluate(
         limit: Answer only this many questions, evenly spread.
         num_crops: Tiles an image may be cut into. Default: the checkpoint's own.
         max_new_tokens: Longest answer, in tokens.
+        score: generate: what the model writes. labels: the most likely of a closed set. both: one beside the other.
+        labels: The closed set. Default: the answers of the data, if they are few.
         max_tokens_per_pack: Tokens of one forward pass. Larger is faster until memory runs out.
         max_crops_per_pack: 336x336 crops of one forward pass.
         dtype: Precision of the arithmetic.
@@ -155,13 +207,17 @@ def evaluate(
     if (target / "config.json").exists():
         raise InputError(f"--out {target} holds a run or a model: choose another folder")
     prompts = read_questions(data, image_root, limit)
+    scoring = Scoring.of(score, labels, read_jsonl(data, image_root))
     make_folder(target)
     network, processor = load_model(folder, attention=pick_attention(attention, device, precision), num_crops=num_crops)
     widen(network, precision)
-    predictions = answer(
+    if scoring.labels:
+        say(f"  labels          {', '.join(scoring.labels)}")
+    predictions = predict(
         network.to(device).eval(),
         processor,
         prompts,
+        scoring,
         limits=PackLimits(
             max_tokens_per_pack=max_tokens_per_pack,
             max_crops_per_pack=max_crops_per_pack,
@@ -174,9 +230,10 @@ def evaluate(
         dtype=precision,
         progress=progress,
     )
-    write_predictions(target, predictions)
-    metrics = score(predictions)
-    write_text(target / "metrics.json", json.dumps(metrics, indent=1))
+    write_predictions(target / "predictions.jsonl", predictions)
+    metrics = scores_of(predictions)
+    tables = {"labels": label_tables(predictions, scoring.labels)} if scoring.labels else {}
+    write_text(target / "metrics.json", json.dumps({**metrics, **tables}, indent=1))
     for name, value in metrics.items():
         say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")
     say(f"  predictions     {escape(str(target / 'predictions.jsonl'))}")

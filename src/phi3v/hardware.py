@@ -29,9 +29,16 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
         raise InputError("--dtype fp16 needs a CUDA device (it trains with loss scaling): use bf16 or fp32 on a CPU")
     if wanted != "auto":
         return DTYPES[wanted]
+    if has_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16, and not by way of float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

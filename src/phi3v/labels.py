@@ -30,11 +30,10 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.tree import PackLimits, group
 from phi3v.errors import InputError
 from phi3v.metrics import normalize_answer
-from phi3v.parallel.ranks import Ranks
+from phi3v.parallel.ranks import ALONE, Ranks
 from phi3v.runlog import progress_bar, say
 from phi3v.stopping import Stopped
 
-ALONE = Ranks()
 MAX_LABELS = 101  # the classes of UCF101, the largest closed set of the recipes
 
 

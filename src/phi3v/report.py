@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import jinja2
 
 from phi3v.chart import HEIGHT, WIDTH, Chart, Level, Series, chart, number, percent, smooth, thin
-from phi3v.files import write_text
 from phi3v.data.image import load_image
 from phi3v.errors import InputError
+from phi3v.files import write_text
 from phi3v.metrics import Prediction, normalize_answer
 
 NUM_PICTURES = 30
@@ -37,6 +37,9 @@ METRIC_NOTES = {
     "anls": ("ANLS", "similarity of the texts, case-sensitive; 0 below one half"),
     "anls_official": ("ANLS, official", "the same as the DocVQA server computes it: case does not count"),
     "vqa_accuracy": ("VQA accuracy", "full marks for an answer that three of ten annotators gave"),
+    "label_accuracy": ("Label accuracy", "the most likely of all labels is the right one"),
+    "auroc": ("AUROC", "how well the likelihoods of the two labels separate them; one half is chance"),
+    "consistency": ("Consistency", "questions of a group count together: all right, or none"),
 }
 BASELINE_NOTES = {
     "blind": "best answer per question text, no picture",

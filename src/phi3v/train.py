@@ -29,11 +29,11 @@ from phi3v.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
 from phi3v.errors import InputError, RankError
-from phi3v.evaluate import answer, evenly, write_predictions
+from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps
 from phi3v.files import make_folder, write_text, written_whole
 from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype
-from phi3v.metrics import baselines, score
+from phi3v.metrics import baselines, label_tables, score
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loading import load_config, load_model, save_model
 from phi3v.model.parts import add_lora, freeze, set_precision, widen
@@ -66,6 +66,7 @@ class _Job:
     engine: Engine
     schedule: LRScheduler
     total_steps: int
+    scoring: Scoring
     log: RunLog
     stop: StopRequest
     saved_at: int | None = None
@@ -101,6 +102,7 @@ def train(run: Run) -> dict[str, Any]:
         attention = pick_attention(run.base.attention, ranks.device, dtype)
         _check_attention(run, attention, config, ranks)
         data = read_data(run, processor, config, check_first=not found.started, ranks=ranks)
+        scoring = Scoring.of(run.evaluation.score, run.evaluation.labels, data.examples)
         total_steps = data.total_steps(run)
         name, why = pick_engine(run.scaling.parallel, ranks, adapters=run.tuning.adapters)
         recompute = _recompute(run, config, ranks)
@@ -156,6 +158,7 @@ def train(run: Run) -> dict[str, Any]:
                 engine=engine,
                 schedule=schedule,
                 total_steps=total_steps,
+                scoring=scoring,
                 log=log,
                 stop=stop,
                 saved_at=step or None,
@@ -233,6 +236,9 @@ def _finish(job: _Job) -> dict[str, Any]:
     result: dict[str, Any] = {"before": None, "final": None, "baselines": None}
     if job.data.questions:
         result["final"] = _score(job, "final", job.total_steps, model)
+        if job.scoring.labels:
+            tables = lambda: label_tables(read_predictions(folder / "predictions.jsonl"), job.scoring.labels)  # noqa: E731
+            result["labels"] = ranks.first_does(tables)
         result["before"] = ranks.first_does(lambda: _score_before(folder))
         result["baselines"] = baselines(job.data.examples, job.data.questions)
 
@@ -425,15 +431,16 @@ def _complain(job: _Job, batch: StepPacks, step: int, loss: float, losses: list[
 
 
 def _score(job: _Job, split: str, step: int, model: Any = None) -> dict[str, float]:
-    """`split` is before, during or final; only the final one takes all questions and keeps the predictions."""
+    """`split` is before, during or final; only the final one takes all questions."""
     run, data, started = job.run, job.data, time.monotonic()
     when = {"before": "before training", "during": f"after step {step}", "final": "after training"}[split]
     limit = None if split == "final" else run.evaluation.eval_limit
     with ExitStack() as opened:
-        predictions = answer(
+        predictions = predict(
             opened.enter_context(job.engine.whole()) if model is None else model,
             job.processor,
             evenly(data.questions, limit),
+            job.scoring,
             limits=data.settings.limits,
             reading=data.reading,
             max_new_tokens=run.evaluation.max_new_tokens,
@@ -443,8 +450,9 @@ def _score(job: _Job, split: str, step: int, model: Any = None) -> dict[str, flo
             ranks=job.ranks,
             leave_off=lambda: job.stop.reason is not None,
         )
-    if split == "final":
-        job.ranks.first_does(lambda: write_predictions(run.keeping.out, predictions))
+    if split != "during":
+        name = "predictions.jsonl" if split == "final" else "predictions-before.jsonl"
+        job.ranks.first_does(lambda: write_predictions(run.keeping.out / name, predictions))
     metrics, seconds = score(predictions), time.monotonic() - started
     say(f"{when}: accuracy {metrics['accuracy']:.1%} on {metrics['questions']:,} questions in {seconds:.0f} s")
     epoch = round(step / data.steps_per_epoch, 4)

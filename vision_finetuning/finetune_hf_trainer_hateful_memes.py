@@ -1,0 +1,9 @@
+"""Fine-tunes on the hateful memes: `torchrun --nproc_per_node=4 finetune_hf_trainer_hateful_memes.py --help`."""
+
+import sys
+
+from phi3v.cli import status_of
+from phi3v.original import main
+
+if __name__ == "__main__":
+    sys.exit(status_of(lambda: main("hateful_memes")))
