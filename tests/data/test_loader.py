@@ -1,9 +1,17 @@
 """Packs come in the plan's order, the same with and without workers, and errors say what to mend."""
 
 import dataclasses
+import errno
+import gc
+import multiprocessing
+import os
 import pickle
 import re
-from itertools import chain
+import signal
+import threading
+import time
+from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,7 +135,7 @@ def test_an_unreadable_image_stops_in_its_turn_with_one_line(encoded, images, tm
             break
     with pytest.raises(InputError) as caught:
         list(batches)
-    assert re.fullmatch(rf"train\.jsonl:{page}\.[012]: {broken}: unreadable image .*", str(caught.value))
+    assert re.fullmatch(rf"train\.jsonl:({page}\.[012]): example \1: {broken}: unreadable image .*", str(caught.value))
 
 
 def test_a_worker_is_sent_only_the_examples_of_its_pack(encoded, monkeypatch):
@@ -158,3 +166,309 @@ def test_ranks_share_the_prompts(fabricate):
     ranks = [list(prompt_packs(prompts, LIMITS, READING, max_new_tokens=8, rank=r, num_ranks=7)) for r in range(7)]
     assert {len(batches) for batches in ranks} == {1}
     assert sorted(number for (batch,) in ranks for number in batch.numbers) == list(range(5))
+
+
+# Reading that goes wrong. A forked worker makes packs with what the test put in the place of `make_pack`.
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """No test leaves a process behind, or an open file."""
+    multiprocessing.resource_tracker.ensure_running()  # its own helper, which stays
+    files = len(os.listdir("/proc/self/fd"))
+    yield
+    assert multiprocessing.active_children() == []
+    gc.collect()  # what `pytest.raises` caught holds the frames it came from
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+@pytest.fixture
+def making(monkeypatch):
+    """Lets a function of a pack's ids happen in the worker that makes it, before or after it has been made."""
+
+    def put(before=lambda ids: None, after=lambda ids: None):
+        def make(trees, encoded, **setting):
+            ids = [encoded[example].id for tree in trees for example in tree.examples]
+            before(ids)
+            pack = make_pack(trees, encoded, **setting)
+            after(ids)
+            return pack
+
+        monkeypatch.setattr("phi3v.data.loader.make_pack", make)
+
+    return put
+
+
+def die(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+def once(path, action):
+    """Does something the first time only, over all processes."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    action()
+
+
+def assert_same(batches, wanted):
+    batches = list(batches)
+    assert len(batches) == len(wanted)
+    for one, two in zip(batches, wanted, strict=True):
+        assert_equal(one, two)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_dies_changes_no_pack(encoded, making, tmp_path, num_workers, moment):
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    victim = wanted[2].pack.ids[0]
+    making(**{moment: lambda ids: victim in ids and once(tmp_path / "died", die)})
+    told = []
+    assert_same(training_packs(encoded, plan, with_workers(num_workers), tell=told.append), wanted)
+    (line,) = told
+    assert re.fullmatch(
+        r"a data worker died \(exit signal 9; out of memory\?\); another begins its pack again: train\.jsonl:.*", line
+    )
+    assert all(name in line for name in wanted[2].pack.ids)
+
+
+def test_a_pack_outlives_the_worker_that_made_it(encoded, making, tmp_path):
+    """It lies in the pipe, not fetched yet, when its worker dies."""
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    making(after=lambda ids: wanted[1].pack.ids[0] in ids and once(tmp_path / "died", threading.Timer(0.5, die).start))
+    told = []
+    batches = training_packs(encoded, plan, with_workers(1), tell=told.append)
+    first = next(batches)
+    time.sleep(1.5)
+    assert_same(chain([first], batches), wanted)
+    (line,) = told
+    assert wanted[2].pack.ids[0] in line
+
+
+def test_an_idle_worker_that_dies_is_replaced(encoded):
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    told = []
+    batches = training_packs(encoded, plan, with_workers(2, packs_ahead=1), tell=told.append)
+    seen = [next(batches)]
+    time.sleep(0.5)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    assert_same(chain(seen, batches), wanted)
+    assert len(told) == 2
+
+
+def test_a_pack_that_no_worker_survives_stops_in_its_turn(encoded, making):
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    victim = wanted[3].pack.ids
+    making(before=lambda ids: victim[0] in ids and die(signal.SIGTERM))
+    told = []
+    batches = training_packs(encoded, plan, with_workers(2), tell=told.append)
+    assert_same(islice(batches, 3), wanted[:3])
+    with pytest.raises(InputError, match=r"a data worker died 3 times at this pack \(exit signal 15\)$") as caught:
+        next(batches)
+    assert str(caught.value).startswith(f"train.jsonl:{', '.join(victim)}: ")
+    assert len(told) == 2
+
+
+def test_a_read_that_hangs_is_named(encoded, making):
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    victim = wanted[2].pack.ids
+    making(before=lambda ids: victim[0] in ids and time.sleep(1000))
+    batches = training_packs(encoded, plan, with_workers(2, timeout_s=0.5))
+    assert_same(islice(batches, 2), wanted[:2])
+    with pytest.raises(InputError) as caught:
+        next(batches)
+    assert str(caught.value) == f"train.jsonl:{', '.join(victim)}: no data worker delivers this pack, for 0.5 s"
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback(encoded, making):
+    making(before=lambda ids: [][1])
+    with pytest.raises(IndexError) as caught:
+        list(training_packs(encoded, plan_of(encoded), with_workers(2)))
+    assert "test_loader.py" in caught.value.__notes__[0]
+
+
+def test_a_message_names_at_most_fifty_examples(fabricate, making):
+    making(before=lambda ids: die())
+    examples = [fabricate(2, -2, id=str(number), seed=number) for number in range(60)]
+    with pytest.raises(InputError, match=r"^train\.jsonl:\d+(, \d+){49} and 10 more: a data worker died"):
+        list(training_packs(examples, plan_of(examples, batch_size=60), with_workers(1), tell=str))
+
+
+def test_ctrl_c_does_not_reach_the_workers(encoded):
+    """It is sent to all processes of a terminal, and the training finishes its step."""
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    told = []
+    batches = training_packs(encoded, plan, with_workers(2), tell=told.append)
+    seen = [next(batches)]
+    time.sleep(0.5)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert_same(chain(seen, batches), wanted)
+    assert told == []
+
+
+def test_packs_are_made_ahead_but_not_without_end(encoded, making, tmp_path):
+    making(after=lambda ids: (tmp_path / ids[0]).touch())
+    batches = training_packs(encoded, plan_of(encoded, batch_size=1), with_workers(2, packs_ahead=3))
+    next(batches)
+    time.sleep(1)
+    first = len(os.listdir(tmp_path))
+    next(batches)
+    next(batches)
+    time.sleep(1)
+    assert 3 <= first <= 7
+    assert len(os.listdir(tmp_path)) <= 9
+
+
+def test_orders_and_packs_may_be_larger_than_a_pipe_holds(fabricate):
+    """Or a worker that delivers and the training that asks would wait for each other."""
+    examples = [fabricate(200, -50, id=f"{number:0500}", seed=number) for number in range(3000)]
+    limits = PackLimits(max_tokens_per_pack=250_000, max_crops_per_pack=100)
+    plan = plan_of(examples, batch_size=1000, limits=limits)
+    batches = list(training_packs(examples, plan, with_workers(1, timeout_s=30)))
+    assert [len(batch.pack.ids) for batch in batches] == [1000, 1000, 1000]
+
+
+def test_threads_before_a_fork_do_not_hang_a_worker(encoded):
+    """OpenMP's threads are gone in a forked worker, and what it does in parallel would wait for them for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(2**22).add_(1)
+        assert len(list(training_packs(encoded, plan_of(encoded), with_workers(2, timeout_s=30)))) == 6
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_workers_need_no_fork(encoded):
+    """Python 3.14 starts processes from a server, which gets what it needs by pickling."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        batches = list(training_packs(encoded, plan_of(encoded), with_workers(1)))
+    finally:
+        multiprocessing.forkserver._forkserver._stop()
+        multiprocessing.set_start_method(usual, force=True)
+    assert_same(batches, list(training_packs(encoded, plan_of(encoded), READING)))
+
+
+def test_workers_go_with_the_training_process(encoded):
+    """Killed as hard as can be, it has no time to end them."""
+
+    def train(told):
+        batches = training_packs(encoded, plan_of(encoded, batch_size=1), with_workers(3, packs_ahead=1))
+        next(batches)
+        told.send([worker.pid for worker in multiprocessing.active_children()])
+        time.sleep(1000)
+
+    told, tell = multiprocessing.Pipe(duplex=False)
+    training = multiprocessing.Process(target=train, args=(tell,))
+    training.start()
+    workers = told.recv()
+    assert len(workers) == 3
+    assert all(alive(worker) for worker in workers)
+    training.kill()
+    training.join()
+    training.close()
+    told.close()
+    tell.close()
+    until = time.monotonic() + 30
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < until, "the workers live on"
+        time.sleep(0.1)
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_dropped_half_way_nothing_stays(encoded, making):
+    """However busy the workers are. `nothing_stays` looks at the open files."""
+    shared = os.listdir("/dev/shm")
+    for pause in (0, 1000):
+        making(before=lambda ids, pause=pause: "text" in ids and time.sleep(pause))
+        for taken in (0, 1, 3):
+            batches = training_packs(encoded, plan_of(encoded, batch_size=1), with_workers(3))
+            assert len(list(islice(batches, taken))) == taken
+            del batches
+            assert multiprocessing.active_children() == []
+    assert os.listdir("/dev/shm") == shared
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_two_thousand_packs_need_no_more_memory_than_five_hundred(fabricate, images, num_workers):
+    head = [[images[n // 20 % 5]] if n % 20 == 0 else [] for n in range(2000)]  # pictures take most of the time
+    examples = [fabricate(3, *head[n], 5, -2, id=str(n), seed=n) for n in range(2000)]
+    batches = training_packs(examples, plan_of(examples, batch_size=1), with_workers(num_workers))
+    sizes = []
+    for number, _ in enumerate(batches, 1):
+        if number % 500 == 0:
+            processes = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+            pages = sum(int(Path(f"/proc/{process}/statm").read_text().split()[1]) for process in processes)
+            sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    assert len(sizes) == 4
+    assert sizes[-1] - sizes[0] < 10  # MiB; one page of every tensor would be 70
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_examples_come_with_their_pack(encoded, images, tmp_path, num_workers):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    plan = plan_of(encoded)
+    whole = list(training_packs(encoded, plan, READING))
+    encoded[:3] = [dataclasses.replace(example, images=(str(broken),)) for example in encoded[:3]]
+    batches = list(training_packs(encoded, plan, with_workers(num_workers, on_bad_example="skip")))
+    assert [(batch.step, batch.last) for batch in batches] == [(batch.step, batch.last) for batch in whole]
+    lost = [example for batch in batches for example in batch.lost]
+    assert sorted(example.id for example in lost) == ["0.0", "0.1", "0.2"]
+    assert all(f"{broken}: unreadable image" in example.reason for example in lost)
+    for batch, other in zip(batches, whole, strict=True):
+        assert {*batch.pack.ids, *(example.id for example in batch.lost)} == set(other.pack.ids)
+        weights = float(batch.pack.weights.sum()) + sum(example.weight for example in batch.lost)
+        assert weights == pytest.approx(float(other.pack.weights.sum()))
+
+
+def test_prompts_are_never_skipped(fabricate, images, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    prompts = [fabricate(3, image, 5, id=str(number)) for number, image in enumerate(images)]
+    prompts[3] = dataclasses.replace(prompts[3], images=(str(broken),))
+    reading = dataclasses.replace(READING, on_bad_example="skip")
+    with pytest.raises(InputError, match=rf"^train\.jsonl:3: example 3: {broken}: unreadable image"):
+        list(prompt_packs(prompts, LIMITS, reading, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_system_that_comes_back_has_cost_nothing(encoded, monkeypatch, tmp_path, num_workers):
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    real = Image.open
+
+    def failing(path, **named):
+        def fail():
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        once(tmp_path / Path(path).name, fail)
+        return real(path, **named)
+
+    monkeypatch.setattr(Image, "open", failing)
+    reading = with_workers(num_workers, retries=5, retry_pause_s=0.001)
+    assert_same(training_packs(encoded, plan, reading), wanted)
+    assert len(os.listdir(tmp_path)) == 5
+
+
+def test_it_is_waited_for_about_a_minute():
+    assert Reading(image_token_id=IMAGE, num_crops=4).pauses_s == (1, 2, 4, 8, 16, 32)

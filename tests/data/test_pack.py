@@ -1,5 +1,7 @@
 """A pack against its examples, one by one, token by token."""
 
+import errno
+import os
 import shutil
 from dataclasses import fields, replace
 
@@ -8,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from phi3v.data.image import hd_transform, load_image, num_image_tokens, num_tiles, tiles_of
-from phi3v.data.pack import make_pack
+from phi3v.data.pack import Lost, make_pack
 from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.tree import Lengths, PackLimits, PackTree
 from phi3v.errors import InputError
@@ -215,11 +217,145 @@ def test_an_image_that_cannot_be_read_names_example_and_file(fabricate, images, 
     shutil.copy(images["wide"], path)
     encoded = [fabricate(3, images["square"], 2, -2, id="7"), fabricate(3, str(path), 4, -2, id="41")]
     path.unlink()
-    with pytest.raises(InputError, match=rf"^train\.jsonl:41: {path}: no such image$"):
+    with pytest.raises(InputError, match=rf"^train\.jsonl:41: example 41: {path}: no such image$"):
         make_pack([tree_of(0), tree_of(1)], encoded, **SETTINGS)
 
 
 def test_an_image_that_changed_its_shape_is_refused(fabricate, images):
     example = replace(fabricate(3, images["square"], 2, -2, id="7"), image_sizes=((336, 672),))
-    with pytest.raises(InputError, match=r"^train\.jsonl:7: .*square\.png: now \(672, 672\) .* it was \(336, 672\)"):
+    with pytest.raises(
+        InputError, match=r"^train\.jsonl:7: example 7: .*square\.png: now \(672, 672\) .* was \(336, 672\)"
+    ):
         make_pack([tree_of(0)], [example], **SETTINGS)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Pauses that were made, in seconds; none takes any time."""
+    made = []
+    monkeypatch.setattr("phi3v.data.pack.time.sleep", made.append)
+    return made
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Makes the first reads of a file fail, one error each, when it is opened or when it is decoded."""
+
+    def fail(path, errors, at):
+        owner, name = {"open": (Image, "open"), "decode": (ImageFile.ImageFile, "load")}[at]
+        real, left = getattr(owner, name), list(errors)
+
+        def failing(image, *given, **named):
+            if getattr(image, "filename", image) == path and left:
+                raise left.pop(0)
+            return real(image, *given, **named)
+
+        monkeypatch.setattr(owner, name, failing)
+
+    return fail
+
+
+@pytest.mark.parametrize("at", ["open", "decode"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT])
+def test_what_may_pass_is_tried_again(fabricate, images, faulty, pauses, number, at):
+    encoded = [fabricate(3, images["wide"], 4, -2)]
+    wanted = make_pack([tree_of(0)], encoded, **SETTINGS)
+    faulty(images["wide"], [OSError(number, os.strerror(number))] * 2, at)
+    pack = make_pack([tree_of(0)], encoded, **SETTINGS, pauses_s=(1, 2, 4))
+    assert pauses == [1, 2]
+    assert torch.equal(pack.tiles, wanted.tiles)
+
+
+def test_no_pack_is_waited_for_longer_than_all_pauses(fabricate, images, faulty, pauses):
+    """The second image goes on where the first one stopped: a file system that is gone is waited for once a pack."""
+    encoded = [fabricate(3, images["square"], 4, -2, id="7"), fabricate(3, images["wide"], 4, -2, id="41")]
+    faulty(images["square"], [OSError(errno.EIO, "Input/output error")] * 2, "open")
+    faulty(images["wide"], [OSError(errno.EIO, "Input/output error")] * 2, "decode")
+    with pytest.raises(
+        InputError, match=r"^train\.jsonl:41: .*wide\.png: .*Input/output error.*; tried again for 4 s$"
+    ):
+        make_pack([tree_of(0), tree_of(1)], encoded, **SETTINGS, pauses_s=(1, 2, 4))
+    assert pauses == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("truncated"), SyntaxError("broken PNG"), PermissionError(errno.EACCES, "no")]
+)
+def test_what_will_not_pass_is_not_tried_again(fabricate, images, faulty, pauses, error):
+    encoded = [fabricate(3, images["wide"], 4, -2)]
+    faulty(images["wide"], [error], "decode")
+    with pytest.raises(InputError, match=r"wide\.png: unreadable image \(.*\)$"):
+        make_pack([tree_of(0)], encoded, **SETTINGS, pauses_s=(1, 2, 4))
+    assert pauses == []
+
+
+def test_all_branches_of_a_tree_are_lost_with_its_image(fabricate, images, tmp_path, monkeypatch):
+    path = str(tmp_path / "gone.png")
+    shutil.copy(images["wide"], path)
+    encoded = [
+        fabricate(3, images["square"], path, 5, -3, id="a", seed=1),
+        fabricate(3, images["square"], path, 2, -1, id="b", seed=2),
+        fabricate(3, images["square"], 2, -4, id="c", seed=3),
+        fabricate(3, images["square"], path, 9, id="prompt", seed=4),
+        fabricate(6, -2, id="text", seed=5),
+    ]
+    os.unlink(path)
+    read = []
+    monkeypatch.setattr("phi3v.data.pack.load_image", lambda path: read.append(path) or load_image(path))
+    trees = [tree_of(0, 1, weights=[0.5, 0.25]), tree_of(2, weights=[0.125]), tree_of(3), tree_of(4)]
+    pack = make_pack(trees, encoded, **SETTINGS, on_bad_example="skip")
+    check(pack, [trees[1], trees[3]], encoded)
+    reason = f"{path}: no such image"
+    assert pack.lost == tuple(
+        Lost(name, f"train.jsonl:{name}", reason, weight) for name, weight in (("a", 1.5), ("b", 0.25), ("prompt", 0.0))
+    )
+    assert read == [images["square"], path]
+    empty = make_pack([trees[0]], encoded, **SETTINGS, on_bad_example="skip")
+    check(empty, [], encoded)
+    assert (empty.tokens, len(empty.lost)) == (0, 2)
+
+
+@pytest.mark.parametrize("setting", [{}, {"weighting": "token"}, {"questions": "expected"}, {"questions": "random"}])
+@settings(max_examples=15)
+@given(shapes=some_examples(), lost_image=st.sampled_from(list(SHAPES)), max_tokens=st.integers(300, 4000))
+def test_a_step_without_its_lost_examples_is_a_step_of_the_others(
+    fabricate, images, setting, shapes, lost_image, max_tokens
+):
+    """Every row that is left has, divided by 1 - lost, the weight that it has in a plan without the lost examples."""
+    encoded = [
+        fabricate(*(images.get(piece, piece) for piece in shape), id=str(number), seed=number)
+        for number, shape in enumerate(shapes)
+    ]
+    limits = PackLimits(max_tokens_per_pack=max_tokens, max_crops_per_pack=12, original_max=760)
+    lengths = Lengths.of(encoded)
+    units = len(encoded) if setting.get("questions", "all") == "all" else lengths.num_pages
+    plan = plan_epoch(lengths, PlanSettings(batch_size=units, limits=limits, **setting), seed=0, epoch=0)
+    held = [encoded[example] for example in plan.examples(0)]
+    left = [example for example in held if images[lost_image] not in example.images]
+    gone = {example.id for example in held} - {example.id for example in left}
+
+    moved = images[lost_image] + ".moved"
+    os.rename(images[lost_image], moved)
+    try:
+        _, ranks = plan.packs(0, num_ranks=2)
+        packs = [make_pack(t, encoded, **SETTINGS, on_bad_example="skip") for packs in ranks for t in packs]
+    finally:
+        os.rename(moved, images[lost_image])
+
+    lost = [example for pack in packs for example in pack.lost]
+    assert sorted(example.id for example in lost) == sorted(gone)
+    missing = sum(example.weight for example in lost)
+    assert missing + sum(float(pack.weights.double().sum()) for pack in packs) == pytest.approx(1, abs=1e-6)
+    if not left:
+        assert all(pack.tokens == 0 for pack in packs)
+        return
+    lengths = Lengths.of(left)
+    units = len(left) if setting.get("questions", "all") == "all" else lengths.num_pages
+    others = plan_epoch(lengths, PlanSettings(batch_size=units, limits=limits, **setting), seed=0, epoch=0)
+    wanted = {left[example].id: weight for example, weight in zip(others.examples(0), others.weights(0), strict=True)}
+    found = {
+        pack.ids[branch]: float(weight) / (1 - missing)
+        for pack in packs
+        for branch, weight in zip(pack.branch, pack.weights, strict=True)
+    }
+    assert found == pytest.approx(wanted, rel=1e-5)

@@ -6,9 +6,11 @@ positions, its targets and its loss weights; only the tokens of a shared prefix 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import errno
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,27 @@ from phi3v.errors import InputError
 from phi3v.layout import Layout, Tree
 
 Held = TypeVar("Held", "Pack", Layout)
+OnBadExample = Literal["stop", "skip"]
+
+MAY_PASS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.EAGAIN, errno.EREMOTEIO}
+    | {errno.ETIMEDOUT, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
+    | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+)
+"""What a network file system says that is slow or gone for a while; of a vanished mount, that there is no such file."""
+
+
+class Lost(NamedTuple):
+    """An example left out of its pack, because an image of its page cannot be read."""
+
+    id: str
+    where: str
+    reason: str
+    weight: float
+    """Its part of the step's loss: the weights of all supervised rows of a step add up to 1, and these are missing."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: example {self.id}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +60,7 @@ class Pack:
     weights       [R] float32, the loss is the sum of weight * cross entropy (0 for a prompt)
     branch        [R] int64, the example of each row, as its number in the pack
     ids           [B] the examples' ids
+    lost          the examples that should be here and are not; none unless `on_bad_example="skip"`
     """
 
     input_ids: Tensor
@@ -48,6 +72,7 @@ class Pack:
     weights: Tensor
     branch: Tensor
     ids: tuple[str, ...]
+    lost: tuple[Lost, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -84,14 +109,22 @@ def make_pack(
     *,
     image_token_id: int,
     num_crops: int,
+    pauses_s: Iterable[float] = (),
+    on_bad_example: OnBadExample = "stop",
 ) -> Pack:
     """The pack of some planned trees; `encoded[i]` is example i of the plan.
 
     An example without supervised tokens is a prompt: its one row is its last token. Every image file is read once.
-    Raises InputError, naming example and file, for an image that cannot be read or has changed since it was encoded.
+
+    While an image cannot be read for a reason that may pass, it is tried again after each of `pauses_s`; all images of
+    the pack draw from them, so that a pack takes no longer than their sum. An image that still cannot be read, or has
+    changed since it was encoded, is an InputError naming example and file; with `on_bad_example="skip"`, the examples
+    of its trees are left out and listed in `lost`.
     """
-    pictures: dict[str, Tensor] = {}
-    layout, tiles, image_sizes, ids = [], [], [], []
+    pictures = _Pictures(num_crops, pauses_s)
+    layout, tiles, ids = [], [], []
+    image_sizes: list[tuple[int, int]] = []
+    lost: list[Lost] = []
     rows, targets, weights, branch = [], [], [], []
     names: list[str] = []
     end = 0
@@ -100,11 +133,18 @@ def make_pack(
         branches: list[int] = []
         first = encoded[tree.examples[0]]
         prefix = first.prefix_tokens
-        for image, size in zip(first.images, first.image_sizes, strict=True):
-            if image not in pictures:
-                pictures[image] = _read_tiles(image, size, num_crops, first.where)
-            tiles.append(pictures[image])
-            image_sizes.append(size)
+        try:
+            tiles += [pictures.tiles(*image) for image in zip(first.images, first.image_sizes, strict=True)]
+        except InputError as error:
+            examples = [encoded[index] for index in tree.examples]
+            lost += [
+                Lost(example.id, example.where, str(error), weight * example.num_supervised)
+                for example, weight in zip(examples, tree.weights, strict=True)
+            ]
+            if on_bad_example == "stop":
+                raise InputError(str(lost[0])) from error
+            continue
+        image_sizes += first.image_sizes
         for index, weight in zip(tree.examples, tree.weights, strict=True):
             example = encoded[index]
             tokens, targets_at = _expanded(example, image_token_id)
@@ -135,6 +175,7 @@ def make_pack(
         weights=_joined(weights, torch.float32),
         branch=_joined(branch, torch.int64),
         ids=tuple(names),
+        lost=tuple(lost),
     )
 
 
@@ -145,14 +186,47 @@ def _expanded(example: Encoded, image_token_id: int) -> tuple[NDArray[np.int32],
     return np.repeat(example.ids, repeats), np.flatnonzero(np.repeat(example.supervised, repeats))
 
 
-def _read_tiles(image: str, size: tuple[int, int], num_crops: int, where: str) -> Tensor:
-    try:
-        hd = hd_transform(load_image(image), num_crops)
-        if hd.shape[:2] != size:
-            raise InputError(f"{image}: now {hd.shape[:2]} pixels padded, it was {size} when the data was read")
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    return tiles_of(hd)
+class _Pictures:
+    """The pictures of a pack: every image file is read once, whether that ends well or not."""
+
+    def __init__(self, num_crops: int, pauses_s: Iterable[float]) -> None:
+        self._num_crops = num_crops
+        self._pauses_s = iter(pauses_s)
+        self._read: dict[str, Tensor | str] = {}
+
+    def tiles(self, image: str, size: tuple[int, int]) -> Tensor:
+        """uint8 [n, 3, 336, 336]: the crops of an image file. Raises InputError if they cannot be had at this size."""
+        if image not in self._read:
+            self._read[image] = self._tiles_or_reason(image, size)
+        read = self._read[image]
+        if isinstance(read, str):
+            raise InputError(read)
+        return read
+
+    def _tiles_or_reason(self, image: str, size: tuple[int, int]) -> Tensor | str:
+        waited = 0.0
+        while True:
+            try:
+                hd = hd_transform(load_image(image), self._num_crops)
+            except InputError as error:
+                pause = next(self._pauses_s, None) if _may_pass(error) else None
+                if pause is None:
+                    return f"{error}; tried again for {waited:.0f} s" if waited else str(error)
+                time.sleep(pause)
+                waited += pause
+            else:
+                if hd.shape[:2] == size:
+                    return tiles_of(hd)
+                return f"{image}: now {hd.shape[:2]} pixels padded, it was {size} when the data was read"
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is one of the file system and not of the file."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in MAY_PASS:
+            return True
+        error = error.__context__
+    return False
 
 
 def _joined(pieces: Sequence[NDArray], dtype: torch.dtype) -> Tensor:
