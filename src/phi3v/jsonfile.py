@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from phi3v.errors import InputError
 
@@ -73,3 +74,53 @@ def parse(content: bytes) -> Any:
 def _is_deeper(value: object, levels: int) -> bool:
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(levels == 0 or _is_deeper(child, levels - 1) for child in children)
+
+
+class Rule(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def __or__(self, other: Rule) -> Rule:
+        return Rule(f"{self.words} or {other.words}", lambda value: self.holds(value) or other.holds(value))
+
+
+NULL = Rule("null", lambda value: value is None)
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+TEXT = Rule("a string", lambda value: isinstance(value, str))
+OBJECT = Rule("an object", lambda value: isinstance(value, dict))
+
+
+def whole(low: int, high: int) -> Rule:
+    return Rule(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def number(low: float, high: float) -> Rule:
+    return Rule(
+        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
+    )
+
+
+def one_of(*texts: str) -> Rule:
+    return Rule(" or ".join(map(repr, texts)), lambda value: isinstance(value, str) and value in texts)
+
+
+def several(each: Rule) -> Rule:
+    return Rule(
+        f"a list, of each {each.words}", lambda value: isinstance(value, list | tuple) and all(map(each.holds, value))
+    )
+
+
+def by_name(each: Rule) -> Rule:
+    return Rule(
+        f"an object, of each {each.words}",
+        lambda value: isinstance(value, dict) and all(map(each.holds, value.values())),
+    )
+
+
+def check_values(place: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Raises InputError, "place: name is ..., it must be ...", for the first value that breaks its rule."""
+    for name, rule in rules.items():
+        if not rule.holds(value := values.get(name)):
+            raise InputError(f"{place}{name} is {value!r}, it must be {rule.words}")

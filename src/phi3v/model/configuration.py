@@ -8,14 +8,13 @@ only where it differs from the published model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
 from phi3v.errors import InputError
-from phi3v.jsonfile import read_object
+from phi3v.jsonfile import FLAG, NULL, OBJECT, check_values, number, read_object, several, whole
 
 # The published code keeps CLIP ViT-L/14-336 in code, not in config.json; so do we.
 CLIP_VIT_L_336: dict[str, Any] = {
@@ -33,84 +32,55 @@ PUBLISHED_IMAGE_TOKEN_ID = 32044
 PUBLISHED_STOP_TOKEN_IDS = (32007, 32000)  # <|end|>, <|endoftext|>
 
 
-class Rule(NamedTuple):
-    """What a value must be, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-    def __or__(self, other: Rule) -> Rule:
-        return Rule(f"{self.words} or {other.words}", lambda value: self.holds(value) or other.holds(value))
-
-
-def _whole(low: int, high: int) -> Rule:
-    return Rule(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
-
-
-def _number(low: float, high: float) -> Rule:
-    return Rule(
-        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
-    )
-
-
-def _several(each: Rule) -> Rule:
-    return Rule(
-        f"a list, of each {each.words}", lambda value: isinstance(value, list | tuple) and all(map(each.holds, value))
-    )
-
-
-NULL = Rule("null", lambda value: value is None)
-FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-OBJECT = NULL | Rule("an object", lambda value: isinstance(value, dict))
-TOKEN_ID = _whole(0, 2**20)
+TOKEN_ID = whole(0, 2**20)
 
 # Sizes are bounded, so that the empty model they describe can be built before a tensor of the checkpoint is looked at.
 RULES = {
-    "vocab_size": _whole(1, 2**20),
-    "hidden_size": _whole(1, 2**16),
-    "intermediate_size": _whole(1, 2**18),
-    "num_hidden_layers": _whole(1, 2**10),
-    "num_attention_heads": _whole(1, 2**12),
-    "num_key_value_heads": _whole(1, 2**12),
-    "max_position_embeddings": _whole(1, 2**24),
-    "original_max_position_embeddings": _whole(2, 2**24),
-    "sliding_window": NULL | _whole(1, 2**24),
-    "rms_norm_eps": _number(0, 1),
-    "rope_theta": _number(1, 1e12),
-    "initializer_range": _number(0, 100),
-    "attention_dropout": _number(0, 0.99),
-    "embd_pdrop": _number(0, 0.99),
-    "resid_pdrop": _number(0, 0.99),
+    "vocab_size": whole(1, 2**20),
+    "hidden_size": whole(1, 2**16),
+    "intermediate_size": whole(1, 2**18),
+    "num_hidden_layers": whole(1, 2**10),
+    "num_attention_heads": whole(1, 2**12),
+    "num_key_value_heads": whole(1, 2**12),
+    "max_position_embeddings": whole(1, 2**24),
+    "original_max_position_embeddings": whole(2, 2**24),
+    "sliding_window": NULL | whole(1, 2**24),
+    "rms_norm_eps": number(0, 1),
+    "rope_theta": number(1, 1e12),
+    "initializer_range": number(0, 100),
+    "attention_dropout": number(0, 0.99),
+    "embd_pdrop": number(0, 0.99),
+    "resid_pdrop": number(0, 0.99),
     "use_cache": FLAG,
     "tie_word_embeddings": FLAG,
     "bos_token_id": NULL | TOKEN_ID,
     "pad_token_id": NULL | TOKEN_ID,
-    "eos_token_id": NULL | TOKEN_ID | _several(TOKEN_ID),
+    "eos_token_id": NULL | TOKEN_ID | several(TOKEN_ID),
     "image_token_id": TOKEN_ID,
-    "stop_token_ids": _several(TOKEN_ID),
-    "rope_scaling": OBJECT,
-    "embd_layer": OBJECT,
-    "img_processor": OBJECT,
-    "vision_config": OBJECT,
-    "auto_map": OBJECT,
+    "stop_token_ids": several(TOKEN_ID),
+    "rope_scaling": NULL | OBJECT,
+    "embd_layer": NULL | OBJECT,
+    "img_processor": NULL | OBJECT,
+    "vision_config": NULL | OBJECT,
+    "auto_map": NULL | OBJECT,
 }
 CLIP_RULES = {
-    "hidden_size": _whole(1, 2**16),
-    "intermediate_size": _whole(1, 2**18),
-    "num_hidden_layers": _whole(2, 2**10),
-    "num_attention_heads": _whole(1, 2**12),
+    "hidden_size": whole(1, 2**16),
+    "intermediate_size": whole(1, 2**18),
+    "num_hidden_layers": whole(2, 2**10),
+    "num_attention_heads": whole(1, 2**12),
 }
-FACTOR_RULES = dict.fromkeys(("short_factor", "long_factor"), _several(_number(1e-9, 1e9)))
+FACTOR_RULES = dict.fromkeys(("short_factor", "long_factor"), several(number(1e-9, 1e9)))
 GENERATION_RULES = {
     "bos_token_id": TOKEN_ID,
     "pad_token_id": TOKEN_ID,
-    "eos_token_id": TOKEN_ID | _several(TOKEN_ID),
-    "max_new_tokens": _whole(1, 2**24),
+    "eos_token_id": TOKEN_ID | several(TOKEN_ID),
+    "max_new_tokens": whole(1, 2**24),
     "do_sample": FLAG,
-    "temperature": _number(1e-3, 1e3),
-    "top_k": _whole(0, 2**20),
-    "top_p": _number(0, 1),
-    "repetition_penalty": _number(1e-3, 1e3),
+    "temperature": number(1e-3, 1e3),
+    "top_k": whole(0, 2**20),
+    "top_p": number(0, 1),
+    "repetition_penalty": number(1e-3, 1e3),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -211,8 +181,8 @@ class Phi3VConfig(PreTrainedConfig):
         return {"model_type": cls.model_type, **content}
 
     def _check(self) -> None:
-        _check_values("config.json: ", vars(self), RULES)
-        _check_values("config.json: vision_config.", self.clip, CLIP_RULES)
+        check_values("config.json: ", vars(self), RULES)
+        check_values("config.json: vision_config.", self.clip, CLIP_RULES)
         if self.hidden_size % (2 * self.num_attention_heads):
             raise InputError(
                 f"config.json: hidden_size {self.hidden_size} is not a multiple of twice "
@@ -237,7 +207,7 @@ class Phi3VConfig(PreTrainedConfig):
         kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
         if kind not in ("su", "longrope", "yarn"):
             raise InputError(f"config.json: rope_scaling.type {kind!r} is not supported, only 'su' and 'yarn'")
-        _check_values("config.json: rope_scaling.", self.rope_scaling, FACTOR_RULES)
+        check_values("config.json: rope_scaling.", self.rope_scaling, FACTOR_RULES)
         for name in FACTOR_RULES:
             if (found := len(self.rope_scaling[name])) != self.head_dim // 2:
                 raise InputError(f"config.json: rope_scaling.{name} needs {self.head_dim // 2} numbers, found {found}")
@@ -273,11 +243,5 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     content = read_object(file)
     chosen = {name: content[name] for name in GENERATION_RULES if content.get(name) is not None}
-    _check_values(f"{file}: ", chosen, {name: GENERATION_RULES[name] for name in chosen})
+    check_values(f"{file}: ", chosen, {name: GENERATION_RULES[name] for name in chosen})
     return GenerationConfig(**chosen)
-
-
-def _check_values(place: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    for name, rule in rules.items():
-        if not rule.holds(value := values.get(name)):
-            raise InputError(f"{place}{name} is {value!r}, it must be {rule.words}")

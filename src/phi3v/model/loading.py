@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from transformers.utils import logging as transformers_logging
 
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
+from phi3v.model.adapter import CONFIG as ADAPTER_CONFIG
+from phi3v.model.adapter import load_adapter, read_adapter_config
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import set_precision
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.quantization import Quantization, quantize, read_quantization, write_quantization
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_model(
@@ -55,6 +54,10 @@ def load_model(
             f"{name}: the tokenizer's <|image|> is {processor.image_token_id}, "
             f"config.json says {model.config.image_token_id}"
         )
+    if (highest := max(processor.tokenizer.get_vocab().values())) >= model.config.vocab_size:
+        raise InputError(
+            f"{name}: the tokenizer has token {highest}, config.json a vocab_size of {model.config.vocab_size}"
+        )
     return model, processor
 
 
@@ -66,12 +69,10 @@ def _load_adapter(
     num_crops: int | None,
     device: torch.device | None,
 ) -> tuple[Any, Phi3VProcessor]:
-    from peft import PeftModel
-
-    base_name = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    if not base_name:
-        raise InputError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is missing")
+    base_name = read_adapter_config(folder)["base_model_name_or_path"]
     try:
+        if (Path(base_name) / ADAPTER_CONFIG).is_file():
+            raise InputError(f"{base_name} is an adapter itself")
         # What is quantised is the checkpoint in its own precision, as in training, whatever `dtype` is.
         base, _ = load_model(base_name, dtype="auto" if how else dtype, attention=attention)
     except InputError as error:
@@ -80,10 +81,7 @@ def _load_adapter(
         quantize(base, how, compute_dtype=base.dtype, device=device)
         if isinstance(dtype, torch.dtype):
             set_precision(base.requires_grad_(False), dtype)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: {first_line(error)}") from error
+    model = load_adapter(base, folder)
     return model, Phi3VProcessor.from_pretrained(folder, num_crops=num_crops)
 
 
