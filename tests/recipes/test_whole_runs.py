@@ -68,5 +68,6 @@ def test_from_the_download_to_the_scores(
     predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     if form == "challenge":
         assert predictions[0]["answers"] == ["50 0", "50, 0"]
+    assert ("auroc" in metrics) == form.startswith("memes")
     if form.startswith("nlvr2"):
         assert ("consistency" in metrics) == ("cauldron" not in form)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phi3v.config import Base, Keeping, Run
+from phi3v.config import Base, Evaluation, Keeping, Run
 from phi3v.errors import InputError
 from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import (
@@ -69,6 +69,7 @@ def settings(options: Options = Options()) -> Run:
     """The run that learns the task; every value can be overridden."""
     run = Run(
         base=Base(model="microsoft/Phi-3-vision-128k-instruct", num_crops=16),
+        evaluation=Evaluation(score="both"),  # the curve needs the log-probabilities of both answers
         keeping=Keeping(out=Path("runs/hateful-memes")),
     )
     return with_mode(run, TABLE, options.mode)
