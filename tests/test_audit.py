@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from phi3v.audit import STEPS_TO_REACH_ALL, GradientAudit
 from phi3v.errors import InputError
+from phi3v.parallel.ranks import Ranks
 
 
 class Attention(nn.Module):
@@ -23,55 +27,88 @@ class Model(nn.Module):
         self.frozen.requires_grad_(False)
 
 
-def give_gradients(model: nn.Module, *without: str) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad and name not in without else None
+def gradients(model: nn.Module, *without: str, **special: Tensor) -> dict[str, Tensor | None]:
+    """Ones for what learns, nothing for the rest and for `without`; `special` ones with _ for a dot."""
+    found = {
+        name: torch.ones_like(parameter) if parameter.requires_grad and name not in without else None
+        for name, parameter in model.named_parameters()
+    }
+    return found | {name.replace("_", "."): gradient for name, gradient in special.items()}
 
 
 def test_it_is_over_once_everything_was_reached() -> None:
     model = Model()
     audit = GradientAudit(model)
-    give_gradients(model, "head.weight")
-    audit.check(images=True)
+    audit.check(gradients(model, "head.weight").items(), images=True)
     assert not audit.done
-    give_gradients(model, "head.bias", "self_attn.k_proj.bias")
-    audit.check(images=True)
+    audit.check(gradients(model, "head.bias", "self_attn.k_proj.bias").items(), images=True)
     assert audit.done
-    model.frozen.weight.grad = torch.ones(2, 2)
-    audit.check(images=True)  # costs nothing any more, and says nothing
+
+    def unread() -> Iterator[tuple[str, Tensor | None]]:
+        raise AssertionError("it costs nothing any more")
+        yield
+
+    audit.check(unread(), images=True)
 
 
 def test_an_unreached_parameter_is_named_after_some_steps_with_images() -> None:
     model = Model()
     audit = GradientAudit(model)
-    give_gradients(model, "head.weight", "self_attn.v_proj.bias")
-    model.head.weight.grad = torch.zeros(2, 2)  # a gradient, but of nothing
+    # A gradient, but of nothing: the same as none.
+    found = gradients(model, "self_attn.v_proj.bias", head_weight=torch.zeros(2, 2))
     for _ in range(5):
-        audit.check(images=False)
+        audit.check(found.items(), images=False)
     for _ in range(STEPS_TO_REACH_ALL - 1):
-        audit.check(images=True)
+        audit.check(found.items(), images=True)
     with pytest.raises(InputError, match=r"head\.weight and 1 more should learn, but got no gradient in 3 steps"):
-        audit.check(images=True)
+        audit.check(found.items(), images=True)
 
 
 def test_a_frozen_parameter_with_a_gradient_is_named() -> None:
     model = Model()
     audit = GradientAudit(model)
-    give_gradients(model)
-    model.frozen.bias.grad = torch.zeros(2)
     with pytest.raises(InputError, match=r"frozen\.bias is frozen, but it has a gradient"):
-        audit.check(images=True)
+        audit.check(gradients(model, frozen_bias=torch.zeros(2)).items(), images=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_named_unless_the_step_is_skipped(value: float) -> None:
+def test_a_step_with_a_gradient_that_is_not_finite_does_not_count(value: float) -> None:
+    """The loop says what becomes of it: such a gradient has reached nothing, and is no reason to give up either."""
     model = Model()
     audit = GradientAudit(model)
-    give_gradients(model)
-    model.head.weight.grad = torch.tensor([[0.0, value], [0.0, 0.0]])
-    audit.check(images=True, skipped=True)
-    with pytest.raises(InputError, match=r"the gradient of head\.weight is not finite"):
-        audit.check(images=True)
+    unreached = set(audit.unreached)
+    for _ in range(2 * STEPS_TO_REACH_ALL):
+        bad = gradients(model, "self_attn.v_proj.bias", head_weight=torch.tensor([[0.0, value], [0.0, 0.0]]))
+        audit.check(bad.items(), images=True)
+    assert (audit.unreached, audit.steps_with_images, audit.done) == (unreached, 0, False)
+    audit.check(gradients(model).items(), images=True)
+    assert audit.done
+
+
+class Heard(Ranks):
+    """The first of two ranks. The other holds other parts: it sends what it was asked for, and its finiteness."""
+
+    def __init__(self, *reached: str, finite: bool = True) -> None:
+        super().__init__(rank=0, num=2, device=torch.device("cpu"))
+        object.__setattr__(self, "others", iter([[], list(reached)]))
+        object.__setattr__(self, "finite", finite)
+
+    def total(self, *values: float) -> list[float]:
+        return [value + (not self.finite) for value in values]  # type: ignore[attr-defined]
+
+    def gather(self, items: Sequence[Any]) -> list[list[Any]]:
+        return [list(items), next(self.others)]  # type: ignore[attr-defined]
+
+
+def test_what_another_rank_has_seen_counts() -> None:
+    model = Model()
+    audit = GradientAudit(model)
+    audit.check(gradients(model, "head.weight").items(), images=True, ranks=Heard(finite=False))
+    assert audit.steps_with_images == 0, "its gradients are not finite"
+    audit.check(gradients(model, "head.weight").items(), images=True, ranks=Heard())
+    assert audit.unreached == {"head.weight"}
+    audit.check(gradients(model, "head.weight").items(), images=True, ranks=Heard("head.weight"))
+    assert audit.done
 
 
 def test_only_the_keys_bias_is_exempt_because_softmax_does_not_see_it() -> None:

@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from phi3v import checkpoint
-from phi3v.checkpoint import damage, load_checkpoint, newest_checkpoint, save_checkpoint, write_text, written_whole
+from phi3v.checkpoint import damage, load_checkpoint, newest_checkpoint, save_checkpoint
 from phi3v.errors import InputError
+from phi3v.parallel.ranks import Ranks
+from phi3v.parallel.replicated import Replicated
 
 State = dict[str, Any]
+PART = "rank-00000-of-00001.safetensors"
 
 
 def state_of(seed: int) -> State:
-    """A small model that has taken two steps, one parameter frozen, one never reached."""
+    """An engine with a small model that has taken two steps, one parameter frozen, the last layer never reached."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2), nn.Linear(2, 2))
     model[0].bias.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    for _ in range(2):
-        step(**state)
-    return state
+    engine = Replicated(
+        model,
+        Ranks(device=torch.device("cpu")),
+        make_optimizer=lambda model: torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True
+        ),
+        max_grad_norm=1.0,
+        dtype=torch.float32,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1 / (step + 1))
+    for number in range(2):
+        step(engine, schedule, seed=number)
+    return {"engine": engine, "schedule": schedule}
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> float:
-    loss = model[:3](torch.rand(5, 3)).square().sum()  # type: ignore[index]
+def step(engine: Replicated, schedule: Any, *, seed: int, layers: int = 3) -> float:
+    """The loss before it. Only four layers reach the last one."""
+    torch.manual_seed(seed)
+    loss = engine.model[:layers](torch.rand(5, 3)).square().sum()
     loss.backward()
-    optimizer.step()
+    engine.step()
     schedule.step()
-    optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
 
@@ -50,30 +63,68 @@ def saved(tmp_path: Path) -> tuple[Path, State]:
     return tmp_path, state
 
 
-def test_going_on_from_a_checkpoint_is_going_on(saved: tuple[Path, State]) -> None:
+@pytest.mark.parametrize("layers", [3, 4], ids=["asleep", "awake afterwards"])
+def test_going_on_from_a_checkpoint_is_going_on(layers: int, saved: tuple[Path, State]) -> None:
+    """Weights, moments and schedule, bit for bit; also those of a layer that has slept so far."""
     folder, state = saved
-    torch.manual_seed(7)
     save_checkpoint(folder, 3, **state)
-    losses = [step(**state) for _ in range(3)]
+    losses = [step(**state, seed=number, layers=layers) for number in range(3)]
     other = state_of(2)
     with torch.no_grad():
-        other["model"][0].bias.copy_(state["model"][0].bias)  # what is frozen comes from the base checkpoint
+        other["engine"].model[0].bias.copy_(state["engine"].model[0].bias)  # frozen: it comes with the base checkpoint
     path, _ = newest_checkpoint(folder)
     assert path is not None
     assert load_checkpoint(path, **other) == 3
-    assert [step(**other) for _ in range(3)] == losses
-    assert all(torch.equal(a, b) for a, b in zip(state["model"].parameters(), other["model"].parameters(), strict=True))
+    assert [step(**other, seed=number, layers=layers) for number in range(3)] == losses
+    pairs = zip(state["engine"].model.parameters(), other["engine"].model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_tensors_are_safetensors_and_the_rest_is_json(saved: tuple[Path, State]) -> None:
+    """Every trained weight with its moments; nothing of what is frozen, nothing pickled, nothing random."""
+    folder, state = saved
+    path = folder / "step-000002"
+    assert {file.name for file in path.iterdir()} == {PART, "state.json", "manifest.json"}
+    learns = {name for name, p in state["engine"].model.named_parameters() if p.requires_grad}
+    moments = {f"{kind}/{name}" for name in learns if name[0] != "3" for kind in ("exp_avg", "exp_avg_sq")}
+    assert load_file(path / PART).keys() == {f"weight/{name}" for name in learns} | moments
+    rest = json.loads((path / "state.json").read_text())
+    assert rest.keys() == {"step", "metric", "schedule", "scaler"}
+    assert json.loads((path / "manifest.json").read_text()).keys() == {PART, "state.json"}
 
 
 def test_a_checkpoint_of_other_weights_is_refused_by_name(saved: tuple[Path, State]) -> None:
     folder, state = saved
-    state["model"][2].bias.requires_grad_(False)
+    bias = state["engine"].model[2].bias
+    bias.requires_grad_(False)
     with pytest.raises(InputError, match=r"step-000002: other weights learn in this run, 2\.bias for one"):
         load_checkpoint(folder / "step-000002", **state)
-    state["model"][2].bias.requires_grad_(True)
-    state["model"][2].bias.data = torch.zeros(3)
+    bias.requires_grad_(True)
+    bias.data, bias.grad = torch.zeros(3), None
+    state["engine"].optimizer.state.clear()
     with pytest.raises(InputError, match=r"2\.bias has shape \[2\], expected \[3\]"):
         load_checkpoint(folder / "step-000002", **state)
+
+
+def test_a_checkpoint_with_a_part_less_is_refused(saved: tuple[Path, State], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the file of a rank was lost together with its line in the manifest."""
+    folder, state = saved
+    slices = state["engine"].slices
+
+    def half() -> Any:
+        for part in slices():
+            first = part.weight.numel() // 2
+            state = {key: value[:first] for key, value in part.state.items()}
+            yield dataclasses.replace(part, weight=part.weight[:first], state=state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state["engine"], "slices", half)
+        save_checkpoint(folder, 3, **state)
+    with pytest.raises(InputError, match=r"step-000003: 0\.weight is incomplete"):
+        load_checkpoint(folder / "step-000003", **state)
+
+
+# -- which are kept --------------------------------------------------------------------------------------------------
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -83,6 +134,15 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000011", "step-000100"]
 
 
+def test_the_best_is_kept_besides_them(tmp_path: Path) -> None:
+    """0.5 is best until 0.7 comes; a checkpoint without a score never is; the last of equals stays."""
+    state, kept = state_of(1), []
+    for number, metric in enumerate([0.5, None, 0.4, 0.7, 0.1, 0.7, None], start=1):
+        save_checkpoint(tmp_path, number, **state, keep=1, metric=metric)
+        kept.append(sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()))
+    assert kept == [[1], [1, 2], [1, 3], [4], [4, 5], [6], [6, 7]]
+
+
 def test_what_only_looks_like_a_checkpoint_is_left_alone(saved: tuple[Path, State]) -> None:
     folder, state = saved
     (folder / "step-000002.backup").mkdir()
@@ -90,31 +150,42 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(saved: tuple[Path, Stat
     assert sorted(path.name for path in folder.iterdir()) == ["step-000002.backup", "step-000003"]
 
 
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
 def truncate(path: Path) -> str:
-    file = path / "weights.safetensors"
+    file = path / PART
     file.write_bytes(file.read_bytes()[:-1])
-    return "weights.safetensors has"
+    return f"{PART} has"
 
 
 def flip_a_bit(path: Path) -> str:
-    file = path / "optimizer.safetensors"
+    file = path / PART
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    return "optimizer.safetensors is damaged: its SHA-256"
+    return f"{PART} is damaged: its SHA-256"
 
 
 def remove_a_file(path: Path) -> str:
-    (path / "random.safetensors").unlink()
-    return "random.safetensors is missing"
+    (path / "state.json").unlink()
+    return "state.json is missing"
 
 
 def cut_the_manifest(path: Path) -> str:
-    (path / "manifest.json").write_text('{"weights')
-    return "manifest.json"
+    (path / "manifest.json").write_text('{"rank')
+    return "manifest.json: not JSON"
 
 
-@pytest.mark.parametrize("harm", [truncate, flip_a_bit, remove_a_file, cut_the_manifest])
+def empty_the_manifest(path: Path) -> str:
+    (path / "manifest.json").write_text("{}")
+    return "manifest.json: state.json is not listed"
+
+
+HARMS = [truncate, flip_a_bit, remove_a_file, cut_the_manifest, empty_the_manifest]
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 def test_a_damaged_checkpoint_is_passed_over_by_name(harm: Any, saved: tuple[Path, State]) -> None:
     folder, _ = saved
     assert newest_checkpoint(folder) == (folder / "step-000002", [])
@@ -124,6 +195,19 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(harm: Any, saved: tuple[Pat
     assert len(complaints) == 1
     assert said in complaints[0]
     assert str(folder / "step-000002") in complaints[0]
+
+
+@pytest.mark.parametrize("name", [PART, "state.json", "manifest.json"])
+def test_no_flipped_bit_goes_unnoticed(name: str, saved: tuple[Path, State]) -> None:
+    path = saved[0] / "step-000002"
+    whole = (path / name).read_bytes()
+    for position in range(0, len(whole), 3):
+        harmed = bytearray(whole)
+        harmed[position] ^= 1 << position % 8
+        (path / name).write_bytes(harmed)
+        assert damage(path) is not None, f"byte {position}"
+    (path / name).write_bytes(whole)
+    assert damage(path) is None
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
@@ -138,13 +222,10 @@ def test_a_full_disk_loses_nothing(
     error: Exception, saved: tuple[Path, State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, state = saved
-    write = checkpoint.save_file
 
-    def full(tensors: Any, path: Path) -> None:
-        if path.name == "optimizer.safetensors":
-            path.write_bytes(b"half of")
-            raise error
-        write(tensors, path)
+    def full(tensors: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half of")
+        raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(InputError, match=r"cannot write .*step-000003: .*No space left") as caught:
@@ -154,38 +235,19 @@ def test_a_full_disk_loses_nothing(
     assert damage(folder / "step-000001") is damage(folder / "step-000002") is None
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "final"
-    with written_whole(target) as folder:
-        (folder / "a").write_text("1")
+def test_a_full_disk_at_the_very_end_loses_nothing_either(
+    saved: tuple[Path, State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the manifest is written, when all parts are there already."""
+    folder, state = saved
+    write = Path.write_text
 
-    def fail() -> Iterator[None]:
-        with written_whole(target) as folder:
-            (folder / "b").write_text("2")
-            assert not (target / "b").exists()
-            raise KeyboardInterrupt
+    def full(file: Path, text: str) -> int:
+        if file.name == "manifest.json":
+            raise FULL[0]
+        return write(file, text)
 
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert [file.name for file in tmp_path.rglob("*")] == ["final", "a"]
-    with written_whole(target) as folder:
-        (folder / "b").write_text("2")
-    assert [file.name for file in tmp_path.rglob("*")] == ["final", "b"]
-
-
-def test_a_killed_writer_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / ".final.unfinished").mkdir()
-    (tmp_path / ".final.unfinished" / "half").write_text("")
-    with written_whole(tmp_path / "final") as folder:
-        (folder / "b").write_text("2")
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["b", "final"]
-
-
-def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "metrics.json"
-    write_text(file, "good")
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(FULL[0]))
-    with pytest.raises(InputError, match=r"cannot write .*metrics\.json: .*No space left"):
-        write_text(file, "better")
-    assert file.read_text() == "good"
-    assert list(tmp_path.iterdir()) == [file]
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"cannot write .*step-000003: .*No space left"):
+        save_checkpoint(folder, 3, **state, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]

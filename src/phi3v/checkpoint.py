@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.errors import InputError
 from phi3v.files import begin, disk_errors, finish, flush
+from phi3v.jsonfile import read_object
 from phi3v.parallel.engine import Engine, Slice
 from phi3v.parallel.ranks import ALONE, Ranks
 
@@ -184,17 +185,23 @@ def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     `share` (i, n) looks at every n-th file only, from the i-th on.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{path / MANIFEST}: {error}"
+        manifest = read_object(path / MANIFEST)
+    except InputError as error:
+        return str(error)
+    if STATE not in manifest:
+        return f"{path / MANIFEST}: {STATE} is not listed"
     for name in sorted(manifest)[share[0] :: share[1]]:
-        file, entry = path / name, manifest[name]
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes, {entry['bytes']} were written"
-        if _sha256(file) != entry["sha256"]:
-            return f"{file} is damaged: its SHA-256 is not the one that was written"
+        file = path / name
+        match manifest[name]:
+            case {"bytes": int(size), "sha256": str(digest)}:
+                if not file.is_file():
+                    return f"{file} is missing"
+                if file.stat().st_size != size:
+                    return f"{file} has {file.stat().st_size} bytes, {size} were written"
+                if _sha256(file) != digest:
+                    return f"{file} is damaged: its SHA-256 is not the one that was written"
+            case _:
+                return f"{path / MANIFEST}: {name} has no size or SHA-256"
     return None
 
 
