@@ -356,7 +356,9 @@ def test_bitsandbytes_left_alone_would_repack_them(tiny_checkpoint_dir: Path, pa
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [Quantization(), Quantization(double_quant=False, parts=ALL)], ids=["default", "all"])
+@pytest.mark.parametrize(
+    "how", [Quantization(), Quantization(double_quant=False, parts=ALL[::-1])], ids=["default", "all"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_an_adapter_comes_back_on_the_base_it_was_trained_on(
     tiny_checkpoint_dir: Path, packs: list[Pack], tmp_path: Path, how: Quantization, dtype: torch.dtype
@@ -395,9 +397,13 @@ def test_the_base_is_quantised_before_it_is_cast(tiny_checkpoint_dir: Path, tmp_
     assert again.get_base_model().model.layers[0].mlp.down_proj.base_layer.compute_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"bits": 8}', None])
-def test_a_foreign_quantisation_is_refused(tmp_path: Path, text: str | None) -> None:
-    file = tmp_path / "quantization.json"
-    file.write_text(json.dumps({**Quantization().to_dict(), "parts": ["lm_head"]}) if text is None else text)
+@pytest.mark.parametrize(
+    "change", [{"bits": 8}, {"parts": ["lm_head"]}, {"parts": 1}, {"parts": [{}]}, {"new": 0}, None]
+)
+def test_a_foreign_quantisation_is_refused(tmp_path: Path, change: dict[str, Any] | None) -> None:
+    known = Quantization().to_dict()
+    (tmp_path / "quantization.json").write_text(json.dumps(known))
+    assert read_quantization(tmp_path) == Quantization()
+    (tmp_path / "quantization.json").write_text("{" if change is None else json.dumps(known | change))
     with pytest.raises(InputError, match=r"quantization\.json: "):
         read_quantization(tmp_path)

@@ -13,13 +13,16 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from phi3v.errors import InputError
 from phi3v.jsonfile import read_object
+
+Part = Literal["vision", "projector"]
+"""What may be quantised beside the decoder."""
 
 FILE = "quantization.json"
 FORMAT = {"bits": 4, "type": "nf4", "block_size": 64}
@@ -36,7 +39,10 @@ class Quantization:
     double_quant: bool = True
     """Quantise the scale of every block, too: 4.1 bits a weight instead of 4.5."""
 
-    parts: tuple[Literal["vision", "projector"], ...] = ()
+    parts: tuple[Part, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(part for part in get_args(Part) if part in self.parts))
 
     def __str__(self) -> str:
         where = " and ".join(["decoder", *self.parts])
@@ -52,12 +58,11 @@ def read_quantization(folder: Path) -> Quantization | None:
     if not file.is_file():
         return None
     found = read_object(file)
-    for parts in ((), ("vision",), ("projector",), ("vision", "projector")):
-        for double_quant in (True, False):
-            how = Quantization(double_quant=double_quant, parts=parts)
-            if how.to_dict() == found:
-                return how
-    raise InputError(f"{file}: no quantisation that this version knows")
+    parts, double_quant = found.get("parts"), found.get("double_quant")
+    how = Quantization(double_quant=double_quant is True, parts=tuple(parts) if isinstance(parts, list) else ())
+    if how.to_dict() != found:
+        raise InputError(f"{file}: describes no quantisation that this version knows")
+    return how
 
 
 def write_quantization(folder: Path, how: Quantization) -> None:
