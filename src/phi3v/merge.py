@@ -48,7 +48,7 @@ def merge(run: str, /, *, out: Path) -> Path:
     device = pick_device()
     quantized = None
     if how := read_quantization(folder):
-        say(f"loading the model that was trained (its base: {how}), then the whole one")
+        say(f"loading the model that was trained on its base in {how}, then the whole one")
         quantized = _probe(*load_model(folder, device=device), device)
     model, processor = load_model(folder, as_trained=False)
     own = model.dtype

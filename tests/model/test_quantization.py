@@ -31,6 +31,8 @@ from phi3v.model.quantization import Quantization, quantize, read_quantization
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 TOWER = "model.vision_embed_tokens.img_processor.vision_model.encoder.layers"
 DECODER = {
     f"model.layers.{layer}.{name}"
@@ -219,7 +221,7 @@ def values(weight: Any) -> torch.Tensor:
     """The weights that the four bits stand for, in float32."""
     state = copy.deepcopy(weight.quant_state)
     state.dtype = torch.float32
-    return bnb.functional.dequantize_4bit(weight.data, state)
+    return bnb.functional.dequantize_4bit(weight.data, state).cpu()
 
 
 def rounded(folder: Path, model: Any, dtype: torch.dtype = torch.float32) -> Phi3VForCausalLM:
@@ -316,6 +318,22 @@ def test_precision_is_of_the_arithmetic_not_of_the_packed_weights(tiny_checkpoin
     assert 1e-3 < float((rough - exact).norm() / exact.norm()) < 5e-2
     layer = model.model.layers[0].mlp.down_proj
     assert layer.compute_dtype == layer.weight.quant_state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+def test_a_device_quantises_what_it_is_given_and_computes_with_it(tiny_checkpoint_dir, packs, name) -> None:
+    """Weights go there one by one, the rest of the model afterwards. A tie may fall on the other side on a GPU."""
+    device, here = torch.device(name), quantized(tiny_checkpoint_dir, *ALL)
+    model = fresh(tiny_checkpoint_dir)
+    quantize(model, Quantization(parts=ALL), compute_dtype=torch.float32, device=device)
+    assert {weight.device.type for weight in quantised_weights(model)} == {name}
+    for layer in DECODER:
+        ours, theirs = (values(net.get_submodule(layer).weight) for net in (here, model))
+        assert float((ours - theirs).norm() / ours.norm()) < 0.01
+    plain, model = adapted(rounded(tiny_checkpoint_dir, model)).to(device), adapted(model).to(device)
+    plain.load_state_dict({n: p for n, p in model.named_parameters() if p.requires_grad}, strict=False)
+    pack = packs[0].to(device)
+    assert_same(learn(model, [pack]), learn(plain, [pack]), 1e-5 if name == "cpu" else 1e-3)
 
 
 # -- the trap: weights repacked in place by an evaluation -------------------------------------------------------------

@@ -45,8 +45,8 @@ class Quantization:
         object.__setattr__(self, "parts", tuple(part for part in get_args(Part) if part in self.parts))
 
     def __str__(self) -> str:
-        where = " and ".join(["decoder", *self.parts])
-        return f"4-bit nf4{', double quantisation' if self.double_quant else ''}, of the {where}"
+        twice = " with double quantisation" if self.double_quant else ""
+        return f"4-bit nf4{twice} ({', '.join(['decoder', *self.parts])})"
 
     def to_dict(self) -> dict[str, Any]:
         return {**FORMAT, **asdict(self), "parts": list(self.parts)}
