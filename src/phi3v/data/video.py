@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from PIL import Image
@@ -41,6 +42,15 @@ def frame_indices(num_in_video: int, num_frames: int) -> list[int]:
     return [k * num_in_video // num_frames for k in range(num_frames)]
 
 
+def pyav() -> ModuleType:
+    """The library that decodes. Raises InputError, naming the extra, when it is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise InputError("videos are read by PyAV: pip install 'phi3v[video]'") from error
+    return av
+
+
 def _decode(path: str | Path, num_frames: int, num_in_video: int | None = None) -> tuple[dict[int, Image.Image], int]:
     """Pictures of the wanted frames by their index, and how many frames there are.
 
@@ -64,10 +74,7 @@ def _decode(path: str | Path, num_frames: int, num_in_video: int | None = None) 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[Any]:
     """An open video, an av.container.InputContainer, that opens nothing else: a playlist may pose as a video."""
-    try:
-        import av
-    except ImportError as error:
-        raise InputError("videos are read by PyAV: pip install 'phi3v[video]'") from error
+    av = pyav()
     try:
         with open(path, "rb") as file:
             _check_whole(path, file)
