@@ -47,7 +47,9 @@ def chat(
     for file in image:
         load_image(file)  # before the model, which takes its time
     device = pick_device()
-    network, processor = load_model(model_folder(model), dtype=pick_dtype("auto", device), num_crops=num_crops)
+    network, processor = load_model(
+        model_folder(model), dtype=pick_dtype("auto", device), num_crops=num_crops, device=device
+    )
     network = network.to(device).eval()
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

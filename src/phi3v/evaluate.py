@@ -31,6 +31,7 @@ from phi3v.metrics import score as scores_of
 from phi3v.model.generation import generate_pack
 from phi3v.model.loading import load_model
 from phi3v.model.parts import widen
+from phi3v.model.quantization import read_quantization
 from phi3v.parallel.ranks import ALONE, Ranks
 from phi3v.runlog import progress_bar, say
 from phi3v.stopping import Stopped
@@ -148,7 +149,7 @@ def _prediction(prompt: Example, text: str, num_tokens: int) -> Prediction:
         anls=anls(text, prompt.answers),
         num_tokens=num_tokens,
     )
-    if prompt.group is not None:
+    if prompt.group:
         found["group"] = prompt.group
     return found
 
@@ -209,7 +210,10 @@ def evaluate(
     prompts = read_questions(data, image_root, limit)
     scoring = Scoring.of(score, labels, read_jsonl(data, image_root))
     make_folder(target)
-    network, processor = load_model(folder, attention=pick_attention(attention, device, precision), num_crops=num_crops)
+    if (how := read_quantization(Path(folder))) is not None:
+        say(f"  base            in {how}, as it was trained on")
+    backend = pick_attention(attention, device, precision)
+    network, processor = load_model(folder, attention=backend, num_crops=num_crops, device=device)
     widen(network, precision)
     if scoring.labels:
         say(f"  labels          {', '.join(scoring.labels)}")

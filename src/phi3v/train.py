@@ -36,7 +36,7 @@ from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dty
 from phi3v.metrics import baselines, label_tables, score
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loading import load_config, load_model, save_model
-from phi3v.model.parts import add_lora, freeze, set_precision, widen
+from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision, widen
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer, build_schedule, reach
@@ -44,7 +44,7 @@ from phi3v.parallel import Engine, build_engine, pick_engine
 from phi3v.parallel.ranks import MissingRank, Ranks, join
 from phi3v.report import write_report
 from phi3v.runfolder import claim, digests, locked
-from phi3v.runlog import RunLog, say, speak, start_trackers
+from phi3v.runlog import RunLog, progress_bar, say, speak, start_trackers
 from phi3v.stopping import Stopped, StopRequest
 
 BIG_MODEL = 1_000_000_000  # parameters above which `--activation-memory auto` recomputes on CUDA
@@ -266,7 +266,9 @@ def _build_model(
     freeze(model, tuning.frozen)
     if tuning.qlora:
         how = Quantization(double_quant=tuning.double_quant, parts=tuning.quantize)
-        quantize(model, how, compute_dtype=dtype, device=ranks.device if weights else None)
+        total = count_parameters(model)["decoder"][1]
+        with progress_bar("quantising", total, "weights", show=run.keeping.progress and weights) as advance:
+            quantize(model, how, compute_dtype=dtype, device=ranks.device if weights else None, advance=advance)
     if tuning.adapters:
         model = add_lora(
             model,
