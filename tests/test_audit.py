@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -85,29 +86,32 @@ def test_a_step_with_a_gradient_that_is_not_finite_does_not_count(value: float) 
     assert audit.done
 
 
-class Heard(Ranks):
-    """The first of two ranks. The other holds other parts: it sends what it was asked for, and its finiteness."""
+@dataclass(frozen=True, kw_only=True)
+class Two(Ranks):
+    """The first of two ranks; what the other one says is given."""
 
-    def __init__(self, *reached: str, finite: bool = True) -> None:
-        super().__init__(rank=0, num=2, device=torch.device("cpu"))
-        object.__setattr__(self, "others", iter([[], list(reached)]))
-        object.__setattr__(self, "finite", finite)
+    num: int = 2
+    finite: bool = True
+    gathered: Iterator[list[str]]
 
-    def total(self, *values: float) -> list[float]:
-        return [value + (not self.finite) for value in values]  # type: ignore[attr-defined]
+    def any(self, flag: bool) -> bool:
+        return flag or not self.finite
 
     def gather(self, items: Sequence[Any]) -> list[list[Any]]:
-        return [list(items), next(self.others)]  # type: ignore[attr-defined]
+        return [list(items), next(self.gathered)]
 
 
 def test_what_another_rank_has_seen_counts() -> None:
     model = Model()
     audit = GradientAudit(model)
-    audit.check(gradients(model, "head.weight").items(), images=True, ranks=Heard(finite=False))
-    assert audit.steps_with_images == 0, "its gradients are not finite"
-    audit.check(gradients(model, "head.weight").items(), images=True, ranks=Heard())
+    mine = gradients(model, "head.weight")
+    audit.check(mine.items(), images=True, ranks=Two(finite=False, gathered=iter([])))
+    assert audit.steps_with_images == 0
+    audit.check(mine.items(), images=True, ranks=Two(gathered=iter([[], []])))
     assert audit.unreached == {"head.weight"}
-    audit.check(gradients(model, "head.weight").items(), images=True, ranks=Heard("head.weight"))
+    with pytest.raises(InputError, match=r"frozen\.bias is frozen, but it has a gradient"):
+        audit.check(mine.items(), images=True, ranks=Two(gathered=iter([["frozen.bias"], []])))
+    audit.check(mine.items(), images=True, ranks=Two(gathered=iter([[], ["head.weight"]])))
     assert audit.done
 
 

@@ -15,7 +15,8 @@ MAKE = Callable[..., Run]
 
 
 def test_a_run_comes_back_from_its_config_json(settings_for: MAKE, tmp_path: Path) -> None:
-    run = settings_for(freeze=("vision", "projector"), track=("tensorboard",), eval=Path("a/b.jsonl"), lora_alpha=3.5)
+    flags = {"freeze": ("vision", "projector"), "track": ("tensorboard",), "labels": ("yes", "no"), "lora_alpha": 3.5}
+    run = settings_for(eval=Path("a/b.jsonl"), max_minutes=0.5, resume="auto", **flags)
     (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
     assert load_run(tmp_path) == run
 
@@ -50,8 +51,16 @@ def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
         ({"warmup_steps": -1}, "--warmup-steps is -1, it must be at least 0"),
         ({"lora": True, "lora_dropout": 1.0}, "--lora-dropout is 1.0, it must be at least 0 and below 1"),
         ({"beta2": 1.0}, "--beta2 is 1.0, it must be at least 0 and below 1"),
-        ({"lora_rank": 8}, "--lora-rank has no effect without --lora"),
-        ({"dora": True}, "--dora has no effect without --lora"),
+        ({"lora_rank": 8}, "--lora-rank has no effect without --lora or --qlora"),
+        ({"dora": True}, "--dora has no effect without --lora or --qlora"),
+        ({"lora": True, "double_quant": True}, "--double-quant has no effect without --qlora"),
+        ({"lora": True, "quantize": ("vision",)}, "--quantize has no effect without --qlora"),
+        ({"qlora": True, "lora_init": "pissa"}, "--lora-init pissa decomposes the weights, which --qlora has quantis"),
+        ({"qlora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
+        ({"max_minutes": 0.0}, "--max-minutes is 0.0, it must be positive"),
+        ({"rank_timeout_minutes": 0.0}, "--rank-timeout-minutes is 0.0, it must be positive"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints is 0, it must be at least 1"),
+        ({"labels": ("yes", "no")}, "--labels has no effect with --score generate: choose labels or both"),
         ({"lora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
         ({"freeze": ("vision",), "vision_learning_rate": 1e-5}, "--vision-learning-rate has no effect"),
         ({"eval_every_steps": 5}, "--eval-every-steps needs --eval"),
@@ -68,6 +77,8 @@ def test_what_can_be_is_not_refused(settings_for: MAKE) -> None:
     settings_for().check()
     settings_for(lora=True, lora_rank=8, lora_dropout=0.1, attention="flex_attention", dora=True, rslora=True).check()
     settings_for(vision_learning_rate=0.0, freeze=("embeddings",), warmup_steps=0, num_workers=0).check()
+    settings_for(qlora=True, lora_rank=8, double_quant=True, quantize=("vision",), freeze_vision_model=True).check()
+    settings_for(score="labels", labels=("yes", "no"), max_minutes=0.5, parallel="zero3").check()
 
 
 def test_the_short_flag_freezes_the_whole_image_embedder() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from phi3v.memory import estimate
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.loading import load_config
 from phi3v.model.parts import freeze
+from phi3v.model.quantization import Quantization, quantize
 
 GIGA = 1e9
 
@@ -48,3 +50,37 @@ def test_a_tower_that_learns_keeps_its_activations_and_recomputing_saves_them(sh
     frozen = estimate(shell, shell.config, **sizes, recompute=False)["activations"]
     assert recomputed < kept
     assert kept - frozen == pytest.approx(4 * 2 * (8 * 16 + 2 * 24) * 10 * 577 / GIGA)
+
+
+@pytest.mark.parametrize(
+    ("engine", "shared"),
+    [
+        ("ddp", set()),
+        ("zero1", {"optimizer"}),
+        ("zero2", {"optimizer", "gradients"}),
+        ("zero3", {"optimizer", "gradients", "weights"}),
+        ("fsdp2", {"optimizer", "gradients", "weights"}),
+    ],
+)
+def test_ranks_share_out_what_their_engine_shares_out(engine: Any, shared: set[str], shell: Phi3VForCausalLM) -> None:
+    sizes: dict[str, Any] = {"tokens": 100, "crops": 2, "rows": 7, "bytes_per_value": 2, "recompute": False}
+    alone = estimate(shell, shell.config, **sizes)
+    found = estimate(shell, shell.config, **sizes, engine=engine, num_ranks=4)
+    parts = alone.keys() - {"total"}
+    assert {name for name in parts if found[name] == alone[name] / 4} == shared
+    assert {name for name in parts if found[name] == alone[name]} == parts - shared
+    assert found["total"] == pytest.approx(sum(found[name] for name in parts))
+
+
+def test_four_bits_are_half_a_byte_whatever_the_precision(tiny_model_dir: Path) -> None:
+    """And the floating-point weights around them are in the run's."""
+    pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(load_config(tiny_model_dir))
+    packed = quantize(model, Quantization(), compute_dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    whole = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    for size in (2, 4):
+        found = estimate(model, model.config, tokens=1, crops=0, rows=1, bytes_per_value=size, recompute=False)
+        assert found["weights"] * GIGA == pytest.approx(packed / 2 + size * whole)
+        assert found["optimizer"] == found["gradients"] == 0

@@ -22,7 +22,9 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.loss import weighted_cross_entropy
-from phi3v.optim import build_optimizer
+from phi3v.optim import build_optimizer, reach
+from phi3v.parallel import ranks as places
+from phi3v.parallel.ranks import Ranks
 
 MODES = {
     "full": Tuning(),
@@ -32,6 +34,7 @@ MODES = {
     "lora": Tuning(lora=True, lora_rank=4),
     "lora-frozen-vision": Tuning(lora=True, lora_rank=4, freeze_vision_model=True),
     "dora": Tuning(lora=True, lora_rank=4, dora=True),
+    "qlora": Tuning(qlora=True, lora_rank=4, double_quant=True, quantize=("vision",)),
 }
 GOLDEN = Path(__file__).parent / "golden" / "trainable"
 
@@ -77,10 +80,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(folder: Path, tuning: Tuning) -> Any:
     """The model as a run builds it."""
+    if tuning.qlora:
+        pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
     run = Run(base=Base(model=str(folder), dtype="fp32"), data=Data(train=Path("unused")), tuning=tuning)
     run.check()
     torch.manual_seed(0)
-    return training._build_model(run, torch.float32, torch.device("cpu")).train()
+    recompute = tuning.activation_memory == "full"
+    return training._build_model(run, "sdpa", torch.float32, Ranks(device=torch.device("cpu")), recompute).train()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -121,7 +127,8 @@ def test_all_that_learns_is_reached_and_nothing_else(tiny_checkpoint_dir, data, 
         assert all(gradient.isfinite().all() for gradient in gradients.values())
         reached |= {name for name, gradient in gradients.items() if gradient.any()}
         unreached.append({name for name in learns - reached if not name.endswith(ALWAYS_ZERO)})
-        audit.check(images=True)
+        audit.check(gradients.items(), images=True)
+        reach(optimizer, images=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert len(unreached) == 2
@@ -138,6 +145,7 @@ PINNED = {
     "freeze-vision-projector-embeddings": (
         "6.992296 7.171901 5.764194 4.701284 3.707072 3.827790 3.093973 2.530150 2.217794 2.060654"
     ),
+    "qlora": "6.926654 7.049092 6.019998 5.812761 5.165407 5.216805 4.741363 4.260404 4.081133 4.052980",
     "lora": "6.992296 7.171901 6.215675 5.907928 5.340577 5.375272 4.945509 4.469430 4.325186 4.312960",
 }
 TOLERANCE = 1e-5
@@ -145,6 +153,8 @@ TOLERANCE = 1e-5
 
 def ten_steps(model: Path, data: Path, out: Path, tuning: Tuning, **layout: Any) -> list[dict[str, float]]:
     """The log of the whole training loop, over four epochs."""
+    if tuning.qlora:
+        pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
     run = Run(
         base=Base(model=str(model), dtype="fp32"),
         data=Data(train=data, batch_size=5, num_workers=0, **layout),
@@ -159,7 +169,7 @@ def ten_steps(model: Path, data: Path, out: Path, tuning: Tuning, **layout: Any)
 
 @pytest.fixture
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(places, "pick_device", lambda: torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("_on_the_cpu")

@@ -10,8 +10,8 @@ import torch
 
 from phi3v.config import Optim
 from phi3v.model import Phi3VForCausalLM
-from phi3v.model.parts import add_lora, freeze
-from phi3v.optim import build_optimizer, build_schedule
+from phi3v.model.parts import add_lora, freeze, part_of
+from phi3v.optim import IMAGE_PARTS, build_optimizer, build_schedule, reach
 
 
 @pytest.fixture
@@ -109,3 +109,69 @@ def test_a_step_is_adamw_by_hand(model: Phi3VForCausalLM) -> None:
     torch.testing.assert_close(weight.detach(), expected)
     # What got no gradient is left alone, also by the decay.
     assert all(torch.equal(p, others[name]) for name, p in model.named_parameters() if p is not weight)
+
+
+# -- sleep -----------------------------------------------------------------------------------------------------------
+
+
+def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, images: bool, missing: bool = False) -> None:
+    """One with gradients of ones; what only images reach gets zeros without any, or with `missing` none at all."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            asleep = not images and part_of(name) in IMAGE_PARTS
+            parameter.grad = None if asleep and missing else torch.full_like(parameter, 0.0 if asleep else 1.0)
+    reach(optimizer, images=images)
+    optimizer.step()
+
+
+def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
+    """Weight, moments and step count of every parameter that learns, or the weight alone if it never moved."""
+    return {
+        name: [value.detach().clone() for value in (p, *optimizer.state.get(p, {}).values())]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["no gradients", "zero gradients"])
+def test_what_no_image_reaches_sleeps(missing: bool, model: Phi3VForCausalLM) -> None:
+    """Weight, moments and count stay as they were, whatever the decay; the rest learns, and all do so next time."""
+    optimizer = build_optimizer(model, Optim(learning_rate=0.1, weight_decay=0.5))
+    take_step(model, optimizer, images=True)
+    before = everything(model, optimizer)
+    assert {len(values) for values in before.values()} == {4}
+    take_step(model, optimizer, images=False, missing=missing)
+    after = everything(model, optimizer)
+    slept = {name for name in before if all(map(torch.equal, before[name], after[name]))}
+    assert slept == {name for name in before if "vision_embed_tokens" in name}
+    take_step(model, optimizer, images=True)
+    counts = {name: int(optimizer.state[p]["step"]) for name, p in model.named_parameters() if p.requires_grad}
+    assert {counts[name] for name in slept} == {2}
+    assert {counts[name] for name in counts.keys() - slept} == {3}
+
+
+def test_sleep_before_the_first_image_leaves_no_trace(model: Phi3VForCausalLM) -> None:
+    optimizer = build_optimizer(model, Optim(learning_rate=0.1, weight_decay=0.5))
+    before = everything(model, optimizer)
+    take_step(model, optimizer, images=False)
+    after = everything(model, optimizer)
+    for name in before:
+        if "vision_embed_tokens" in name:
+            assert len(after[name]) == 1, "no moments yet"
+            assert torch.equal(before[name][0], after[name][0])
+        else:
+            assert len(after[name]) == 4
+
+
+def test_sleep_is_for_a_step_not_for_the_schedule(model: Phi3VForCausalLM) -> None:
+    """The learning rates of sleeping groups go on, and no group is lost."""
+    optim = Optim(learning_rate=0.1, warmup_steps=0)
+    optimizer = build_optimizer(model, optim)
+    schedule, groups = build_schedule(optimizer, optim, 4), list(optimizer.param_groups)
+    for _ in range(2):
+        take_step(model, optimizer, images=False)
+        schedule.step()
+    assert all(a is b for a, b in zip(optimizer.param_groups, groups, strict=True))
+    assert [group["lr"] for group in groups] == pytest.approx([0.05] * len(groups))
+    assert any(group["asleep"] for group in groups)
+    assert not all(group["asleep"] for group in groups)
