@@ -17,6 +17,8 @@ from phi3v.errors import InputError
 from phi3v.files import make_folder
 
 LOCK = ".lock"
+BEFORE_IT_BEGAN = {LOCK, "environment.json", ".environment.json.unfinished", ".config.json.unfinished"}
+"""All there is of a run that was killed before its config.json was written, which makes a folder a run's."""
 
 
 class Claim(NamedTuple):
@@ -34,7 +36,7 @@ def claim(run: Run) -> Claim:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: choose another folder")
     if not (folder / "config.json").exists():
-        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        if folder.exists() and any(path.name not in BEFORE_IT_BEGAN for path in folder.iterdir()):
             raise InputError(f"--out {folder} is not empty and holds no run: choose another folder")
         return Claim(False, False)  # the folder is made when there is something to put in it
     if (folder / "metrics.json").exists():

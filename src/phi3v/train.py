@@ -308,9 +308,11 @@ def _open_folder(run: Run, ranks: Ranks, held: ExitStack) -> None:
     folder = run.keeping.out
     make_folder(folder)
     held.enter_context(locked(folder))
-    write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))
+    if claim(run).started:
+        raise InputError(f"--out {folder}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
     write_text(folder / "environment.json", json.dumps(about, indent=1))
+    write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))  # last: now the folder is this run's
 
 
 def _resume(run: Run, ranks: Ranks, engine: Engine, schedule: LRScheduler) -> int:
