@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from phi3v import checkpoint
@@ -251,3 +251,51 @@ def test_a_full_disk_at_the_very_end_loses_nothing_either(
     with pytest.raises(InputError, match=r"cannot write .*step-000003: .*No space left"):
         save_checkpoint(folder, 3, **state, keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "2"}, "state.json: step is '2', it must be a whole number"),
+        ({"schedule": None}, "state.json: schedule is None"),
+        ({"schedule": {}}, "schedule.last_epoch is None"),
+        ({"scaler": 7}, "scaler is 7"),
+    ],
+)
+def test_a_state_under_a_forged_checksum_is_refused(
+    change: dict[str, Any], message: str, saved: tuple[Path, State]
+) -> None:
+    folder, state = saved
+    file = folder / "step-000002" / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(file.parent, **state)
+
+
+def test_a_state_sets_nothing_but_what_a_schedule_has(saved: tuple[Path, State]) -> None:
+    folder, state = saved
+    file = folder / "step-000002" / "state.json"
+    content = json.loads(file.read_text())
+    content["schedule"] |= {"step": 7, "optimizer": None}
+    file.write_text(json.dumps(content))
+    load_checkpoint(file.parent, **state)
+    assert callable(state["schedule"].step)
+    assert state["schedule"].optimizer is state["engine"].optimizer
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [None, "7", "{", '{"0.weight": 7}', '{"0.weight": {"shape": "x", "start": 0, "count": 1}}', '{"x/../y": {}}'],
+)
+def test_slices_under_a_forged_checksum_are_refused(slices: str | None, saved: tuple[Path, State]) -> None:
+    folder, state = saved
+    file = folder / "step-000002" / PART
+    save_file(load_file(file), file, metadata=None if slices is None else {"slices": slices})
+    with pytest.raises(InputError):
+        load_checkpoint(file.parent, **state)
+    tensors = load_file(folder / "step-000001" / PART)
+    with safe_open(folder / "step-000001" / PART, "pt") as opened:
+        about = opened.metadata()
+    save_file(tensors | {"weight/0.weight": torch.zeros(1, 1)}, file, metadata=about)
+    with pytest.raises(InputError, match=r"not what this program writes|is incomplete"):
+        load_checkpoint(file.parent, **state)

@@ -15,22 +15,33 @@ import hashlib
 import json
 import math
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.errors import InputError
 from phi3v.files import begin, disk_errors, finish, flush
-from phi3v.jsonfile import read_object
+from phi3v.jsonfile import NULL, OBJECT, check_values, number, parse_object, read_object, several, whole
 from phi3v.parallel.engine import Engine, Slice
 from phi3v.parallel.ranks import ALONE, Ranks
 
 MANIFEST, STATE = "manifest.json", "state.json"
+
+STATE_RULES = {"step": whole(0, 2**40), "schedule": OBJECT, "scaler": NULL | OBJECT}
+SCHEDULE_RULES = {
+    "last_epoch": whole(0, 2**40),
+    "_step_count": whole(0, 2**40),
+    "_last_lr": several(number(0, 1e9)),
+    "base_lrs": several(number(0, 1e9)),
+    "lr_lambdas": several(NULL),
+}
+SLICE_RULES = {"shape": several(whole(0, 2**40)), "start": whole(0, 2**60), "count": NULL | number(0, 2**40)}
 
 
 def save_checkpoint(
@@ -96,22 +107,39 @@ def _write_slices(engine: Engine, file: Path) -> dict[str, dict[str, Any]]:
 def load_checkpoint(path: Path, *, engine: Engine, schedule: LRScheduler) -> int:
     """Puts everything back where it was and returns the step.
 
-    Raises InputError when the checkpoint belongs to a run in which other weights learn.
+    Raises InputError when the checkpoint belongs to a run in which other weights learn, or was not written here.
     """
-    rest = json.loads((path / STATE).read_text())
+    rest = read_object(path / STATE)
+    check_values(f"{path / STATE}: ", rest, STATE_RULES)
+    check_values(f"{path / STATE}: schedule.", rest["schedule"], SCHEDULE_RULES)
+    rates, groups = rest["schedule"]["_last_lr"], engine.optimizer.param_groups
+    if len(rates) != len(groups):
+        raise InputError(f"{path / STATE}: {len(rates)} learning rates for {len(groups)} groups of weights")
     engine.make_state()
-    with ExitStack() as opened, torch.no_grad():
+    with ExitStack() as opened, torch.no_grad(), _not_ours(path):
         saved = _saved(path, opened)
         ours = {part.name: part for part in engine.slices()}
         _same_weights(path, engine, ours, saved)
         for part in ours.values():
             _read_into(part, saved[part.name])
     engine.slices_written()
-    schedule.load_state_dict(rest["schedule"])
-    for group, rate in zip(engine.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+    known = schedule.state_dict().keys()  # anything else would become an attribute as well
+    schedule.load_state_dict({key: value for key, value in rest["schedule"].items() if key in known})
+    for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-    engine.load_scaler_state(rest["scaler"])
+    engine.load_scaler_state(rest.get("scaler") or {})
     return rest["step"]
+
+
+@contextmanager
+def _not_ours(path: Path) -> Iterator[None]:
+    """Tensors that are not what `_write_slices` writes, under a true checksum: nobody's accident."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise InputError(f"{path}: its slices are not what this program writes ({error})") from error
 
 
 class _Saved(NamedTuple):
@@ -128,7 +156,8 @@ def _saved(path: Path, opened: ExitStack) -> dict[str, list[_Saved]]:
     found: dict[str, list[_Saved]] = {}
     for name in sorted(path.glob("rank-*.safetensors")):
         file = opened.enter_context(safe_open(name, framework="pt"))
-        for parameter, about in json.loads(file.metadata()["slices"]).items():
+        for parameter, about in parse_object((file.metadata() or {}).get("slices", "{}").encode(), name).items():
+            check_values(f"{name}: {parameter}.", about, SLICE_RULES)
             size = file.get_slice(f"weight/{parameter}").get_shape()[0]
             shape, start = tuple(about["shape"]), about["start"]
             found.setdefault(parameter, []).append(_Saved(file, shape, start, start + size, about["count"]))

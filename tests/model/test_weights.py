@@ -42,8 +42,11 @@ def test_shapes_of_one_file_and_of_several(tiny_model_dir: Path, sharded: Path) 
     ],
 )
 def test_an_index_names_safetensors_beside_it(sharded: Path, weight_map: Any) -> None:
-    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(InputError, match=f"{INDEX}: weight_map must name .safetensors files beside it"):
+    (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(InputError, match=f"{INDEX}: weight_map (is|must name .safetensors files beside it, not)"):
+        Phi3VForCausalLM.from_pretrained(sharded)
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(InputError, match=f"{INDEX}: metadata is None, it must be an object"):
         Phi3VForCausalLM.from_pretrained(sharded)
 
 

@@ -22,7 +22,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from phi3v import jsonfile
 from phi3v.data.image import MEAN, STD, hd_transform, load_image, num_image_tokens, pixel_values
-from phi3v.data.tokenizer import read_tokenizer
+from phi3v.data.tokenizer import named_errors, read_tokenizer
 from phi3v.errors import InputError
 
 ImageSource = Image.Image | str | Path
@@ -150,13 +150,11 @@ class Phi3VProcessor:
             backend.no_truncation()
             backend.no_padding()
         first, *rest = IMAGE_TAG.split(text)[::2]
-        try:
+        with named_errors("the tokenizer cannot read a text"):
             ids = backend.encode(first, add_special_tokens=False).ids
             for chunk in rest:
                 ids += [self.image_token_id, self.bos_token_id]
                 ids += backend.encode(chunk, add_special_tokens=False).ids
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise InputError(f"the tokenizer cannot read a text: {error}") from error
         return ids
 
     def __call__(

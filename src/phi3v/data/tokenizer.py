@@ -8,7 +8,8 @@ would `from_pretrained`, for which tokenizer_config.json may name files, argumen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -39,16 +40,29 @@ def read_tokenizer(files: Mapping[str, bytes], name: str) -> PreTrainedTokenizer
     place = f"{name}/tokenizer.json"
     if (growth := _growth(parse_object(files["tokenizer.json"], place))) > MAX_GROWTH:
         raise InputError(f"{place}: it may make {growth:,} bytes of one, at most {MAX_GROWTH:,} are allowed")
-    try:
+    with named_errors(place):
         backend = Tokenizer.from_buffer(files["tokenizer.json"])
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise InputError(f"{place}: {error}") from error
     vocabulary = backend.get_vocab()
     if (highest := max(vocabulary.values(), default=0)) > MAX_TOKEN_ID:
         raise InputError(f"{place}: a token has id {highest:,}, at most {MAX_TOKEN_ID:,} is allowed")
     if (longest := max(map(len, vocabulary), default=0)) > MAX_TOKEN_LENGTH:
         raise InputError(f"{place}: a token has {longest:,} characters, at most {MAX_TOKEN_LENGTH:,} are allowed")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=name, **_settings(files, name, backend))
+    settings = _settings(files, name, backend)
+    with named_errors(place):  # it writes the tokenizer out and reads it again
+        return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=name, **settings)
+
+
+@contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """Makes an InputError of whatever the Rust library tokenizers raises: bare Exceptions, and for bugs a panic."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what}: {error}") from error
+        raise
 
 
 def _settings(files: Mapping[str, bytes], name: str, backend: Tokenizer) -> dict[str, Any]:

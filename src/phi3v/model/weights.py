@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from phi3v.errors import InputError
-from phi3v.jsonfile import read_object
+from phi3v.jsonfile import OBJECT, TEXT, by_name, check_values, read_object
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -27,12 +27,12 @@ def checkpoint_shapes(folder: Path) -> Shapes:
         return file_shapes(folder / WHOLE)
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: no file named {WHOLE} or {INDEX}; other kinds of weights are not read")
-    weight_map = read_object(folder / INDEX).get("weight_map")
-    files = set()
-    for file in weight_map.values() if isinstance(weight_map, dict) else [weight_map]:
-        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+    index = read_object(folder / INDEX)
+    check_values(f"{folder / INDEX}: ", index, {"metadata": OBJECT, "weight_map": by_name(TEXT)})
+    files = set(index["weight_map"].values())
+    for file in files:
+        if not file.endswith(".safetensors") or Path(file).name != file:
             raise InputError(f"{folder / INDEX}: weight_map must name .safetensors files beside it, not {file!r}")
-        files.add(file)
     return {name: shape for file in sorted(files) for name, shape in file_shapes(folder / file).items()}
 
 
