@@ -133,14 +133,23 @@ def test_folder_of_an_evaluation(run: Path) -> None:
 
 
 def test_training_facts_add_up_over_the_steps(run: Path) -> None:
-    write_lines(run / "log.jsonl", [step(1), step(2), step(2, examples=32, memory_gb=3.0), step(3)])  # 2 was repeated
+    lines = [step(1), step(2), step(2, examples=32, memory_gb=3.0, skipped=True), step(3)]  # 2 was repeated
+    write_lines(run / "log.jsonl", [*lines, {"kind": "complaint", "step": 3, "what": "?", "examples": []}])
     words = " ".join(report(run).text.split())
     assert "3 steps" in words
     assert "64 examples" in words
     assert "6 s time in training" in words
     assert "10.7 examples per second" in words
-    assert "5.0 % waiting for data" in words
+    assert "1 steps skipped" in words
+    assert "10.0 % waiting for data" in words
     assert "3.0 GB peak memory" in words
+
+
+def test_shares_of_the_time_are_weighed_by_it(run: Path) -> None:
+    write_lines(run / "log.jsonl", [step(1, data_wait=0.5, seconds=1.0), step(2, data_wait=0.1, seconds=3.0)])
+    words = " ".join(report(run).text.split())
+    assert "20.0 % waiting for data" in words
+    assert "skipped" not in words
 
 
 def test_wrong_pictures_come_first(run: Path) -> None:

@@ -211,15 +211,17 @@ def _facts(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         return sum(step.get(key) or 0 for step in steps)
 
     seconds = total("seconds")
+    waited = sum((step.get("data_wait") or 0) * (step.get("seconds") or 0) for step in steps)
     memory = max(step.get("memory_gb") or 0 for step in steps)
     facts = [
         ("steps", number(steps[-1]["step"])),
+        ("steps skipped", number(total("skipped"))),
         ("epochs", f"{steps[-1].get('epoch', 0):.3g}"),
         ("examples", number(total("examples"))),
         ("time in training", _duration(seconds)),
         ("examples per second", number(total("examples") / seconds) if seconds else ""),
         ("tokens per second", number(total("tokens") / seconds) if seconds else ""),
-        ("waiting for data", percent(total("data_wait") / seconds) if seconds else ""),
+        ("waiting for data", percent(waited / seconds) if seconds else ""),
         ("peak memory", f"{memory:.1f} GB" if memory else ""),
     ]
     return [(name, value) for name, value in facts if value not in ("", "0")]
