@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import phi3v
-from phi3v.errors import InputError
 from phi3v.hardware import environment, name_of, peak_memory_gb, pick_dtype
 
 CPU = torch.device("cpu")
 
 
-def test_half_precision_with_loss_scaling_needs_a_gpu() -> None:
-    with pytest.raises(InputError, match="--dtype fp16 needs a CUDA device"):
-        pick_dtype("fp16", CPU)
+def test_what_is_asked_for_is_taken() -> None:
+    for device in (CPU, torch.device("cuda")):
+        assert [pick_dtype(name, device) for name in ("bf16", "fp16", "fp32")] == [
+            *(torch.bfloat16, torch.float16, torch.float32)
+        ]
 
 
 @pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, torch.float32)])

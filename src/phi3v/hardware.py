@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from phi3v.errors import InputError
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = ("phi3v", "torch", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
 
@@ -24,9 +22,7 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the hardware computes it, else fp16 on CUDA, else fp32."""
-    if wanted == "fp16" and device.type == "cpu":
-        raise InputError("--dtype fp16 needs a CUDA device (it trains with loss scaling): use bf16 or fp32 on a CPU")
+    """`auto`: bf16 where the hardware computes it, else fp16 on CUDA, else fp32. A CPU computes in fp16, but slowly."""
     if wanted != "auto":
         return DTYPES[wanted]
     if has_bf16(device):

@@ -44,8 +44,10 @@ class RunLog:
         show = self.show
         self.drop_lines = drop_lines
         """Go on without the lines that a full disk refuses."""
+        self.skipped = 0
+        """Steps so far that changed no weight, because a gradient overflowed in fp16."""
         self._stream: TextIO | None = None
-        self._open(first_step)
+        self._open(first_step or -1)  # a run that starts at step 0 says everything again
         self.bar = Progress(
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -61,7 +63,7 @@ class RunLog:
     def _open(self, step: int) -> None:
         if self.file is None:
             return
-        self._forget_after(self.file, step)
+        self.skipped = self._forget_after(self.file, step)
         try:
             self._stream = open(self.file, "a")  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
@@ -82,23 +84,25 @@ class RunLog:
         self.bar.update(self._task, completed=step)
 
     @staticmethod
-    def _forget_after(file: Path, step: int) -> None:
+    def _forget_after(file: Path, step: int) -> int:
         """A run that is resumed says again what it said after its checkpoint, and scores its end again: that goes.
 
-        A run that starts again at step 0 says everything again. Complaints stay, they are nobody's to repeat.
+        Complaints stay, they are nobody's to repeat. Returns how many steps were skipped in what stays.
         """
         if not file.exists():
-            return
-        kept = []
+            return 0
+        kept, skipped = list[str](), 0
         for line in file.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                told = 0 < step >= entry["step"] and entry.get("split") != "final"
+                told = entry["step"] <= step and entry.get("split") != "final"
                 if told or entry["kind"] == "complaint":
                     kept.append(line)
+                    skipped += entry.get("skipped", False)
             except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing
                 continue
         write_text(file, "".join(line + "\n" for line in kept))
+        return skipped
 
     def __enter__(self) -> RunLog:
         self.bar.start()
@@ -116,8 +120,9 @@ class RunLog:
         """Appends a line and passes its numbers to the trackers."""
         if self._stream is None:
             return
+        line = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON knows no NaN and no Infinity
         try:
-            self._stream.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
+            self._stream.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
             self._stream.flush()
         except OSError as error:
             if not self.drop_lines:
@@ -137,10 +142,12 @@ class RunLog:
     def step(self, entry: dict[str, Any]) -> None:
         """The line of a step, and its essence for the eye."""
         self.write({"kind": "step", **entry})
+        self.skipped += entry.get("skipped", False)
         rate = f"{speed:.1f}" if (speed := entry["examples_per_s"]) < 100 else f"{speed:,.0f}"
         numbers = (
             f"[dim]loss[/] {entry['loss']:.3f} [dim]lr[/] {entry['learning_rate']:.1e} {rate} [dim]ex/s[/] "
             f"{entry['tokens_per_s'] / 1000:.1f}k [dim]tok/s[/] {entry['memory_gb']:.1f} [dim]GB[/]"
+            + (f" {self.skipped} [dim]skipped[/]" if self.skipped else "")
         )
         self.bar.update(self._task, completed=entry["step"], numbers=numbers)
         now = time.monotonic()

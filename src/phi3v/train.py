@@ -198,7 +198,8 @@ def _learn(job: _Job, step: int) -> None:
         rate = float(job.schedule.get_last_lr()[0])
         norm, skipped = engine.step()
         total, stops = ranks.total(float(loss), float(job.stop.reason is not None))
-        if trouble := _trouble(total, norm, skipped, scaled=job.dtype == torch.float16):
+        overflowed = skipped and engine.scaler_state().get("scale", 0.0) >= 1.0
+        if trouble := _trouble(total, norm, skipped, overflowed):
             bad.add(step)
             step = _roll_back(job, step, trouble, len(bad))
             feed = _reported(job, steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps))
@@ -223,9 +224,13 @@ def _learn(job: _Job, step: int) -> None:
 def _finish(job: _Job) -> dict[str, Any]:
     """Saves the model, scores it, writes the report."""
     run, ranks, folder = job.run, job.ranks, job.run.keeping.out
+    if job.log.skipped:
+        say(f"[yellow]note[/]        {job.log.skipped} of {job.total_steps} steps were skipped: they overflowed")
     # What is scored last is what was saved: full weights rounded to the base checkpoint's own precision.
     rounded = isinstance(job.config.dtype, torch.dtype) and not run.tuning.adapters
     model = job.engine.final(job.config.dtype if rounded else None)
+    if rounded and torch.promote_types(job.config.dtype, job.dtype) != job.dtype:
+        _restore_frozen(model, run)
 
     def save() -> None:
         with written_whole(folder / "final") as final:
@@ -283,6 +288,16 @@ def _build_model(
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _restore_frozen(model: Any, run: Run) -> None:
+    """What did not learn is what it was: to compute with, it has been rounded to a precision that holds less."""
+    base, _ = load_model(run.base.model)
+    freeze(base, run.tuning.frozen)
+    for name, parameter in base.named_parameters():
+        if not parameter.requires_grad:
+            weight = model.get_parameter(name)
+            weight.data = parameter.data.to(weight.device)
 
 
 def _recompute(run: Run, config: Phi3VConfig, ranks: Ranks) -> bool:
@@ -357,12 +372,14 @@ def _say_how_to_resume(job: _Job) -> None:
     where = "before the first step" if job.saved_at is None else f"after step {job.saved_at}, which is saved"
     reason = job.stop.reason or "another process was asked to stop"
     say(escape(f"stopped {where}: {reason}. Go on with"))
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    script = sys.argv[0]
+    program = ["-m", "phi3v"] if Path(script).name == "__main__.py" else [script]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", "-m", "phi3v", *sys.argv[1:]]
-    if "--resume" not in command:
-        command += ["--resume", "auto"]
-    say(escape(f"  {shlex.join(command)}"))
+        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *program]
+    else:
+        program = ["python", *program] if script.endswith(".py") else [Path(script).name]
+    resume = [] if job.run.keeping.resume == "auto" else ["--resume", "auto"]
+    say(escape(f"  {shlex.join([*program, *sys.argv[1:], *resume])}"))
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
@@ -399,11 +416,11 @@ def _meet(job: _Job, step: int) -> None:
         ) from error
 
 
-def _trouble(loss: float, norm: float, skipped: bool, *, scaled: bool) -> str | None:
-    """With loss scaling a gradient may overflow (the step is skipped and the scale halved); the loss never may."""
+def _trouble(loss: float, norm: float, skipped: bool, overflowed: bool) -> str | None:
+    """What is not finite and should be. A gradient may overflow while there is a scale to halve, the loss never may."""
     if not math.isfinite(loss):
         return "loss"
-    return "gradient" if not scaled and (skipped or not math.isfinite(norm)) else None
+    return "gradient" if (skipped or not math.isfinite(norm)) and not overflowed else None
 
 
 def _roll_back(job: _Job, step: int, trouble: str, times: int) -> int:
