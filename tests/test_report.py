@@ -259,6 +259,27 @@ def test_empty_and_odd_logs(run: Path) -> None:
     assert "Gradient norm" not in report(run).text
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("log.jsonl", "7\n{}\n"),
+        ("log.jsonl", '{"kind": "step"}\n'),
+        ("log.jsonl", '{"kind": "step", "step": 1, "seconds": "long"}\n'),
+        ("metrics.json", '{"final": {"accuracy": "high"}}'),
+        ("metrics.json", '{"final": 7}'),
+        ("predictions.jsonl", '{"prediction": 7, "answers": []}\n'),
+        ("predictions.jsonl", "[]\n"),
+    ],
+)
+def test_files_that_no_run_writes_are_refused_in_one_line(file: str, content: str, run: Path) -> None:
+    (run / file).write_text(content)
+    with pytest.raises(InputError, match=r"my-run: its files do not hold what a run writes \("):
+        write_report(run)
+    (run / file).write_bytes(b"\xff\n\n")
+    with pytest.raises(InputError, match=rf"{file}.*not (JSON|UTF-8)"):
+        write_report(run)
+
+
 def test_bad_folders_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run folder"):
         write_report(tmp_path / "none")
@@ -269,5 +290,5 @@ def test_bad_folders_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"log\.jsonl:1: not JSON"):
         write_report(run)
     (run / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config\.json: expected a JSON object"):
+    with pytest.raises(InputError, match=r"config\.json: must hold an object, not a list"):
         write_report(run)

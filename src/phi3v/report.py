@@ -24,6 +24,7 @@ from phi3v.chart import HEIGHT, WIDTH, Chart, Level, Series, chart, number, perc
 from phi3v.data.image import load_image
 from phi3v.errors import InputError
 from phi3v.files import write_text
+from phi3v.jsonfile import read_object
 from phi3v.metrics import Prediction, normalize_answer
 
 NUM_PICTURES = 30
@@ -87,7 +88,7 @@ class Card:
 def write_report(run_dir: Path) -> Path:
     """Write report.html into the run folder and return its path.
 
-    Raises InputError when the folder is missing, holds nothing of a run, or holds a file that is no JSON.
+    Raises InputError when the folder is missing, holds nothing of a run, or files that no run writes.
     """
     if not run_dir.is_dir():
         raise InputError(f"{run_dir}: no such run folder")
@@ -101,11 +102,31 @@ def write_report(run_dir: Path) -> Path:
     if not (config or metrics or log or predictions):
         raise InputError(f"{run_dir}: not a run folder (no config.json, log.jsonl, metrics.json or predictions.jsonl)")
 
+    try:
+        page = _page(run_dir.resolve().name, config, environment, metrics, log, predictions)
+    except InputError:
+        raise
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, jinja2.TemplateError) as error:
+        reason = f"{type(error).__name__}: {error}"  # keys that are missing, texts that should be numbers
+        raise InputError(f"{run_dir}: its files do not hold what a run writes ({reason})") from error
+    path = run_dir / "report.html"
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # a model's text may hold half a character
+    return path
+
+
+def _page(
+    name: str,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    log: Sequence[dict[str, Any]],
+    predictions: Sequence[Any],
+) -> str:
     steps = _by_step(line for line in log if line.get("kind") == "step")
     evals = _by_step(line for line in log if line.get("kind") == "eval")
     contestants = _contestants(metrics)
-    page = _template().render(
-        name=run_dir.resolve().name,
+    return _template().render(
+        name=name,
         contestants=contestants,
         verdict=_verdict(metrics),
         final=metrics.get("final") or {},
@@ -121,9 +142,6 @@ def write_report(run_dir: Path) -> Path:
         settings=_sections(config, "run"),
         environment=_sections(environment, "environment"),
     )
-    path = run_dir / "report.html"
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # a model's text may hold half a character
-    return path
 
 
 def _template() -> jinja2.Template:
@@ -142,26 +160,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, {} if there is no such file. Raises InputError if it is something else."""
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return content
+    return read_object(path)
 
 
 def _read_lines(path: Path) -> list[Any]:
     """The objects of a jsonl file; [] if it is not there. A last line that is still being written is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     objects = []
     for i, line in enumerate(lines, start=1):
         try:
             if line.strip():
                 objects.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if i < len(lines):
                 raise InputError(f"{path}:{i}: not JSON: {error}") from error
     return objects

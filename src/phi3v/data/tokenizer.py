@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.errors import InputError
-from phi3v.jsonfile import KINDS, parse_object
+from phi3v.jsonfile import KINDS, NULL, OBJECT, check_values, one_of, parse_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SETTINGS: dict[str, type] = {
@@ -38,7 +38,10 @@ MAX_GROWTH = 1000
 def read_tokenizer(files: Mapping[str, bytes], name: str) -> PreTrainedTokenizerFast:
     """The tokenizer in the files of the folder `name`, by their names. Raises InputError, naming the file."""
     place = f"{name}/tokenizer.json"
-    if (growth := _growth(parse_object(files["tokenizer.json"], place))) > MAX_GROWTH:
+    content = parse_object(files["tokenizer.json"], place)
+    check_values(f"{place}: ", content, {"model": OBJECT})
+    check_values(f"{place}: model.", content["model"], {"continuing_subword_prefix": NULL | one_of("")})  # else a panic
+    if (growth := _growth(content)) > MAX_GROWTH:
         raise InputError(f"{place}: it may make {growth:,} bytes of one, at most {MAX_GROWTH:,} are allowed")
     with named_errors(place):
         backend = Tokenizer.from_buffer(files["tokenizer.json"])
