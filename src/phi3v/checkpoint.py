@@ -39,7 +39,7 @@ SCHEDULE_RULES = {
     "_step_count": whole(0, 2**40),
     "_last_lr": several(number(0, 1e9)),
     "base_lrs": several(number(0, 1e9)),
-    "lr_lambdas": several(NULL),
+    "lr_lambdas": several(NULL | OBJECT),
 }
 SLICE_RULES = {"shape": several(whole(0, 2**40)), "start": whole(0, 2**60), "count": NULL | number(0, 2**40)}
 
