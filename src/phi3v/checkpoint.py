@@ -38,8 +38,6 @@ SCHEDULE_RULES = {
     "last_epoch": whole(0, 2**40),
     "_step_count": whole(0, 2**40),
     "_last_lr": several(number(0, 1e9)),
-    "base_lrs": several(number(0, 1e9)),
-    "lr_lambdas": several(NULL | OBJECT),
 }
 SLICE_RULES = {"shape": several(whole(0, 2**40)), "start": whole(0, 2**60), "count": NULL | number(0, 2**40)}
 
@@ -60,7 +58,13 @@ def save_checkpoint(
     checkpoints are then as they were.
     """
     target = folder / f"step-{step:06d}"
-    temporary = ranks.first_does(lambda: begin(target))
+
+    def start() -> Path:
+        for rubbish in folder.glob(".step-*"):  # of a process that was killed here; now its room is needed
+            shutil.rmtree(rubbish, ignore_errors=True)
+        return begin(target)
+
+    temporary = ranks.first_does(start)
 
     def write_part() -> dict[str, dict[str, Any]]:
         with disk_errors(target):
@@ -78,7 +82,7 @@ def save_checkpoint(
             manifest |= {STATE: _entry(temporary / STATE)}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         finish(temporary, target)
-        _forget(folder, keep)
+        _forget(folder, step, keep)
 
     try:
         parts = [part for parts in ranks.gather([ranks.all_do(write_part)]) for part in parts]
@@ -123,8 +127,8 @@ def load_checkpoint(path: Path, *, engine: Engine, schedule: LRScheduler) -> int
         for part in ours.values():
             _read_into(part, saved[part.name])
     engine.slices_written()
-    known = schedule.state_dict().keys()  # anything else would become an attribute as well
-    schedule.load_state_dict({key: value for key, value in rest["schedule"].items() if key in known})
+    # The rest of a schedule's state is what the flags make it; anything else would become an attribute of it.
+    schedule.load_state_dict(schedule.state_dict() | {key: rest["schedule"][key] for key in SCHEDULE_RULES})
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     engine.load_scaler_state(rest.get("scaler") or {})
@@ -199,7 +203,7 @@ def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, 
     All ranks call this together; each checks its share of the files.
     """
     complaints: list[str] = []
-    for name in ranks.first_does(lambda: [path.name for path in reversed(_steps(folder))]):
+    for name in ranks.first_does(lambda: [path.name for path in reversed(_steps(folder).values())]):
         complaint = damage(folder / name, share=(ranks.rank, ranks.num))
         found = [line for lines in ranks.gather([complaint] if complaint else []) for line in lines]
         if not found:
@@ -234,13 +238,20 @@ def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     return None
 
 
-def _forget(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep` and the best."""
-    steps = _steps(folder)
-    best = max(((metric, path) for path in steps if (metric := _metric(path)) is not None), default=(0.0, None))[1]
-    for path in steps[:-keep]:
-        if path != best:
-            shutil.rmtree(path)
+def scores(folder: Path, last: int) -> dict[int, float]:
+    """The metrics, by step, of the checkpoints up to step `last` that have one."""
+    found = {step: _metric(path) for step, path in _steps(folder).items() if step <= last}
+    return {step: metric for step, metric in found.items() if metric is not None}
+
+
+def _forget(folder: Path, step: int, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep` up to `step` and the best of those. A run that has written this one
+    would have gone on from a later one, were it not damaged."""
+    paths, metrics = _steps(folder), scores(folder, step)
+    newest = [one for one in paths if one <= step][-keep:]
+    best = sorted(metrics, key=metrics.__getitem__)[-1:]
+    for one in paths.keys() - {*newest, *best}:
+        shutil.rmtree(paths[one])
 
 
 def _metric(path: Path) -> float | None:
@@ -250,11 +261,10 @@ def _metric(path: Path) -> float | None:
         return None
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()),
-        key=lambda path: int(path.name.removeprefix("step-")),
-    )
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints by step, in order."""
+    named = ((path.name.removeprefix("step-"), path) for path in folder.glob("step-*"))
+    return dict(sorted((int(step), path) for step, path in named if step.isdecimal()))
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def begin(target: Path) -> Path:
     """Makes the temporary folder that `finish` will rename to `target`; for several writers, else `written_whole`."""
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for rubbish in (temporary, target.with_name(f".{target.name}.replaced")):
+        shutil.rmtree(rubbish, ignore_errors=True)
     with disk_errors(target):
         temporary.mkdir()
     return temporary
@@ -46,10 +47,12 @@ def finish(temporary: Path, target: Path) -> None:
         for file in temporary.rglob("*"):
             flush(file)
         flush(temporary)
-        if target.exists():
-            shutil.rmtree(target)
+        old = target.with_name(f".{target.name}.replaced")
+        if target.exists():  # for an instant nothing has its name; it never stands for something half deleted
+            os.replace(target, old)
         os.replace(temporary, target)
         flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

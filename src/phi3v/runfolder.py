@@ -63,7 +63,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise InputError(f"cannot write {folder / LOCK}: {error.strerror}") from error
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in data workers of a dead run
         except OSError as error:
             stream.seek(0)
             raise InputError(f"--out {folder}: another run is writing here ({stream.read() or 'unknown'})") from error

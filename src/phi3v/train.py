@@ -24,7 +24,7 @@ from rich.markup import escape
 from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.audit import GradientAudit
-from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
@@ -71,8 +71,8 @@ class _Job:
     stop: StopRequest
     saved_at: int | None = None
     """The step of the newest checkpoint."""
-    best: float | None = None
-    """The best score of an evaluation during training."""
+    scores: dict[int, float]
+    """Of the evaluations during training whose checkpoints are kept, by step."""
 
     @property
     def checkpoints(self) -> Path:
@@ -90,10 +90,11 @@ def train(run: Run) -> dict[str, Any]:
     ranks = join(60 * run.scaling.rank_timeout_minutes)
     speak(ranks.is_first)
     folder, dtype = run.keeping.out, pick_dtype(run.base.dtype, ranks.device)
+    checkpoints = folder / "checkpoints"
     with ExitStack() as held, StopRequest(run.keeping.max_minutes) as stop:
         found = ranks.first_does(lambda: claim(run))
         if found.finished:
-            return _already_finished(folder)
+            return ranks.first_does(lambda: _already_finished(folder))
         if found.started:
             ranks.first_does(lambda: held.enter_context(locked(folder)))
 
@@ -162,6 +163,7 @@ def train(run: Run) -> dict[str, Any]:
                 log=log,
                 stop=stop,
                 saved_at=step or None,
+                scores=ranks.first_does(lambda: scores(checkpoints, step)),
             )
             try:
                 _learn(job, step)
@@ -178,6 +180,8 @@ def _learn(job: _Job, step: int) -> None:
         _score(job, "before", step)
     if step == 0 and run.keeping.on_nonfinite == "rollback":
         _save(job, step)
+    if _evaluates(job, step) and step not in job.scores:  # the run was stopped before it came to that
+        _conclude_step(job, step, stops=False)
     audit, losses, bad = GradientAudit(engine.model), list[float](), set[int]()
     engine.model.train()
     feed = _reported(job, steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps))
@@ -192,6 +196,7 @@ def _learn(job: _Job, step: int) -> None:
         if step in bad:
             job.schedule.step()
             step += 1
+            _conclude_step(job, step, stops=ranks.any(job.stop.reason is not None))
             continue
         audit.check(engine.gradients(), images=batch.images, ranks=ranks)
         reach(engine.optimizer, images=batch.images)
@@ -210,15 +215,29 @@ def _learn(job: _Job, step: int) -> None:
         seconds = time.monotonic() - started + batch.first_wait
         log.step(batch.entry(step, total, rate, norm, seconds, peak_memory_gb(ranks.device), skipped))
         _complain(job, batch, step, total, losses)
+        _conclude_step(job, step, stops=bool(stops))
 
-        score = None
-        if (every := run.evaluation.eval_every_steps) and step % every == 0 and step < job.total_steps and not stops:
+
+def _evaluates(job: _Job, step: int) -> bool:
+    """Whether there is an evaluation after this step, the last one aside."""
+    every = job.run.evaluation.eval_every_steps
+    return every is not None and 0 < step < job.total_steps and step % every == 0
+
+
+def _conclude_step(job: _Job, step: int, *, stops: bool) -> None:
+    """The evaluation and the checkpoint after a step. Raises Stopped, with a checkpoint, when the run is to end."""
+    score = None
+    if _evaluates(job, step) and not stops:
+        try:
             score = _score(job, "during", step)["accuracy"]
-        due = step == job.total_steps or ((every := run.keeping.save_every_steps) and step % every == 0)
-        if due or stops or (score is not None and (job.best is None or score > job.best)):
-            _save(job, step, score)
-        if stops and step < job.total_steps:
-            raise Stopped
+        except Stopped:
+            stops = True
+    every = job.run.keeping.save_every_steps
+    due = step == job.total_steps or (every and step % every == 0)
+    if due or stops or (score is not None and score > max(job.scores.values(), default=-1.0)):
+        _save(job, step, score)
+    if stops and step < job.total_steps:
+        raise Stopped
 
 
 def _finish(job: _Job) -> dict[str, Any]:
@@ -358,13 +377,14 @@ def _save(job: _Job, step: int, score: float | None = None) -> None:
             raise
         job.log.complain(step, str(error))
     if score is not None:
-        job.best = score if job.best is None else max(job.best, score)
+        job.scores[step] = score
 
 
 def _already_finished(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "metrics.json").read_text())
     say(escape(f"{folder} holds this run, finished: nothing is left to do"))
-    _announce(result, folder / "report.html")
+    report = folder / "report.html"
+    _announce(result, report if report.exists() else write_report(folder))
     return result
 
 
