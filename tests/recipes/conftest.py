@@ -158,7 +158,7 @@ def write_lmms(folder: Path, splits: Iterable[str] = ("validation", "test"), doc
         rows = [
             {
                 "questionId": f"{4 * document + 2 * page + n}",
-                "question": f"what is {n} on page {page} of {document}?",
+                "question": f"what is {n} on page {page} of {document} of {split}?",
                 "question_types": ["form"],
                 "image": cell(picture(2 * document + page)),
                 "docId": document,

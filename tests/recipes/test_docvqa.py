@@ -134,7 +134,8 @@ def test_validation_of_lmms_lab_is_divided_by_document(tmp_path: Path, published
 def test_lmms_lab_with_a_training_split(tmp_path: Path, published: ModuleType, read: Read) -> None:
     published.write_lmms(tmp_path, splits=("train", "validation"), documents=2)
     train, test = both(prepare(settings(), Options(data_dir=tmp_path)))
-    assert len(read(train)) == len(read(test)) == 8
+    for file, split in ((train, "train"), (test, "validation")):
+        assert [user.endswith(f"of {split}?\nAnswer briefly.") for user, _ in asked(read(file))] == [True] * 8
 
 
 def test_which_form_wins(tmp_path: Path, published: ModuleType, read: Read) -> None:
