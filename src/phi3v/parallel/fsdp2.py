@@ -111,7 +111,7 @@ class Sharded:
         parameter: Any
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, DTensor):
-                twins[name].data = rounded(parameter.detach().full_tensor(), dtype)
+                twins[name].data = rounded(parameter.full_tensor().detach(), dtype)
         return self.twin
 
     def scaler_state(self) -> dict[str, Any]:

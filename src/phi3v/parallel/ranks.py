@@ -108,6 +108,9 @@ class Ranks:
             raise MissingRank(error) from error
 
 
+ALONE = Ranks()
+
+
 class MissingRank(RuntimeError):
     """A rank did not come to a meeting: it hangs, or it is gone. `ranks` are those that are known to be missing."""
 
