@@ -1,10 +1,9 @@
-"""The guide's command `python convert_ucf101.py --out_dir DIR`, run as the guide does."""
+"""The guide's command `python convert_ucf101.py --out_dir DIR`, its flags and what it says."""
 
 from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +35,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     return script
 
 
-def test_command_of_the_guide(subset: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "convert_ucf101.py", "--out_dir", tmp_path / "out", "--archive", subset]
-    done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_command_of_the_guide(subset: Path, tmp_path: Path, script: Callable[..., int]) -> None:
+    assert script("--out_dir", tmp_path / "out", "--archive", subset) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("images", "ucf101_test.jsonl", "ucf101_train.jsonl", "ucf101_val.jsonl")
     ]
@@ -56,6 +53,16 @@ def test_underscores_and_hyphens(subset: Path, tmp_path: Path, script: Callable[
     names = [sorted(path.name for path in (tmp_path / out).rglob("*")) for out in ("one", "two")]
     assert names[0] == names[1]
     assert sum(name.endswith(".jpg") for name in names[0]) == 18
+
+
+def test_data_root_of_the_environment(
+    subset: Path, tmp_path: Path, script: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "root").mkdir()
+    subset.rename(tmp_path / "root/ucf101")
+    monkeypatch.setenv("PHI3V_DATA", str(tmp_path / "root"))
+    assert script("--out_dir", tmp_path / "out") == 0
+    assert len((tmp_path / "out/ucf101_train.jsonl").read_text().splitlines()) == 2
 
 
 def test_what_is_wrong_is_one_line(

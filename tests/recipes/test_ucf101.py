@@ -12,6 +12,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,13 +201,13 @@ def test_from_the_hub(small: Path, tmp_path: Path, made: Callable[..., Path], mo
 
 
 def killed_after(num_frames_written: int, out: Path, flags: Mapping[str, Any]) -> None:
-    """Converts in a process that is killed once so many frames are there."""
+    """Converts in a process that is killed once so many frames are there; its own processes end with it."""
 
     def work() -> None:
         sample = ucf101.sample_frames
 
         def slowly(*given: Any) -> Any:
-            time.sleep(0.01)
+            time.sleep(0.02)
             return sample(*given)
 
         ucf101.sample_frames = slowly  # type: ignore[attr-defined]
@@ -214,22 +215,27 @@ def killed_after(num_frames_written: int, out: Path, flags: Mapping[str, Any]) -
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    while process.is_alive() and len(list(out.rglob("*.jpg"))) < num_frames_written:
-        time.sleep(0.001)
     assert process.pid is not None
+    workers: set[int] = set()
+    while process.is_alive() and not (workers and len(list(out.rglob("*.jpg"))) >= num_frames_written):
+        workers = {pid for pid, parent in running().items() if parent == process.pid}
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    deadline = time.monotonic() + 30
+    while running().keys() & workers:
+        assert time.monotonic() < deadline, "processes outlive the one that was killed"
+        time.sleep(0.01)
 
 
-def children() -> set[str]:
-    return {path.parent.name for path in Path("/proc").glob("[0-9]*/stat") if _ppid(path) in ("1", str(os.getpid()))}
-
-
-def _ppid(stat: Path) -> str | None:
-    try:
-        return stat.read_text().rpartition(")")[2].split()[1]
-    except OSError:
-        return None
+def running() -> dict[int, int]:
+    """The parent of every process that is not only waiting to be collected."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            if state not in "ZX":
+                found[int(stat.parent.name)] = int(parent)
+    return found
 
 
 @pytest.mark.parametrize("form", ["folder", "archive"])
@@ -241,10 +247,10 @@ def test_a_second_run_finishes_what_a_killed_one_left(
     if form == "archive":
         archive = tmp_path / "set.tar"
         archive.write_bytes(tar_of(small))
-    out, before = tmp_path / "out", children()
+    out = tmp_path / "out"
     flags = {"out_dir": out, "tmp_dir": tmp_path / "tmp", "archive": archive, "num_workers": 2}
     whole_before: dict[Path, int] = {}
-    for count in (1, 20, 21, 60, 119):
+    for count in (1, 20, 21, 60, 100):
         killed_after(count, out, flags)
         assert not list(out.glob("*.jsonl"))
         assert (out / ucf101.UNFINISHED).exists()
@@ -252,12 +258,21 @@ def test_a_second_run_finishes_what_a_killed_one_left(
         times = {path: path.stat().st_mtime_ns for path in out.rglob("*.7.jpg")}  # the last frames of videos
         assert whole_before.items() <= times.items(), "a video was decoded again"
         whole_before = times
-    deadline = time.monotonic() + 20
-    while children() - before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not children() - before, "processes outlive the one that was killed"
     assert files_in(made(archive=archive)) == whole
     assert not (tmp_path / "tmp").exists()
+
+
+def test_what_was_unpacked_of_another_archive_is_not_used(
+    small: Path, clips: list[Path], tmp_path: Path, made: Callable[..., Path]
+) -> None:
+    archive, out = tmp_path / "set.tar", tmp_path / "out"
+    archive.write_bytes(tar_of(small))
+    killed_after(1, out, {"out_dir": out, "tmp_dir": tmp_path / "tmp", "archive": archive, "num_workers": 1})
+    assert list((tmp_path / "tmp").iterdir())
+    shutil.rmtree(out)
+    shutil.copy(clips[11], small / "train/A/v_A_00.avi")
+    archive.write_bytes(tar_of(small))
+    assert files_in(made(archive=archive)) == files_in(made("whole", archive=small))
 
 
 def test_killed_between_the_jsonl_files(
@@ -304,7 +319,7 @@ def test_what_is_done_stays_as_it_is(
     capsys.readouterr()
     made(archive=small)
     assert {name: (out / name).stat().st_mtime_ns for name in files_in(out)} == before
-    assert "is converted already" in capsys.readouterr().out
+    assert "6  " in capsys.readouterr().out
 
 
 def test_two_at_once(small: Path, tmp_path: Path, made: Callable[..., Path]) -> None:
@@ -456,6 +471,12 @@ def test_wrong_folders(small: Path, clips: list[Path], tmp_path: Path, made: Cal
     assert not (tmp_path / "tmp").exists()
 
 
+def test_order_is_by_class_then_name(small: Path) -> None:
+    (small / "train/A/v_A_00.avi").rename(small / "train/A/z.avi")
+    videos, _ = ucf101.find_videos(small, small, None)
+    assert [video.label for video in videos] == [*"AABBCC", *"ABC", *"AABBCC"]
+
+
 def test_hostile_and_damaged_archives(small: Path, tmp_path: Path, made: Callable[..., Path]) -> None:
     with tarfile.open(tmp_path / "escape.tar", "w") as tar:
         tar.add(small, "small")
@@ -528,7 +549,9 @@ def test_where_the_lists_may_lie(full: FullSet, tmp_path: Path, made: Callable[.
         for file in full.lists.iterdir():
             archive.write(file, f"ucfTrainTestlist/{file.name}")
     shutil.rmtree(full.lists)
-    with pytest.raises(InputError, match=r"nor the official lists: name UCF101TrainTestSplits.*zip with --lists"):
+    with pytest.raises(
+        InputError, match=r"nor the official lists: put UCF101TrainTestSplits.*zip beside it or name it"
+    ):
         made("without", archive=full.folder)
     assert files_in(made("named", archive=full.folder, lists=packed)) == whole
     packed.rename(full.folder.parent / LISTS)

@@ -36,7 +36,7 @@ from rich.markup import escape
 
 from phi3v.config import Base, Keeping, Run
 from phi3v.data.archive import unpack
-from phi3v.data.schema import read_jsonl
+from phi3v.data.schema import lines, read_jsonl
 from phi3v.data.video import pyav, sample_frames
 from phi3v.errors import InputError
 from phi3v.files import make_folder, write_text
@@ -92,12 +92,10 @@ def prepare(run: Run, options: Options = Options()) -> Run:
     """The run on the converted data; what is not converted yet, is."""
     if run.data.train and run.data.eval:
         return run
-    folder = options.data_dir
-    if folder is None or not is_converted(folder, options.num_frames):
+    folder, num_frames = options.data_dir, options.num_frames
+    if folder is None or not is_converted(folder, num_frames):
         folder = folder_for(options, "ucf101")
-        convert(
-            out_dir=folder, archive=options.data_dir, split=options.split, num_frames=options.num_frames or NUM_FRAMES
-        )
+        convert(out_dir=folder, archive=options.data_dir, split=options.split, num_frames=num_frames or NUM_FRAMES)
     val, test = folder / "ucf101_val.jsonl", folder / "ucf101_test.jsonl"
     data = replace(
         run.data,
@@ -138,7 +136,7 @@ def convert(
 ) -> None:
     """Turns UCF101 into jsonl with frames: ucf101_{train,val,test}.jsonl, images/SPLIT/CLASS/VIDEO.N.jpg.
 
-    Killed, it is finished by the same command; the jsonl files appear when all frames are there.
+    When it was killed, the same command goes on; the jsonl files appear once all frames are there.
 
     Args:
         out_dir: The folder to make.
@@ -158,27 +156,38 @@ def convert(
     if num_workers is not None and num_workers < 1:
         raise InputError(f"--num_workers is {num_workers}, it must be at least 1")
     pyav()
-    with alone(out_dir):
-        if is_converted(out_dir, num_frames):
-            say(f"{escape(str(out_dir))} is converted already")
-            return
-        source = _source(archive)
-        with (
-            _unpacked(source, tmp_dir) as folder,
-            _unpacked(lists or _lists_near(source, folder) or folder, tmp_dir) as lists_folder,
-        ):
-            videos, labels = find_videos(folder, lists_folder, split)
-            lines = [_line(number, video, labels, num_frames) for number, video in enumerate(videos)]
-            _begin(out_dir, lines)
-            problems = _write_frames_of(videos, out_dir / "images", num_frames, num_workers)
-            _judge(videos, problems, on_bad_video)
-            for name in SPLITS:
-                of_split = [number for number, video in enumerate(videos) if video.split == name]
-                kept = [lines[number] for number in of_split if problems[number] is None]
-                if kept:
-                    write_text(out_dir / f"ucf101_{name}.jsonl", "".join(kept))
-                    say(f"{len(kept):>9,}  {escape(str(out_dir))}/ucf101_{name}.jsonl")
-            (out_dir / UNFINISHED).unlink()
+    if not is_converted(out_dir, num_frames):
+        with alone(out_dir):
+            if not is_converted(out_dir, num_frames):
+                source = _source(archive)
+                with (
+                    _unpacked(source, tmp_dir) as folder,
+                    _unpacked(lists or _lists_near(source, folder) or folder, tmp_dir) as lists_folder,
+                ):
+                    videos, labels = find_videos(folder, lists_folder, split)
+                    _convert(videos, labels, out_dir, num_frames, on_bad_video, num_workers)
+    for file in sorted(out_dir.glob("ucf101_*.jsonl")):
+        say(f"{sum(1 for _ in lines(file)):>9,}  {escape(str(file))}")
+
+
+def _convert(
+    videos: Sequence[Video],
+    labels: Sequence[str],
+    out_dir: Path,
+    num_frames: int,
+    on_bad_video: str,
+    num_workers: int | None,
+) -> None:
+    examples = [_line(number, video, labels, num_frames) for number, video in enumerate(videos)]
+    _begin(out_dir, examples)
+    problems = _write_frames_of(videos, out_dir / "images", num_frames, num_workers)
+    _judge(videos, problems, on_bad_video)
+    for split in SPLITS:
+        triples = zip(videos, examples, problems, strict=True)
+        kept = [example for video, example, problem in triples if video.split == split and problem is None]
+        if kept:
+            write_text(out_dir / f"ucf101_{split}.jsonl", "".join(kept))
+    (out_dir / UNFINISHED).unlink()
 
 
 def is_converted(folder: Path, num_frames: int | None = None) -> bool:
@@ -200,9 +209,9 @@ def _line(number: int, video: Video, labels: Sequence[str], num_frames: int) -> 
     return json.dumps({"id": f"{video.split}-{number:010d}", "source": "ucf101", "conversations": [turn]}) + "\n"
 
 
-def _begin(out_dir: Path, lines: Sequence[str]) -> None:
-    """Marks the folder as one of these lines. Raises InputError when it already holds something else."""
-    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+def _begin(out_dir: Path, examples: Sequence[str]) -> None:
+    """Marks the folder as one of these lines of jsonl. Raises InputError when it already holds something else."""
+    digest = hashlib.sha256("".join(examples).encode()).hexdigest()
     mark = out_dir / UNFINISHED
     if mark.exists() and mark.read_text() != digest:
         raise InputError(
@@ -394,8 +403,8 @@ def _of_full_set(folder: Path, files: Sequence[Path], lists: Path, split: int) -
     index = next(iter(sorted(lists.rglob("classInd.txt"))), None)
     if index is None:
         raise InputError(
-            f"{folder} has folders of classes and neither train, val and test nor the official lists: name {LISTS} "
-            "with --lists (videos of your own are for phi3v convert video-folder)"
+            f"{folder} has folders of classes and neither train, val and test nor the official lists: put {LISTS} "
+            "beside it or name it with --lists (videos of your own are for phi3v convert video-folder)"
         )
     numbers = {label: number for _, (number, label) in _read_list(index, 2)}
     listed_at: dict[str, str] = {}
