@@ -423,40 +423,6 @@ def test_a_run_killed_at_its_very_end_is_only_finished(
     assert len(log_of(run.keeping.out)) == 3
 
 
-@pytest.mark.parametrize(
-    ("changed", "flag"),
-    [
-        ({"learning_rate": 1e-3}, "--learning-rate was 0.003 in .*, now it is 0.001"),
-        ({"batch_size": 2}, "--batch-size was 4 in .*, now it is 2"),
-        ({"seed": 1}, "--seed was 42 in .*, now it is 1"),
-        ({"max_steps": 20}, "--max-steps was 5 in .*, now it is 20"),
-        (LORA, "--lora was False in .*, now it is True"),
-        ({"freeze": ("vision",)}, r"--freeze was \[\] in .*, now it is \['vision'\]"),
-    ],
-)
-def test_other_flags_are_refused_by_name_when_a_run_goes_on(
-    changed: dict, flag: str, settings_for: MAKE, monkeypatch
-) -> None:
-    run = settings_for(max_steps=5)
-    run.keeping.out.mkdir()
-    (run.keeping.out / "config.json").write_text(json.dumps(run.to_dict()))
-    with pytest.raises(InputError, match=f"--resume: {flag}"):
-        train(settings_for(**{"max_steps": 5, **changed}, resume="auto"))
-
-
-def test_a_run_does_not_go_on_with_other_data(settings_for: MAKE, tiny_data: Path, monkeypatch) -> None:
-    copy = tiny_data.with_name("copy.jsonl")
-    copy.write_bytes(tiny_data.read_bytes())
-    try:
-        start = settings_for(train=copy, max_steps=3, save_every_steps=1)
-        train_until(start, 2, monkeypatch)
-        copy.write_bytes(tiny_data.read_bytes().replace(b"maybe", b"never"))
-        with pytest.raises(InputError, match=r"--train .*copy.jsonl has changed since the run began"):
-            train(settings_for(train=copy, max_steps=3, save_every_steps=1, resume="auto"))
-    finally:
-        copy.unlink()
-
-
 def test_what_surrounds_the_loop_may_change(settings_for: MAKE, monkeypatch) -> None:
     train_until(settings_for(max_steps=3, save_every_steps=1, keep_checkpoints=1), 3, monkeypatch)
     run = settings_for(max_steps=3, save_every_steps=2, keep_checkpoints=3, resume="auto")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from phi3v.config import Run, load_run
 from phi3v.errors import InputError
 from phi3v.files import make_folder
+from phi3v.jsonfile import read_object
 
 LOCK = ".lock"
 BEFORE_IT_BEGAN = {LOCK, "environment.json", ".environment.json.unfinished", ".config.json.unfinished"}
@@ -99,7 +99,7 @@ def _same_settings(run: Run, before: Run) -> None:
 def _same_data(run: Run, folder: Path) -> None:
     """Nor may the data files: their digests were kept with the run."""
     file = folder / "environment.json"
-    before = json.loads(file.read_text()).get("data", {}) if file.exists() else {}
+    before = read_object(file).get("data", {}) if file.exists() else {}
     for flag, digest in digests(run).items():
         if before.get(flag, digest) != digest:
             path = getattr(run.data, flag)
