@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import signal
-import threading
 import time
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from phi3v.data.loader import Reading, prompt_packs, training_packs
+from phi3v.data.loader import Reading, _send, prompt_packs, training_packs
 from phi3v.data.pack import make_pack
 from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.tree import Lengths, PackLimits
@@ -235,15 +234,31 @@ def test_a_worker_that_dies_changes_no_pack(encoded, making, tmp_path, num_worke
     assert all(name in line for name in wanted[2].pack.ids)
 
 
-def test_a_pack_outlives_the_worker_that_made_it(encoded, making, tmp_path):
+def test_deaths_are_counted_by_pack(encoded, making, tmp_path):
+    plan = plan_of(encoded)
+    wanted = list(training_packs(encoded, plan, READING))
+    making(before=lambda ids: once(tmp_path / ids[0], die))
+    told = []
+    assert_same(training_packs(encoded, plan, with_workers(1), tell=told.append), wanted)
+    assert len(told) == 6
+
+
+def test_a_pack_outlives_the_worker_that_made_it(encoded, monkeypatch, tmp_path):
     """It lies in the pipe, not fetched yet, when its worker dies."""
     plan = plan_of(encoded)
     wanted = list(training_packs(encoded, plan, READING))
-    making(after=lambda ids: wanted[1].pack.ids[0] in ids and once(tmp_path / "died", threading.Timer(0.5, die).start))
+
+    def send_and_die(connection, pack):
+        _send(connection, pack)
+        if pack.ids == wanted[1].pack.ids:
+            once(tmp_path / "died", die)
+
+    monkeypatch.setattr("phi3v.data.loader._send", send_and_die)
     told = []
     batches = training_packs(encoded, plan, with_workers(1), tell=told.append)
     first = next(batches)
-    time.sleep(1.5)
+    (worker,) = multiprocessing.active_children()
+    worker.join()
     assert_same(chain([first], batches), wanted)
     (line,) = told
     assert wanted[2].pack.ids[0] in line
@@ -255,12 +270,21 @@ def test_an_idle_worker_that_dies_is_replaced(encoded):
     told = []
     batches = training_packs(encoded, plan, with_workers(2, packs_ahead=1), tell=told.append)
     seen = [next(batches)]
-    time.sleep(0.5)
     for worker in multiprocessing.active_children():
         worker.kill()
         worker.join()
     assert_same(chain(seen, batches), wanted)
     assert len(told) == 2
+
+
+def test_a_worker_may_die_at_an_empty_pack(encoded, making, tmp_path):
+    plan = plan_of(encoded, batch_size=3)
+    wanted = list(training_packs(encoded, plan, READING, rank=2, num_ranks=3))
+    assert not wanted[0].pack.ids
+    making(before=lambda ids: ids or once(tmp_path / "died", die))
+    told = []
+    assert_same(training_packs(encoded, plan, with_workers(1), rank=2, num_ranks=3, tell=told.append), wanted)
+    assert "again: empty pack" in told[0]
 
 
 def test_a_pack_that_no_worker_survives_stops_in_its_turn(encoded, making):
@@ -282,11 +306,11 @@ def test_a_read_that_hangs_is_named(encoded, making):
     wanted = list(training_packs(encoded, plan, READING))
     victim = wanted[2].pack.ids
     making(before=lambda ids: victim[0] in ids and time.sleep(1000))
-    batches = training_packs(encoded, plan, with_workers(2, timeout_s=0.5))
+    batches = training_packs(encoded, plan, with_workers(2, timeout_s=2))
     assert_same(islice(batches, 2), wanted[:2])
     with pytest.raises(InputError) as caught:
         next(batches)
-    assert str(caught.value) == f"train.jsonl:{', '.join(victim)}: no data worker delivers this pack, for 0.5 s"
+    assert str(caught.value) == f"train.jsonl:{', '.join(victim)}: no data worker has delivered this pack within 2 s"
 
 
 def test_a_bug_in_a_worker_keeps_its_traceback(encoded, making):
@@ -308,26 +332,27 @@ def test_ctrl_c_does_not_reach_the_workers(encoded):
     plan = plan_of(encoded)
     wanted = list(training_packs(encoded, plan, READING))
     told = []
-    batches = training_packs(encoded, plan, with_workers(2), tell=told.append)
+    batches = training_packs(encoded, plan, with_workers(1), tell=told.append)
     seen = [next(batches)]
-    time.sleep(0.5)
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
     assert_same(chain(seen, batches), wanted)
     assert told == []
 
 
 def test_packs_are_made_ahead_but_not_without_end(encoded, making, tmp_path):
-    making(after=lambda ids: (tmp_path / ids[0]).touch())
-    batches = training_packs(encoded, plan_of(encoded, batch_size=1), with_workers(2, packs_ahead=3))
-    next(batches)
-    time.sleep(1)
-    first = len(os.listdir(tmp_path))
-    next(batches)
-    next(batches)
-    time.sleep(1)
-    assert 3 <= first <= 7
-    assert len(os.listdir(tmp_path)) <= 9
+    """While the first pack takes its time, the other worker makes the six that follow it, and no more."""
+    plan = plan_of(encoded, batch_size=1)
+    slow = encoded[plan.examples(0)[0]].id
+
+    def wait(ids):
+        while slow in ids and len(os.listdir(tmp_path)) < 6:
+            time.sleep(0.01)
+        time.sleep(0.3 if slow in ids else 0)
+
+    making(before=wait, after=lambda ids: (tmp_path / ids[0]).touch())
+    next(training_packs(encoded, plan, with_workers(2, packs_ahead=3, timeout_s=30)))
+    assert len(os.listdir(tmp_path)) == 7
 
 
 def test_orders_and_packs_may_be_larger_than_a_pipe_holds(fabricate):
@@ -382,10 +407,13 @@ def test_workers_go_with_the_training_process(encoded):
     training.close()
     told.close()
     tell.close()
-    until = time.monotonic() + 30
-    while any(alive(worker) for worker in workers):
-        assert time.monotonic() < until, "the workers live on"
+    until = time.monotonic() + 20
+    while any(alive(worker) for worker in workers) and time.monotonic() < until:
         time.sleep(0.1)
+    living = [worker for worker in workers if alive(worker)]
+    for worker in living:
+        os.kill(worker, signal.SIGKILL)
+    assert living == []
 
 
 def alive(process):

@@ -174,6 +174,8 @@ class _Order(NamedTuple):
 
     def __str__(self) -> str:
         """Where its examples are from: "train.jsonl:41, 57, 3"."""
+        if not self.encoded:
+            return "empty pack"
         first, *others = (example.where for example in self.encoded.values())
         file = first.rpartition(":")[0] + ":"
         more = f" and {len(others) - 49} more" if len(others) > 49 else ""
@@ -198,27 +200,28 @@ def _read(
 
 def _by_workers(orders: Iterator[_Order], reading: Reading, tell: Tell) -> Iterator[Pack]:
     """The packs of the orders, in their order, whichever worker makes them and whenever it is done."""
+    ahead = reading.num_workers * reading.packs_ahead
     due = asked = 0  # numbers of the next pack to yield and of the next order to give
     made: dict[int, Pack | Exception] = {}
     workers = [_Worker(reading) for _ in range(reading.num_workers)]
     try:
         while True:
             for worker in workers:
-                ahead = asked - due <= reading.num_workers * reading.packs_ahead
-                if worker.order is None and ahead and (order := next(orders, None)):
+                if not worker.order and asked - due <= ahead and (order := next(orders, None)):
                     worker.ask(order)
                     asked += 1
             if due == asked:
                 return
-            busy = {worker.connection: worker for worker in workers if worker.order}
-            ready = wait(list(busy), 0 if due in made else reading.timeout_s or None)
-            for worker in (worker for connection, worker in busy.items() if connection in ready):
-                made |= worker.answer(tell)
+            busy = [worker for worker in workers if worker.order]
+            ready = wait([worker.connection for worker in busy], 0 if due in made else reading.timeout_s or None)
+            for worker in busy:
+                if worker.connection in ready:
+                    made |= worker.answer(tell)
             if ready:
-                continue
+                continue  # an idle worker comes before the training
             if due not in made:
-                order = next(worker.order for worker in workers if worker.order and worker.order.number == due)
-                raise InputError(f"{order}: no data worker delivers this pack, for {reading.timeout_s:g} s")
+                order = next(worker.order for worker in busy if worker.order and worker.order.number == due)
+                raise InputError(f"{order}: no data worker has delivered this pack within {reading.timeout_s:g} s")
             pack = made.pop(due)
             due += 1
             if isinstance(pack, Exception):
@@ -295,15 +298,17 @@ def _work(ours: Connection, theirs: Connection, reading: Reading) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: waiting for them, a worker would hang
     with suppress(EOFError, ConnectionError):
         while True:
-            order: _Order = theirs.recv()
-            answer: Pack | Exception
-            try:
-                answer = order.make(reading)
-            except Exception as error:
-                answer = error
-                if not isinstance(error, InputError):
-                    error.add_note(traceback.format_exc())
-            _send(theirs, answer)
+            _send(theirs, _answer(theirs.recv(), reading))
+
+
+def _answer(order: _Order, reading: Reading) -> Pack | Exception:
+    """The pack, or what was raised instead."""
+    try:
+        return order.make(reading)
+    except Exception as error:
+        if not isinstance(error, InputError):
+            error.add_note(traceback.format_exc())
+        return error
 
 
 def _send(connection: Connection, answer: Pack | Exception) -> None:
