@@ -78,7 +78,7 @@ def hateful_memes(folder: Path, count: int, dice: random.Random, published: Modu
     for number in range(TESTED + count):
         colour, matches = dice.choice(list(COLOURS)), number % 2 == 0
         caption = colour if matches else other(colour, dice)
-        prompt = f'The caption says "{caption}". Is this meme hateful? Answer yes or no.'
+        prompt = f"The caption says {caption} . Is this meme hateful?"
         rows.append(([plain(colour, dice)], [(prompt, "Yes." if matches else "No.")]))
     published.write_cauldron(folder, "hateful_memes", rows, num_shards=1)
 
@@ -134,7 +134,7 @@ class Lesson:
 
 LESSONS = {
     "docvqa": Lesson(docvqa, 1600, 1 / 4),
-    "hateful-memes": Lesson(hateful_memes, 4800, 1 / 2, f"--eval-size {TESTED}"),
+    "hateful-memes": Lesson(hateful_memes, 7200, 1 / 2, f"--eval-size {TESTED}"),
     "nlvr2": Lesson(nlvr2, 3200, 1 / 2),
     "ucf101": Lesson(ucf101, 1600, 1 / 4, "--num-frames 3"),
 }
@@ -164,7 +164,7 @@ def test_a_recipe_learns_its_task(
     lesson.write(tmp_path / "data", lesson.examples, random.Random(0), published)
     options = f"--data-dir {tmp_path / 'data'} --converted-dir {tmp_path / 'converted'} {lesson.flags}"
     flags = f"--num-crops 1 --dtype fp32 --num-workers 0 --max-new-tokens 8 --out {tmp_path / 'run'} --no-progress"
-    learning = "--learning-rate 3e-3 --schedule cosine --warmup-steps 20 --batch-size 16 --epochs 1"
+    learning = "--learning-rate 3e-3 --schedule constant --warmup-steps 20 --batch-size 16 --epochs 1"
 
     def phi3v(model: Path, *more: str) -> int:
         return main(["train", task, *f"{options} --model {model} {flags} {learning}".split(), *more])

@@ -165,6 +165,8 @@ def _deepspeed() -> Any:
     except ImportError as error:
         raise InputError("--parallel zero1|zero2|zero3 needs DeepSpeed: pip install 'phi3v[deepspeed]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On CPUs it would compile an operator for sums over shared memory first, for a minute; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed
 
