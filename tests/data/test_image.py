@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from phi3v.data.image import (
     CROP,
+    EXIF_ORIENTATION,
     global_view,
     hd_size,
     hd_transform,
@@ -21,6 +24,7 @@ from phi3v.data.image import (
     num_image_tokens,
     num_tiles,
     pixel_values,
+    read_picture,
     read_size,
     tiles_of,
 )
@@ -155,6 +159,61 @@ def test_decompression_bomb(tmp_path: Path) -> None:
         load_image(bomb)
     with pytest.raises(InputError, match=r"bomb.png: absurdly large"):
         read_size(bomb)
+
+
+def test_content_counts_and_not_the_name(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (30, 20), (10, 200, 30))
+    for format in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"):
+        picture.save(tmp_path / "picture.txt", format)
+        assert load_image(tmp_path / "picture.txt").size == read_size(tmp_path / "picture.txt") == (30, 20)
+    for format in ("EPS", "ICO", "TGA", "PCX", "JPEG2000"):  # Pillow reads them all, EPS by starting Ghostscript
+        picture.save(tmp_path / "picture.png", format)
+        for function in (load_image, read_size, read_picture):
+            with pytest.raises(InputError, match=r"picture.png: unreadable image \(not AVIF, BMP, .*, or damaged\)"):
+                function(tmp_path / "picture.png")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for file in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
+        for function in (load_image, read_size, read_picture):
+            with pytest.raises(InputError, match=rf"{file.name}: unreadable image \(not a file\)"):
+                function(file)
+
+
+def test_pictures_without_pixels() -> None:
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(InputError, match="no pixels"):
+            load_image(Image.new("RGB", size))
+
+
+def test_warnings_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """Pillow warns of a palette with transparency; whoever turns warnings into errors reads the same pictures."""
+    picture = Image.new("P", (3, 3))
+    picture.save(tmp_path / "palette.png", transparency=b"\0\x7f")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(tmp_path / "palette.png").mode == "RGB"
+
+
+def test_the_picture_of_a_file(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    wide = Image.new("RGB", (30, 20))
+    for orientation, rotated in ((1, False), (6, True), (8, True), (9, False), (0, False)):
+        exif[EXIF_ORIENTATION] = orientation
+        wide.save(tmp_path / "a.jpg", exif=exif)
+        assert read_picture(tmp_path / "a.jpg") == ((30, 20), rotated, False)
+    exif[EXIF_ORIENTATION] = 6
+    wide.save(tmp_path / "a.tif", exif=exif)  # the one format that Pillow turns itself
+    assert read_picture(tmp_path / "a.tif") == ((20, 30), False, False)
+    assert read_size(tmp_path / "a.tif") == load_image(tmp_path / "a.tif").size == (20, 30)
+    wide.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (30, 20), "red")])
+    assert read_picture(tmp_path / "a.gif") == ((30, 20), False, True)
+    assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (0, 0, 0)
+    whole = (tmp_path / "a.gif").read_bytes()
+    for end in range(len(whole) - 60, len(whole)):  # damage in the second frame, which nobody looks at
+        (tmp_path / "a.gif").write_bytes(whole[:end])
+        assert read_picture(tmp_path / "a.gif").size == load_image(tmp_path / "a.gif").size == (30, 20)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -36,6 +36,9 @@ OPTIONAL_KEYS = {"source", "answers", "group", "closed_turns", "images"}
 MAX_LINE_BYTES = 2**22
 """Longest line: a context of 131,072 tokens has 0.6 MB of English, and 1 MB of Chinese written as \\uXXXX."""
 
+MAX_VALUES = 100_000
+"""Most values (of texts, numbers, lists, objects) in a line; twenty thousand turns have as many."""
+
 
 @dataclass(kw_only=True)
 class Notes:
@@ -108,6 +111,9 @@ def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) 
     except InputError as error:
         notes.problems.append(f"{error}{_hint(line)}")
         return None
+    if len(line) > MAX_VALUES and (number := _count(record)) > MAX_VALUES:  # each would cost an object, or a complaint
+        notes.problems.append(f"{number:,} values, at most {MAX_VALUES:,} are read")
+        return None
     if not _has_keys(record, "", EXAMPLE_KEYS, notes):
         return None
     if not record["id"]:
@@ -175,6 +181,11 @@ def _has_keys(record: object, name: str, keys: Mapping[str, type], notes: Notes)
             llava = " (from and value are LLaVA's keys; here a turn is user and assistant)" if "from" in record else ""
             notes.problems.append(f"{name}{key} is missing{llava}")
     return len(notes.problems) == before
+
+
+def _count(value: object) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_count, children))
 
 
 def _hint(line: bytes) -> str:
