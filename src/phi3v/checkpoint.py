@@ -82,7 +82,7 @@ def save_checkpoint(
             manifest |= {STATE: _entry(temporary / STATE)}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         finish(temporary, target)
-        _forget(folder, step, keep)
+        forget(folder, step, keep)
 
     try:
         parts = [part for parts in ranks.gather([ranks.all_do(write_part)]) for part in parts]
@@ -231,8 +231,11 @@ def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
                     return f"{file} is missing"
                 if file.stat().st_size != size:
                     return f"{file} has {file.stat().st_size} bytes, {size} were written"
-                if _sha256(file) != digest:
-                    return f"{file} is damaged: its SHA-256 is not the one that was written"
+                try:
+                    if _sha256(file) != digest:
+                        return f"{file} is damaged: its SHA-256 is not the one that was written"
+                except OSError as error:
+                    return f"{file} cannot be read: {error.strerror}"
             case _:
                 return f"{path / MANIFEST}: {name} has no size or SHA-256"
     return None
@@ -244,7 +247,7 @@ def scores(folder: Path, last: int) -> dict[int, float]:
     return {step: metric for step, metric in found.items() if metric is not None}
 
 
-def _forget(folder: Path, step: int, keep: int) -> None:
+def forget(folder: Path, step: int, keep: int) -> None:
     """Removes all checkpoints but the newest `keep` up to `step` and the best of those. A run that has written this one
     would have gone on from a later one, were it not damaged."""
     paths, metrics = _steps(folder), scores(folder, step)

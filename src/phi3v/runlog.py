@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from phi3v.errors import InputError
-from phi3v.files import write_text
+from phi3v.files import disk_errors, flush, write_text
 
 console = Console(stderr=False, highlight=False)
 
@@ -75,6 +75,12 @@ class RunLog:
         with suppress(OSError):
             self._stream.close()  # type: ignore[union-attr]
         self._stream = open(self.file, "a")  # noqa: SIM115
+
+    def flush(self) -> None:
+        """Waits until all lines are on disk, as a checkpoint is that comes after them."""
+        if self.file is not None:
+            with disk_errors(self.file):
+                flush(self.file)
 
     def back_to(self, step: int) -> None:
         """Goes on after `step`: what was said later will be said again."""

@@ -24,7 +24,7 @@ from rich.markup import escape
 from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.audit import GradientAudit
-from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, scores
+from phi3v.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
@@ -245,6 +245,8 @@ def _finish(job: _Job) -> dict[str, Any]:
     run, ranks, folder = job.run, job.ranks, job.run.keeping.out
     if job.log.skipped:
         say(f"[yellow]note[/]        {job.log.skipped} of {job.total_steps} steps were skipped: they overflowed")
+    # If the process that wrote the last checkpoint was killed before it could remove an older one.
+    ranks.first_does(lambda: forget(job.checkpoints, job.total_steps, run.keeping.keep_checkpoints))
     # What is scored last is what was saved: full weights rounded to the base checkpoint's own precision.
     rounded = isinstance(job.config.dtype, torch.dtype) and not run.tuning.adapters
     model = job.engine.final(job.config.dtype if rounded else None)
@@ -362,6 +364,7 @@ def _resume(run: Run, ranks: Ranks, engine: Engine, schedule: LRScheduler) -> in
 def _save(job: _Job, step: int, score: float | None = None) -> None:
     keeping = job.run.keeping
     try:
+        job.ranks.first_does(job.log.flush)
         save_checkpoint(
             job.checkpoints,
             step,

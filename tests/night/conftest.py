@@ -86,18 +86,22 @@ class Night:
     data: Path
     calm: dict[str, Path] = field(default_factory=dict)
 
-    def start(self, out: Path, *mischief: Sequence[Any], **flags: Any) -> Going:
-        chosen = {"model": self.model, "train": self.data, "eval": self.data, "out": out, **SETTINGS, **flags}
+    def arguments(self, out: Path, **flags: Any) -> list[str]:
+        return command(**{"model": self.model, "train": self.data, "eval": self.data, "out": out, **SETTINGS, **flags})
+
+    def start(self, out: Path, *mischief: Sequence[Any], arguments: list[str] | None = None, **flags: Any) -> Going:
+        """Begins a run; `arguments` stand in for the flags."""
         said = self.folder / "said"
-        order = {"arguments": command(**chosen), "said": str(said), "mischief": mischief}
+        chosen = arguments or self.arguments(out, **flags)
         assert self.machine.stdin
+        order = {"arguments": chosen, "said": said, "mischief": mischief}
         self.machine.stdin.write(json.dumps(order, default=str) + "\n")
         self.machine.stdin.flush()
         return Going(self.machine, said)
 
-    def run(self, out: Path, *mischief: Sequence[Any], **flags: Any) -> tuple[int, str]:
+    def run(self, out: Path, *mischief: Sequence[Any], **how: Any) -> tuple[int, str]:
         """A run to its end: exit status and what it said."""
-        going = self.start(out, *mischief, **flags)
+        going = self.start(out, *mischief, **how)
         return going.wait(), going.said
 
     def undisturbed(self, **flags: Any) -> Path:
@@ -149,7 +153,7 @@ def left_by() -> Callable[[Path], dict[str, Any]]:
             ]
         if file.name == "config.json" and file.parent.name != "final":
             groups = json.loads(file.read_text())
-            return groups | {"keeping": {**groups["keeping"], "out": None, "resume": None}}
+            return groups | {"keeping": None, "data": {**groups["data"], "num_workers": None}}
         return "" if file.name in (".lock", "report.html") else hashlib.sha256(file.read_bytes()).hexdigest()
 
     return lambda run: {str(file.relative_to(run)): content(file) for file in sorted(run.rglob("*")) if file.is_file()}

@@ -96,6 +96,12 @@ def when(target: str, calls: list[int], deed: str, *what: Any) -> None:
     _wrap(target, before)
 
 
+def put(target: str, value: Any) -> None:
+    """Another value for `module:NAME`."""
+    module, _, name = target.partition(":")
+    setattr(importlib.import_module(module), name, value)
+
+
 def spoil(target: str, calls: list[int], factor: float) -> None:
     """Multiplies what these calls return."""
     number = itertools.count(1)
@@ -176,12 +182,20 @@ def _dawdle(seconds: float) -> None:
         pass
 
 
+def _fill(file: str) -> None:
+    """Until there is no room left on its disk."""
+    with suppress(OSError), open(file, "wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(1024))
+
+
 DEEDS: dict[str, Callable[..., Any]] = {
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "signal": lambda number: os.kill(os.getpid(), number),
     "signal all": lambda number: os.killpg(0, number),
     "dawdle": _dawdle,
     "remove": os.remove,
+    "fill": _fill,
     "cut": lambda file: os.truncate(file, 20),
     "kill a worker": lambda: os.kill(
         int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0]), signal.SIGKILL
@@ -209,7 +223,6 @@ def run(order: dict[str, Any]) -> int:
         os.dup2(said, stream.fileno())
     os.close(said)
     sys.argv = [phi3v.__file__.replace("__init__", "__main__"), *order["arguments"]]
-    sys.orig_argv = [sys.executable, "-m", "phi3v", *order["arguments"]]
     for name, *what in order["mischief"]:
         globals()[name](*what)
     return main(order["arguments"])
