@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -272,14 +273,9 @@ def test_a_batch_larger_than_the_data(training, fails) -> None:
 # -- what goes wrong with flags and folders --------------------------------------------------------------------------
 
 
-def test_half_precision_on_a_cpu(training, fails, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert fails(*training(dtype="fp16")).startswith("--dtype fp16 needs a CUDA device")
-
-
 def test_flags_that_exclude_each_other(training, fails, tmp_path: Path) -> None:
     assert "--weighting token" in fails(*training(questions="expected", weighting="token"))
-    assert fails(*training(lora_rank=4)) == "--lora-rank has no effect without --lora"
+    assert fails(*training(lora_rank=4)) == "--lora-rank has no effect without --lora or --qlora"
     assert fails(*training(freeze="vision", vision_learning_rate=1.0)).startswith(
         "--vision-learning-rate has no effect"
     )
@@ -314,13 +310,19 @@ def test_a_flag_that_does_not_exist(arguments: list[str], capsys) -> None:
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_finished_run_is_never_touched(resume: bool, training, fails, finished_run: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_never_touched(training, fails, tmp_path: Path, capsys) -> None:
+    """To start it again is refused, to go on with it leaves nothing to do: it is announced, and all is well."""
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    assert main([str(word) for word in training()]) == 0
     before = files(run)
-    said = fails(*training(**({"resume": "auto"} if resume else {})))
-    assert said == f"--out {run} holds a finished run: choose another folder"
+    assert fails(*training()) == f"--out {run} holds a finished run: choose another folder"
+    assert fails(*training(resume="auto", max_steps=3)).startswith("--resume: --max-steps was 2 in ")
+    capsys.readouterr()
+    assert main([str(word) for word in training(resume="auto")]) == 0
+    captured = capsys.readouterr()
+    assert f"{run} holds this run, finished: nothing is left to do" in captured.out
+    assert f"report {run / 'report.html'}" in " ".join(captured.out.split())
+    assert captured.err == ""
     assert files(run) == before
 
 
@@ -330,18 +332,27 @@ def test_an_unfinished_run_is_gone_on_with_only_when_asked(training, fails, tmp_
         patch.setattr("phi3v.model.phi3v.Phi3VForCausalLM.save_pretrained", full_disk)
         fails(*training())
     before = files(run)
-    assert "holds an unfinished run: add --resume to go on with it" in fails(*training())
+    assert "holds an unfinished run: add --resume auto to go on with it" in fails(*training())
+    assert "holds an unfinished run: add --resume auto to go on with it" in fails(*training(resume="no"))
     assert "--learning-rate was 4e-05" in fails(*training(resume="auto", learning_rate=1.0))
     assert files(run) == before
     assert main([str(word) for word in training(resume="auto")]) == 0
 
 
+def test_where_there_is_nothing_to_go_on_with_a_run_begins(training, tmp_path: Path, capsys) -> None:
+    """So that the same command can be given again and again, as a queue does."""
+    (tmp_path / "run").mkdir()
+    assert main([str(word) for word in training(resume="auto")]) == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.json").is_file()
+
+
 def test_a_folder_that_holds_something_else_is_not_written_into(training, fails, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert fails(*training(resume="auto")) == f"--resume: {run} holds no run, it has no config.json"
     (run / "thesis.tex").write_text("precious")
-    assert fails(*training()) == f"--out {run} is not empty and holds no run: choose another folder"
+    for resume in ("no", "auto"):
+        assert fails(*training(resume=resume)) == f"--out {run} is not empty and holds no run: choose another folder"
     assert files(run) == {"thesis.tex": b"precious"}
 
 
@@ -358,11 +369,11 @@ def full_disk(*unused: Any, **named: Any) -> None:
 def test_a_full_disk_while_saving(training, fails, tmp_path: Path, monkeypatch) -> None:
     write = checkpoint.save_file
 
-    def fill(tensors: Any, path: Path) -> None:
+    def fill(tensors: Any, path: Path, metadata: Any) -> None:
         if "step-000004" in str(path):
             path.write_bytes(b"half")
             full_disk()
-        write(tensors, path)
+        write(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", fill)
     said = fails(*training(max_steps=6, save_every_steps=2))
@@ -376,12 +387,12 @@ def test_a_full_disk_while_saving(training, fails, tmp_path: Path, monkeypatch) 
 def test_a_full_disk_while_logging(training, fails, monkeypatch) -> None:
     from phi3v import runlog
 
-    class Full:
-        write = close = staticmethod(full_disk)
-        flush = staticmethod(lambda: None)
+    class Full(io.TextIOWrapper):
+        write = full_disk
 
     real = open
-    monkeypatch.setattr(runlog, "open", lambda file, mode: Full() if mode == "a" else real(file, mode), raising=False)
+    opened = lambda file, mode: Full(real(file, "ab")) if mode == "a" else real(file, mode)  # noqa: E731
+    monkeypatch.setattr(runlog, "open", opened, raising=False)
     assert "log.jsonl: [Errno 28] No space left on device" in fails(*training())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,11 +70,12 @@ class RunLog:
         except OSError as error:
             raise InputError(f"cannot write {self.file}: {error}") from error
 
-    def _reopen(self) -> None:
-        """Gets rid of the half line that the stream still holds, or it would come back with the next one."""
+    def _take_back(self, size: int) -> None:
+        """Gets rid of half a line, both of what is on disk and of what the stream still holds."""
         assert self.file is not None
         with suppress(OSError):
             self._stream.close()  # type: ignore[union-attr]
+        os.truncate(self.file, size)
         self._stream = open(self.file, "a")  # noqa: SIM115
 
     def flush(self) -> None:
@@ -126,6 +128,7 @@ class RunLog:
         """Appends a line and passes its numbers to the trackers."""
         if self._stream is None:
             return
+        size = os.fstat(self._stream.fileno()).st_size
         line = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON knows no NaN and no Infinity
         try:
             self._stream.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
@@ -133,7 +136,7 @@ class RunLog:
         except OSError as error:
             if not self.drop_lines:
                 raise InputError(f"cannot write {self.file}: {error}") from error
-            self._reopen()
+            self._take_back(size)
         values = {**entry, **{f"eval/{key}": value for key, value in entry.get("metrics", {}).items()}}
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         for tracker in self.trackers:
