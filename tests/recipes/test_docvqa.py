@@ -191,6 +191,9 @@ def test_another_subset_of_the_cauldron_is_refused(tmp_path: Path, published: Mo
             "1 of its 4 pictures are nowhere in .*, like none.png",
         ),
         (lambda data: data.append("x"), "question 6: there is no 'questionId' in it"),
+        (lambda data: data[1].update(answers=[7, None]), "train_v1.0_withQT.json: question 1 has no answer"),
+        (lambda data: data[1].update(answers=None), "train_v1.0_withQT.json, question 1: answers is None, which it"),
+        (lambda data: data[1].update(image=["a.png"]), r"question 1: image is \['a.png'\], which it cannot be"),
     ],
 )
 def test_damaged_annotations(

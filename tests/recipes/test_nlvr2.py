@@ -142,6 +142,7 @@ def test_test1_stands_in_for_dev(tmp_path: Path, published: ModuleType, read: Re
             {"identifier": "train-9-9-0"},
             r"train.json: 2 of its 10 pictures are nowhere in .*, like train-9-9-img0",
         ),
+        ("dev.json", {"identifier": 7}, r"dev.json:1: identifier is 7, which it cannot be"),
         ("dev.json", {"sentence": None}, r"dev.json:1: there is no 'sentence' in it"),
         ("dev.json", {"identifier": "dev-0-0-x-0"}, r"dev.json: 2 of its 10 pictures are nowhere"),
     ],

@@ -117,7 +117,8 @@ def test_the_template_runs(tmp_path: Path, published: ModuleType, read: Read) ->
     ("content", "message"),
     [
         (None, r"holds no my-task: expected train.csv and test.csv; found nothing"),
-        ("image,question\na.png,b", r"train.csv: the first line: there is no 'answer' in it"),
+        ("image,question\na.png,b", r"train.csv, line 2: there is no 'answer' in it"),
+        ("image,question,answer\na.png,b", r"train.csv, line 2: answer is None, which it cannot be"),
         ("image,question,answer\na.png,b,c", r"train.csv: .*a.png is missing"),
     ],
 )

@@ -131,6 +131,12 @@ def test_rows_of_another_subset_are_refused(cauldron: Path) -> None:
         list(open_cauldron(found(cauldron), "hateful_memes", 1)[1])
 
 
+def test_rows_with_other_numbers_of_pictures_are_refused(tmp_path: Path, published: ModuleType) -> None:
+    published.write_cauldron(tmp_path, "nlvr2", [([published.picture(0)] * n, [("q", "a")]) for n in (2, 1)], 1)
+    with pytest.raises(InputError, match=r"row 1: 1 pictures from nlvr2, so this is not the Cauldron's nlvr2 \(2 in"):
+        list(open_cauldron(found(tmp_path, "nlvr2"), "nlvr2", 2)[1])
+
+
 def test_without_pyarrow(cauldron: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"reading parquet needs pyarrow: pip install 'phi3v\[hub\]'"):
@@ -174,7 +180,7 @@ def test_lines_that_are_none(line: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(f"{json.dumps({'id': 1})}\n\n{line}\n".encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=message):
-        list(read_lines(file, ["id"]))
+        list(read_lines(file, {"id": object}))
 
 
 def test_find_pictures(tmp_path: Path) -> None:

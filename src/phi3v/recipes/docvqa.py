@@ -15,7 +15,7 @@ Scores    ANLS, the original recipe's and the official one; published for --full
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ MINI = "nielsr/docvqa_1200_examples"
 MINI_COLUMNS = ("id", "image", "query", "answers")
 LMMS = "lmms-lab/DocVQA"
 LMMS_COLUMNS = ("questionId", "question", "image", "ucsf_document_id", "ucsf_document_page_no", "answers")
-CHALLENGE_KEYS = ("questionId", "question", "image", "answers")
+CHALLENGE_KEYS = {"questionId": object, "question": str, "image": str, "answers": list}
 FORMS = (
     f"data/train-*.parquet and test-*.parquet ({MINI})",
     f"docvqa/train-*.parquet ({CAULDRON})",
@@ -181,7 +181,7 @@ def challenge(folder: Path) -> dict[str, Source]:
     """The challenge's own files: every question names the file of its page."""
 
     def rows(split: str, file: Path) -> Rows:
-        asked = with_keys(read_object(file), ("data",), f"{file}")["data"]
+        asked = with_keys(read_object(file), {"data": list}, f"{file}")["data"]
         asked = [with_keys(row, CHALLENGE_KEYS, f"{file}, question {number}") for number, row in enumerate(asked)]
         pages = find_pictures(folder, (Path(row["image"]).name for row in asked), file)
         return each((len(asked), ((split, file, pages[Path(row["image"]).name], row) for row in asked)), records)
@@ -223,9 +223,9 @@ def lmms(folder: Path) -> dict[str, Source]:
     }
 
 
-def question(id: object, page: Picture, text: str, answers: Sequence[str], split: str, where: str) -> Record:
+def question(id: object, page: Picture, text: str, answers: Iterable[Any], split: str, where: str) -> Record:
     """One question with all its accepted answers."""
-    accepted = [answer for answer in answers if answer.strip()]
+    accepted = [answer for answer in answers or () if isinstance(answer, str) and answer.strip()]
     if not accepted:
         raise InputError(f"{where}: question {id} has no answer")
     turn = (PROMPT.format(question=text), accepted[0])

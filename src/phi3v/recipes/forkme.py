@@ -25,7 +25,7 @@ from phi3v.recipes.sources import find_file, nothing_found, with_keys
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 
 NAME = "my-task"
-COLUMNS = ("image", "question", "answer")
+COLUMNS = {"image": str, "question": str, "answer": str}
 
 TABLE = Table(  # --mode takes the settings of its row; what you find to work belongs here, with its score
     command="phi3v train --recipe my_task.py",
@@ -80,7 +80,7 @@ def table(split: str, file: Path, hint: str) -> Source:
 
     def rows() -> Rows:
         with open(file, newline="", encoding="utf-8") as stream:
-            lines = [with_keys(line, COLUMNS, f"{file}: the first line") for line in csv.DictReader(stream)]
+            lines = [with_keys(line, COLUMNS, f"{file}, line {n}") for n, line in enumerate(csv.DictReader(stream), 2)]
         return each((len(lines), enumerate(lines)), records)
 
     def records(number: int, line: dict[str, str]) -> Sequence[Record]:

@@ -124,14 +124,14 @@ def challenge(split: str, file: Path) -> Source:
     """A split of the challenge: every line is a meme with its label, 1 if it is hateful."""
 
     def rows() -> Rows:
-        lines = list(read_lines(file, ("id", "img", "label")))
+        lines = list(read_lines(file, {"id": object, "img": str, "label": object}))
         memes = find_pictures(file.parent, (Path(line["img"]).name for _, line in lines), file)
         return each((len(lines), ((where, memes[Path(line["img"]).name], line) for where, line in lines)), records)
 
     def records(where: str, meme: Path, line: dict[str, Any]) -> Sequence[Record]:
         if line["label"] not in (0, 1):
             raise InputError(f"{where}: unknown label {line['label']!r}, expected 0 or 1")
-        turn = (PROMPT, ANSWERS[line["label"]])
+        turn = (PROMPT, ANSWERS[int(line["label"])])
         return [Record(id=f"{line['id']}", pictures=[Picture(f"{split}/{meme.stem}", meme)], turns=[turn], file=split)]
 
     return Source(name=f"Hateful Memes' {file.name}", files=[file], splits=[split], open=rows)

@@ -134,7 +134,7 @@ def release(folder: Path, split: str, file: Path) -> Source:
 
     def rows() -> Rows:
         pairs: dict[str, list[tuple[str, tuple[str, str]]]] = {}  # of each its sentences: identifier and turn
-        for where, line in read_lines(file, ("identifier", "sentence", "label")):
+        for where, line in read_lines(file, {"identifier": str, "sentence": str, "label": object}):
             if (answer := ANSWERS.get(str(line["label"]))) is None:
                 raise InputError(f"{where}: unknown label {line['label']!r}, expected True or False")
             sentence = (line["identifier"], (PROMPT.format(sentence=line["sentence"]), answer))

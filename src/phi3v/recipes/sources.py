@@ -117,8 +117,8 @@ def find_file(folder: Path, *names: str) -> Path | None:
     return next((place / name for name in names for place in places if (place / name).is_file()), None)
 
 
-def read_lines(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a file with one JSON object a line. Raises InputError when one lacks one of the keys."""
+def read_lines(file: Path, keys: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a file with one JSON object a line, which `with_keys` takes, or InputError."""
     with _naming(file), open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
@@ -130,11 +130,13 @@ def read_lines(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, dict[str,
                 yield where, with_keys(row, keys, where)
 
 
-def with_keys(row: Any, keys: Iterable[str], where: str) -> dict[str, Any]:
-    """The row, which is an object with all of the keys, or InputError."""
-    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-    if missing:
-        raise InputError(f"{where}: there is no {missing[0]!r} in it")
+def with_keys(row: Any, keys: Mapping[str, type], where: str) -> dict[str, Any]:
+    """The row, which is an object with a value of these types under each of the keys, or InputError."""
+    for key, kind in keys.items():
+        if not isinstance(row, dict) or key not in row:
+            raise InputError(f"{where}: there is no {key!r} in it")
+        if not isinstance(row[key], kind):
+            raise InputError(f"{where}: {key} is {row[key]!r}, which it cannot be")
     return row
 
 
