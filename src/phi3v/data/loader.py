@@ -279,8 +279,9 @@ class _Worker:
     def end(self) -> None:
         """Ends the process. It has nothing to clean up: its pipe and its shared memory have no names."""
         self.connection.close()
-        self._process.kill()
-        self._process.join(DYING_S)
+        if self._process.exitcode is None:  # it has one when Python itself ends, with half of its modules gone
+            self._process.kill()
+            self._process.join(DYING_S)
 
 
 def _death(exitcode: int | None) -> str:
