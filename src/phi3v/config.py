@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.errors import InputError
+from phi3v.jsonfile import read_object
 
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -341,11 +342,10 @@ def check_numbers(flags: Mapping[str, Any]) -> None:
 def load_run(folder: Path) -> Run:
     """The run kept in `folder/config.json`. Raises InputError when there is none, or it is not one of ours."""
     file = folder / "config.json"
+    if not file.exists():
+        raise InputError(f"{folder} is not a run folder: it has no config.json")
     try:
-        values = json.loads(file.read_text())
-        return _build(Run, values)
-    except FileNotFoundError:
-        raise InputError(f"{folder} is not a run folder: it has no config.json") from None
+        return _build(Run, read_object(file))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: not the configuration of a run ({error})") from None
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from phi3v.config import Run, load_run
 from phi3v.errors import InputError
 from phi3v.files import make_folder
-from phi3v.jsonfile import read_object
+from phi3v.jsonfile import NULL, OBJECT, check_values, read_object
 
 LOCK = ".lock"
 BEFORE_IT_BEGAN = {LOCK, "environment.json", ".environment.json.unfinished", ".config.json.unfinished"}
@@ -99,7 +99,9 @@ def _same_settings(run: Run, before: Run) -> None:
 def _same_data(run: Run, folder: Path) -> None:
     """Nor may the data files: their digests were kept with the run."""
     file = folder / "environment.json"
-    before = read_object(file).get("data", {}) if file.exists() else {}
+    content = read_object(file) if file.exists() else {}
+    check_values(f"{file}: ", content, {"data": NULL | OBJECT})
+    before = content.get("data") or {}
     for flag, digest in digests(run).items():
         if before.get(flag, digest) != digest:
             path = getattr(run.data, flag)

@@ -19,7 +19,7 @@ import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.parallel.ranks import Ranks
 from phi3v.parallel.replicated import Replicated
 from phi3v.report import write_report
+from phi3v.runfolder import claim
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -251,6 +252,12 @@ def state() -> dict[str, Any]:
     return {"engine": engine, "schedule": schedule}
 
 
+def _claim(place: Path) -> None:
+    """Whoever goes on with a run compares its settings and its data with those of the folder."""
+    run = load_run(place / "run")
+    claim(replace(run, keeping=replace(run.keeping, out=place / "begun", resume="auto")))
+
+
 def _archive(place: Path) -> None:
     shutil.rmtree(place / "unpacked", ignore_errors=True)
     unpack(place / "archive", place / "unpacked")
@@ -272,10 +279,11 @@ TARGETS = {
     "manifest": Target("checkpoints/step-000001/manifest.json", _manifest),
     "state": Target("checkpoints/step-000001/state.json", _resume),
     "slices": Target("checkpoints/step-000001/rank-00000-of-00001.safetensors", _resume, header_only=True),
-    "run": Target("run/config.json", lambda place: load_run(place / "run").to_dict()),
+    "run": Target("begun/config.json", _claim),
+    "environment": Target("begun/environment.json", _claim),
     "log": Target("run/log.jsonl", lambda place: write_report(place / "run")),
     "metrics": Target("run/metrics.json", lambda place: write_report(place / "run")),
-    "environment": Target("run/environment.json", lambda place: write_report(place / "run")),
+    "environment in a report": Target("run/environment.json", lambda place: write_report(place / "run")),
     "predictions": Target("run/predictions.jsonl", lambda place: write_report(place / "run")),
     "archive": Target("archive", _archive, seeds=lambda place: archive_seeds()),
 }
@@ -288,6 +296,7 @@ def make_place(place: Path, *, model: Path, run: Path, data: Path) -> Path:
     """A place with copies of a model folder, the folder of a finished LoRA run on it, and of a data file's folder."""
     shutil.copytree(model, place / "model")
     shutil.copytree(run, place / "run")
+    shutil.copytree(run, place / "begun", ignore=shutil.ignore_patterns("metrics.json", "final"))
     shutil.copytree(run / "final", place / "adapter")
     shutil.copytree(data.parent, place / "data")
     config = json.loads((place / "adapter/adapter_config.json").read_text())
