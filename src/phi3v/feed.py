@@ -123,14 +123,11 @@ class StepPacks:
     rest: Iterator[tuple[float, MicroBatch]]
     first_wait: float
     epoch: float
+    images: bool
+    """Whether the step has any, on any rank."""
     wait: float = 0.0
     lost: list[Lost] = field(default_factory=list)
     """Examples of the step, on all ranks, that are skipped; the others' weights make up for them."""
-
-    @property
-    def images(self) -> bool:
-        """Whether the step has any, on any rank."""
-        return self.first.step.crops > 0
 
     def packs(self) -> Iterator[MicroBatch]:
         micro, self.wait = self.first, self.first_wait
@@ -151,6 +148,7 @@ class StepPacks:
         else:
             left = 1.0 - sum(lost.weight for lost in self.lost)
             rest = [m._replace(pack=replace(m.pack, weights=m.pack.weights / left)) for m in packs]
+            self.images = ranks.any(any(micro.pack.crops for micro in packs))
         self.first, self.first_wait = rest[0], self.wait
         self.rest = ((0.0, micro) for micro in rest[1:])
         return self
@@ -200,7 +198,8 @@ def steps(run: Run, data: TrainingData, ranks: Ranks, *, first_step: int, total_
     stream = timed()
     for step in range(first_step, total_steps):
         wait, first = next(stream)
-        packs = StepPacks(first=first, rest=stream, first_wait=wait, epoch=(step + 1) / data.steps_per_epoch)
+        epoch, images = (step + 1) / data.steps_per_epoch, first.step.crops > 0
+        packs = StepPacks(first=first, rest=stream, first_wait=wait, epoch=epoch, images=images)
         yield packs.without_lost(ranks) if data.reading.on_bad_example == "skip" else packs
 
 
