@@ -20,7 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import nn
 
 from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from phi3v.config import load_run
+from phi3v.convert import read
 from phi3v.data.archive import unpack
 from phi3v.data.check import check
 from phi3v.data.image import hd_size, hd_transform, load_image, read_picture, read_size
@@ -263,6 +264,29 @@ def _archive(place: Path) -> None:
     unpack(place / "archive", place / "unpacked")
 
 
+def _convert(format: Any, place: Path) -> None:
+    read(format, place / f"{format}.json", place / "data/images", None)
+
+
+LLAVA = json.dumps(
+    [
+        {
+            "id": "1",
+            "image": "red.png",
+            "conversations": [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}],
+        }
+    ]
+).encode()
+MESSAGES = json.dumps(
+    {
+        "id": "1",
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": "red.png"}, {"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": "b"},
+        ],
+    }
+).encode()
+
 TARGETS = {
     "lines": Target("data/train.jsonl", _lines),
     "image": Target("image", _image, seeds=lambda place: image_seeds()),
@@ -286,6 +310,9 @@ TARGETS = {
     "environment in a report": Target("run/environment.json", lambda place: write_report(place / "run")),
     "predictions": Target("run/predictions.jsonl", lambda place: write_report(place / "run")),
     "archive": Target("archive", _archive, seeds=lambda place: archive_seeds()),
+    "llava": Target("llava.json", partial(_convert, "llava"), seeds=lambda place: [LLAVA]),
+    "messages": Target("messages.json", partial(_convert, "messages"), seeds=lambda place: [MESSAGES]),
+    "csv": Target("csv.json", partial(_convert, "csv"), seeds=lambda place: [b"image,question,answer\nred.png,a,b\n"]),
 }
 
 
