@@ -1,4 +1,4 @@
-"""A disk that fills up: the run says so, what was saved stays whole, and with more room it goes on as if nothing was."""
+"""A disk that fills up: the run says so, what was saved stays whole, and given room it goes on as if nothing were."""
 
 from __future__ import annotations
 
