@@ -23,6 +23,7 @@ test-oldest: .venv-oldest/.ready
 bench: .venv/.ready
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/sharing.py
+	$(BIN)/python benchmarks/ranks.py --ranks 2
 
 check: .venv/.ready
 	$(BIN)/ruff check .
