@@ -171,6 +171,7 @@ class Phi3VConfig(PreTrainedConfig):
         obeyed = {*RULES, "hidden_act", "dtype", "torch_dtype"}
         made = super().from_dict({key: value for key, value in config_dict.items() if key in obeyed}, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
+        obeyed |= {"_commit_hash"}  # which transformers before 5.24 puts among the file's own keys
         config.foreign = {key: value for key, value in config_dict.items() if key not in obeyed}
         return made
 
