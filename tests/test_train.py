@@ -63,7 +63,7 @@ def lasting(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_the_run_folder_holds_everything(finished_run: Path) -> None:
     assert {file.name for file in finished_run.iterdir()} == {
-        *("config.json", "environment.json", "log.jsonl", "checkpoints", "final", ".lock"),
+        *("config.json", "environment.json", "images.json", "log.jsonl", "checkpoints", "final", ".lock"),
         *("predictions-before.jsonl", "predictions.jsonl", "metrics.json", "report.html"),
     }
     checkpoints = sorted(path.name for path in (finished_run / "checkpoints").iterdir())
@@ -578,12 +578,12 @@ def test_an_example_that_has_become_unreadable_is_left_out(
         rest = [_loss(model, processor, encoded[name]) for name in names - lost_at[entry["step"]]]
         assert entry["examples"] == len(rest)
         assert entry["loss"] == pytest.approx(sum(rest) / len(rest), rel=1e-5)
-    complaints = [(entry["step"], entry["what"]) for entry in log_of(run.keeping.out, "complaint")]
-    assert len(complaints) == sum(map(len, lost_at.values())) > 0
-    for step, what in complaints:
-        assert what.startswith("skipped, it cannot be read: ")
-        assert any(f"train.jsonl:{int(name[1:]) + 1}: example {name}: " in what for name in lost_at[step])
-        assert "red.png" in what
+    skipped = log_of(run.keeping.out, "skip")
+    assert {(entry["step"], entry["example"]) for entry in skipped} == {(s, e) for s in lost_at for e in lost_at[s]}
+    assert len(skipped) == sum(map(len, lost_at.values())) > 0
+    for entry in skipped:
+        assert entry["where"].endswith(f"train.jsonl:{int(entry['example'][1:]) + 1}")
+        assert "red.png" in entry["reason"]
 
 
 def test_a_step_of_which_nothing_can_be_read_ends_the_run(settings_for: MAKE, breaking) -> None:
@@ -634,7 +634,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
         with pytest.raises(InputError, match=r"cannot write .*final: .*No space left"):
             train(run := settings_for(max_steps=2, on_full_disk="continue"))
     assert {file.name for file in run.keeping.out.iterdir()} == {
-        *("config.json", "environment.json", "log.jsonl", "checkpoints", ".lock")
+        *("config.json", "environment.json", "images.json", "log.jsonl", "checkpoints", ".lock")
     }
     train(settings_for(max_steps=2, resume="auto"))
     assert (run.keeping.out / "final").is_dir()

@@ -80,7 +80,7 @@ class Data:
 
     on_bad_example: Literal["stop", "skip"] = "stop"
     """An image that has become unreadable while the run goes on. stop: end, naming it. skip: go on without its examples
-    (the mean is over the others), and complain of each in log.jsonl."""
+    (the mean is over the others), list them in log.jsonl and count them in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)

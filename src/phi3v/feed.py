@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.evaluate import read_questions
+from phi3v.files import write_text
+from phi3v.jsonfile import Rule, by_name, parse_object
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.parallel.ranks import Ranks
 from phi3v.runlog import say
@@ -50,12 +54,14 @@ class TrainingData:
 def read_data(
     run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool, ranks: Ranks
 ) -> TrainingData:
-    """Reads and encodes `--train` and `--eval`. With `check_first`, the first problem in either is an InputError."""
+    """Reads and encodes `--train` and `--eval`. With `check_first`, the first problem in either is an InputError;
+    without, the run goes on, and its images count as large as they were when it began.
+    """
     assert run.data.train is not None
     if check_first:
         ranks.first_does(lambda: _check(run, processor, config))
     examples = read_jsonl(run.data.train, run.data.image_root)
-    encoded = _encode(examples, processor, ranks)
+    encoded = _encode(examples, processor, ranks, {} if check_first else read_sizes(run.keeping.out))
     lengths = Lengths.of(encoded)
     settings = PlanSettings(
         batch_size=run.data.batch_size,
@@ -95,9 +101,14 @@ def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig) -> None:
             raise InputError(f"{findings.problems[0]}{more}")
 
 
-def _encode(examples: list[Example], processor: Phi3VProcessor, ranks: Ranks) -> list[Encoded]:
+def _encode(
+    examples: list[Example], processor: Phi3VProcessor, ranks: Ranks, known: Mapping[str, tuple[int, int]]
+) -> list[Encoded]:
     """Each rank encodes its share, headers of the pictures included, and hears of the others'."""
-    sizes = functools.cache(read_size)  # a page has many questions
+
+    @functools.cache  # a page has many questions
+    def sizes(image: str) -> tuple[int, int]:
+        return known[image] if image in known else read_size(image)
 
     def share() -> list[Encoded]:
         return [encode(example, processor, sizes) for example in examples[ranks.rank :: ranks.num]]
@@ -106,6 +117,29 @@ def _encode(examples: list[Example], processor: Phi3VProcessor, ranks: Ranks) ->
     for rank, found in enumerate(ranks.gather(ranks.all_do(share))):
         encoded[rank :: ranks.num] = found
     return encoded
+
+
+SIZES = "images.json"
+"""In the run folder: padded [h, w] of every image when the run began, by path. The steps follow from it: they stay what
+they were, whatever has become of an image when the run goes on."""
+SIZE = Rule("[height, width]", lambda v: isinstance(v, list) and [type(n) for n in v] == [int, int] and min(v) > 0)
+
+
+def write_sizes(data: TrainingData, folder: Path) -> None:
+    """Keeps how large the images are."""
+    pairs = (pair for example in data.encoded for pair in zip(example.images, example.image_sizes, strict=True))
+    write_text(folder / SIZES, json.dumps(dict(pairs)))
+
+
+def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(width, height) of images as they were padded, which pads them no further; nothing, if nothing was kept."""
+    file = folder / SIZES
+    if not file.exists():
+        return {}
+    sizes = parse_object(file.read_bytes(), file)
+    if not by_name(SIZE).holds(sizes):
+        raise InputError(f"{file}: it must be {by_name(SIZE).words}")
+    return {image: (w, h) for image, (h, w) in sizes.items()}
 
 
 def _num_workers(wanted: int | None) -> int:

@@ -130,7 +130,7 @@ def _page(
         contestants=contestants,
         verdict=_verdict(metrics),
         final=metrics.get("final") or {},
-        facts=_facts(steps),
+        facts=_facts(steps, skipped=sum(line.get("kind") == "skip" for line in log)),
         charts=_charts(steps, evals, metrics.get("baselines") or {}),
         width=WIDTH,
         height=HEIGHT,
@@ -214,8 +214,8 @@ def _verdict(metrics: Mapping[str, Any]) -> str:
     return f"That is {points:.1f} points above the best a model can do without looking at the pictures."
 
 
-def _facts(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What the training was, in a few numbers; those the log does not hold are left out."""
+def _facts(steps: Sequence[Mapping[str, Any]], skipped: int) -> list[tuple[str, str]]:
+    """What the training was, in a few numbers; those the log does not hold are left out. `skipped` examples."""
     if not steps:
         return []
 
@@ -230,6 +230,7 @@ def _facts(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         ("steps skipped", number(total("skipped"))),
         ("epochs", f"{steps[-1].get('epoch', 0):.3g}"),
         ("examples", number(total("examples"))),
+        ("examples skipped", number(skipped)),
         ("time in training", _duration(seconds)),
         ("examples per second", number(total("examples") / seconds) if seconds else ""),
         ("tokens per second", number(total("tokens") / seconds) if seconds else ""),

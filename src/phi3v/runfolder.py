@@ -17,7 +17,8 @@ from phi3v.files import make_folder
 from phi3v.jsonfile import NULL, OBJECT, check_values, read_object
 
 LOCK = ".lock"
-BEFORE_IT_BEGAN = {LOCK, "environment.json", ".environment.json.unfinished", ".config.json.unfinished"}
+BEFORE_IT_BEGAN = {LOCK, "environment.json", "images.json"}
+BEFORE_IT_BEGAN |= {f".{name}.unfinished" for name in ("environment.json", "images.json", "config.json")}
 """All there is of a run that was killed before its config.json was written, which makes a folder a run's."""
 
 
@@ -79,16 +80,17 @@ def digests(run: Run) -> dict[str, str]:
     return {flag: hashlib.sha256(file.read_bytes()).hexdigest() for flag, file in files.items() if file}
 
 
-# What may differ between a run and its continuation: what surrounds the loop, and how the work is spread.
-FREE = {"scaling": (), "keeping": ("seed", "on_nonfinite")}
+# What may differ between a run and its continuation: how the work is spread, what surrounds the loop, and what is done
+# when something goes wrong, for until then it has changed nothing.
+FREE_GROUPS, FREE_FLAGS = ("scaling", "keeping"), ("num_workers", "on_bad_example")
 
 
 def _same_settings(run: Run, before: Run) -> None:
-    """Going on exactly means with the same settings; the groups in FREE may change, but for what is listed there."""
+    """Going on exactly means with the same settings, but for those that are free."""
     ours, theirs = run.to_dict(), before.to_dict()
     for group in ours:
         for name, value in ours[group].items():
-            free = group in FREE and name not in FREE[group]
+            free = name in FREE_FLAGS or (group in FREE_GROUPS and name != "seed")
             if not free and theirs[group].get(name, value) != value:
                 flag = name.replace("_", "-")
                 raise InputError(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from phi3v.data.pack import Lost
 from phi3v.errors import InputError
 from phi3v.files import disk_errors, flush, write_text
 
@@ -47,6 +48,8 @@ class RunLog:
         """Go on without the lines that a full disk refuses."""
         self.skipped = 0
         """Steps so far that changed no weight, because a gradient overflowed in fp16."""
+        self.lost = 0
+        """How often an example was left out of a step so far, because it could not be read."""
         self._stream: TextIO | None = None
         self._open(first_step or -1)  # a run that starts at step 0 says everything again
         self.bar = Progress(
@@ -64,7 +67,9 @@ class RunLog:
     def _open(self, step: int) -> None:
         if self.file is None:
             return
-        self.skipped = self._forget_after(self.file, step)
+        kept = self._forget_after(self.file, step)
+        self.skipped = sum(entry.get("skipped", False) for entry in kept)
+        self.lost = sum(entry.get("kind") == "skip" for entry in kept)
         try:
             self._stream = open(self.file, "a")  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
@@ -92,25 +97,24 @@ class RunLog:
         self.bar.update(self._task, completed=step)
 
     @staticmethod
-    def _forget_after(file: Path, step: int) -> int:
+    def _forget_after(file: Path, step: int) -> list[dict[str, Any]]:
         """A run that is resumed says again what it said after its checkpoint, and scores its end again: that goes.
 
-        Complaints stay, they are nobody's to repeat. Returns how many steps were skipped in what stays.
+        Complaints stay, they are nobody's to repeat. Returns what stays.
         """
         if not file.exists():
-            return 0
-        kept, skipped = list[str](), 0
+            return []
+        kept = []
         for line in file.read_text().splitlines():
             try:
                 entry = json.loads(line)
                 told = entry["step"] <= step and entry.get("split") != "final"
                 if told or entry["kind"] == "complaint":
-                    kept.append(line)
-                    skipped += entry.get("skipped", False)
+                    kept.append(entry)
             except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing
                 continue
-        write_text(file, "".join(line + "\n" for line in kept))
-        return skipped
+        write_text(file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept
 
     def __enter__(self) -> RunLog:
         self.bar.start()
@@ -147,6 +151,12 @@ class RunLog:
         of = f"; its examples are {', '.join(examples)}" if examples else ""
         say(f"[yellow]step {step}:[/] {escape(what + of)}")
         self.write({"kind": "complaint", "step": step, "what": what, "examples": list(examples)})
+
+    def skip(self, step: int, lost: Lost) -> None:
+        """Says, and keeps, that an example was left out of a step."""
+        say(f"[yellow]step {step}:[/] {escape(f'skipped, it cannot be read: {lost}')}")
+        self.write({"kind": "skip", "step": step, "example": lost.id, "where": lost.where, "reason": lost.reason})
+        self.lost += 1
 
     def step(self, entry: dict[str, Any]) -> None:
         """The line of a step, and its essence for the eye."""

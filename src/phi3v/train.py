@@ -30,7 +30,7 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
 from phi3v.errors import InputError, RankError
 from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
-from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps
+from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
 from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype
 from phi3v.metrics import baselines, label_tables, score
@@ -83,8 +83,8 @@ def train(run: Run) -> dict[str, Any]:
     """Trains, saves and scores; returns what `metrics.json` holds (nothing for a dry run, or one that was stopped).
 
     Under `torchrun` every rank calls this. Writes the run folder `run.keeping.out`: config.json, environment.json,
-    log.jsonl, checkpoints/, final/, predictions.jsonl, metrics.json, report.html. Raises InputError for everything a
-    user can mend.
+    images.json, log.jsonl, checkpoints/, final/, predictions.jsonl, metrics.json, report.html. Raises InputError for
+    everything a user can mend.
     """
     run.check()
     ranks = join(60 * run.scaling.rank_timeout_minutes)
@@ -137,7 +137,7 @@ def train(run: Run) -> dict[str, Any]:
         )
         schedule = build_schedule(engine.optimizer, run.optim, total_steps)
         if not found.started:
-            ranks.first_does(lambda: _open_folder(run, ranks, held))
+            ranks.first_does(lambda: _open_folder(run, data, ranks, held))
         step = _resume(run, ranks, engine, schedule) if found.started else 0
         trackers = start_trackers(run.keeping.track, folder, run.to_dict()) if ranks.is_first else []
         log = RunLog(
@@ -245,6 +245,8 @@ def _finish(job: _Job) -> dict[str, Any]:
     run, ranks, folder = job.run, job.ranks, job.run.keeping.out
     if job.log.skipped:
         say(f"[yellow]note[/]        {job.log.skipped} of {job.total_steps} steps were skipped: they overflowed")
+    if job.log.lost:
+        say(f"[yellow]note[/]        {job.log.lost} times an example was skipped: log.jsonl lists them")
     # If the process that wrote the last checkpoint was killed before it could remove an older one.
     ranks.first_does(lambda: forget(job.checkpoints, job.total_steps, run.keeping.keep_checkpoints))
     # What is scored last is what was saved: full weights rounded to the base checkpoint's own precision.
@@ -340,7 +342,7 @@ def _check_attention(run: Run, attention: str, config: Phi3VConfig, ranks: Ranks
 # -- the run folder --------------------------------------------------------------------------------------------------
 
 
-def _open_folder(run: Run, ranks: Ranks, held: ExitStack) -> None:
+def _open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack) -> None:
     folder = run.keeping.out
     make_folder(folder)
     held.enter_context(locked(folder))
@@ -348,6 +350,7 @@ def _open_folder(run: Run, ranks: Ranks, held: ExitStack) -> None:
         raise InputError(f"--out {folder}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
     write_text(folder / "environment.json", json.dumps(about, indent=1))
+    write_sizes(data, folder)
     write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))  # last: now the folder is this run's
 
 
@@ -464,7 +467,7 @@ def _roll_back(job: _Job, step: int, trouble: str, times: int) -> int:
 def _complain(job: _Job, batch: StepPacks, step: int, loss: float, losses: list[float]) -> None:
     """Examples that were skipped, and losses that leap."""
     for lost in batch.lost:
-        job.log.complain(step, f"skipped, it cannot be read: {lost}")
+        job.log.skip(step, lost)
     if len(losses) == SPIKE_WINDOW and loss > SPIKE * (usual := median(losses)):
         names = [name for names in examples_of(job.run, job.data, job.ranks, step - 1) for name in names]
         job.log.complain(step, f"the loss is {loss:.3g}, it was {usual:.3g} (median of {SPIKE_WINDOW} steps)", names)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -79,6 +80,15 @@ def test_too_elongated(key: str) -> None:
     with pytest.raises(InputError, match="too elongated"):
         hd_size(*image.size, num_crops)
     assert case["error"].startswith("ValueError")
+
+
+def test_what_is_padded_is_padded_no_further() -> None:
+    """So that a run that goes on can take an image to be as large as it was padded when the run began."""
+    for num_crops in (1, 2, 4, 7, 16):
+        for width, height in itertools.product([1, 5, 7, 48, 335, 336, 337, 500, 1344, 3000], repeat=2):
+            with contextlib.suppress(InputError):  # too elongated
+                h, w = hd_size(width, height, num_crops)
+                assert hd_size(w, h, num_crops) == (h, w), (width, height, num_crops)
 
 
 def test_hd_size_is_what_hd_transform_makes() -> None:

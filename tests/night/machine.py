@@ -6,6 +6,7 @@ An order is a line of JSON: {"arguments": of the command line, "said": file for 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -97,9 +98,11 @@ def when(target: str, calls: list[int], deed: str, *what: Any) -> None:
 
 
 def put(target: str, value: Any) -> None:
-    """Another value for `module:NAME`."""
-    module, _, name = target.partition(":")
-    setattr(importlib.import_module(module), name, value)
+    """Another value for `module:NAME`, or for a dataclass's default, `module:Class.field`."""
+    owner, name = _owner(target)
+    setattr(owner, name, value)
+    if dataclasses.is_dataclass(owner):
+        owner.__init__.__kwdefaults__[name] = value
 
 
 def spoil(target: str, calls: list[int], factor: float) -> None:
@@ -149,12 +152,6 @@ def half_a_line(call: int) -> None:
     _wrap("phi3v.runlog:RunLog.write", half)
 
 
-def impatient(seconds: float) -> None:
-    """Images that are gone are tried again after shorter pauses."""
-    reading = phi3v.train.steps.__globals__["Reading"]
-    phi3v.train.steps.__globals__["Reading"] = functools.partial(reading, retry_pause_s=seconds)
-
-
 def measured(record: str, every: int) -> None:
     """Writes this process's memory, files, threads and children into `record`, every so many steps."""
 
@@ -194,6 +191,7 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "signal": lambda number: os.kill(os.getpid(), number),
     "signal all": lambda number: os.killpg(0, number),
     "dawdle": _dawdle,
+    "sleep": time.sleep,
     "remove": os.remove,
     "fill": _fill,
     "cut": lambda file: os.truncate(file, 20),
@@ -203,11 +201,16 @@ DEEDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _wrap(target: str, around: Callable[..., Any]) -> None:
-    """Puts `around(function, *arguments)` in the place of `module:function` or `module:class.function`."""
+def _owner(target: str) -> tuple[Any, str]:
+    """What has the name at the end of `module:name` or `module:class.name`, and that name."""
     module, _, path = target.partition(":")
     *owners, name = path.split(".")
-    owner: Any = functools.reduce(getattr, owners, importlib.import_module(module))
+    return functools.reduce(getattr, owners, importlib.import_module(module)), name
+
+
+def _wrap(target: str, around: Callable[..., Any]) -> None:
+    """Puts `around(function, *arguments)` in the place of a function."""
+    owner, name = _owner(target)
     work = getattr(owner, name)
     setattr(owner, name, lambda *arguments, **named: around(work, *arguments, **named))
 

@@ -262,7 +262,7 @@ class _Worker:
         assert self.order
         try:
             answer = _receive(self.connection)
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # no ConnectionError, but an OSError of its own, in the middle of a message
             self._process.join(DYING_S)
             death = _death(self._process.exitcode)
             self._deaths += 1
@@ -297,7 +297,7 @@ def _work(ours: Connection, theirs: Connection, reading: Reading) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and not what the training process does at it
     gc.freeze()  # a collection touches every object, and would copy all that a forked worker shares
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: waiting for them, a worker would hang
-    with suppress(EOFError, ConnectionError):
+    with suppress(EOFError, OSError):
         while True:
             _send(theirs, _answer(theirs.recv(), reading))
 
