@@ -297,9 +297,16 @@ def test_a_step_is_its_examples(model, processor, encoded, one_by_one, how, num_
     assert (len(packs), sum(len(pack.layout.trees) for pack in packs)) == (num_packs, num_trees)
     expected = weighted(one_by_one, mean(NAMES))
     assert_same(packed(model, packs), expected)
-    if num_packs == 1:
-        model.set_attn_implementation("eager")  # the dense mask, which must part the trees itself
-        assert_same(packed(model, packs), expected)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_dense_mask_parts_the_trees_itself(tiny_checkpoint_dir, processor, encoded, one_by_one, share):
+    names = ["short", "two answers", "crosses the border", "swapped pair", "text", "past the border"]
+    few = [encoded[name] for name in names]
+    (pack,) = packs_of(few, processor, plan_of(few, share=share))
+    assert len(pack.layout.trees) == (5 if share else 6)
+    model = fresh(tiny_checkpoint_dir, attn_implementation="eager")
+    assert_same(packed(model, [pack]), weighted(one_by_one, mean(names)))
 
 
 def test_an_empty_pack_is_nothing(model, processor):

@@ -151,15 +151,17 @@ PINNED = {
 TOLERANCE = 1e-5
 
 
-def ten_steps(model: Path, data: Path, out: Path, tuning: Tuning, **layout: Any) -> list[dict[str, float]]:
-    """The log of the whole training loop, over four epochs."""
+def steps_of(
+    model: Path, data: Path, out: Path, tuning: Tuning, num_steps: int, **layout: Any
+) -> list[dict[str, float]]:
+    """The log of the whole training loop, three steps an epoch."""
     if tuning.qlora:
         pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
     run = Run(
         base=Base(model=str(model), dtype="fp32"),
         data=Data(train=data, batch_size=5, num_workers=0, **layout),
         tuning=tuning,
-        optim=Optim(max_steps=10, learning_rate=3e-3, warmup_steps=2),
+        optim=Optim(max_steps=num_steps, learning_rate=3e-3, warmup_steps=2),
         keeping=Keeping(out=out, progress=False),
     )
     training.train(run)
@@ -175,7 +177,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.parametrize("mode", PINNED)
 def test_pinned_losses(tiny_checkpoint_dir, data, tmp_path, mode):
-    steps = ten_steps(tiny_checkpoint_dir, data, tmp_path / "run", MODES[mode], max_tokens_per_pack=700)
+    steps = steps_of(tiny_checkpoint_dir, data, tmp_path / "run", MODES[mode], 10, max_tokens_per_pack=700)
     expected = [float(loss) for loss in PINNED[mode].split()]
     assert [step["loss"] for step in steps] == pytest.approx(expected, rel=TOLERANCE)
 
@@ -183,10 +185,10 @@ def test_pinned_losses(tiny_checkpoint_dir, data, tmp_path, mode):
 @pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_run_does_not_depend_on_its_packs(tiny_checkpoint_dir, data, tmp_path, mode):
-    """Losses and norms of the gradients, which neither clipping nor AdamW can hide, of ten steps."""
-    one = ten_steps(tiny_checkpoint_dir, data, tmp_path / "one", MODES[mode], max_tokens_per_pack=10**6)
+    """Losses and norms of the gradients, which neither clipping nor AdamW can hide, of two epochs."""
+    one = steps_of(tiny_checkpoint_dir, data, tmp_path / "one", MODES[mode], 6, max_tokens_per_pack=10**6)
     layout = {"max_tokens_per_pack": 340, "share_prefix": False}
-    many = ten_steps(tiny_checkpoint_dir, data, tmp_path / "many", MODES[mode], **layout)
+    many = steps_of(tiny_checkpoint_dir, data, tmp_path / "many", MODES[mode], 6, **layout)
     assert {step["packs"] for step in one} == {1}
     assert {step["packs"] for step in many} == {2, 5}
     for key in ("loss", "grad_norm"):

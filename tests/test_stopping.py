@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -10,8 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from phi3v import stopping
 from phi3v import train as training
 from phi3v.cli import main
 from phi3v.config import Run
+from phi3v.runlog import RunLog
 from phi3v.stopping import StopRequest
 from phi3v.train import train
 
@@ -138,26 +139,6 @@ def test_a_run_stops_in_an_evaluation_without_waiting_for_its_end(
 # -- a process -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen]:
-    """A process that does not outlive its test; it finds our packages as we do."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for(process: subprocess.Popen, file: Path, lines: int) -> None:
-    """Until a run has written so much, or has ended."""
-    while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= lines):
-        time.sleep(0.02)
-    assert process.poll() is None, process.communicate()
-
-
 def flags_of(model: Path, data: Path, out: Path) -> list[str]:
     flags = {"model": model, "train": data, "out": out, "batch-size": 4, "dtype": "fp32", "num-workers": 0}
     return ["train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
@@ -169,40 +150,53 @@ def test_sigterm_ends_a_process_after_its_step_and_it_says_how_to_go_on(
     """As a spot machine's end does. A second process that wants to go on meanwhile is kept out."""
     out = tmp_path / "a run"
     given = [*flags_of(tiny_model_dir, tiny_data, out), "--max-steps", "100000"]
-    with started([sys.executable, "-m", "phi3v", *given]) as process:
-        wait_for(process, out / "log.jsonl", lines=2)
-        assert main([*given, "--resume", "auto"]) == 2
-        assert f"another run is writing here (process {process.pid} on " in capfd.readouterr().err
-        process.send_signal(signal.SIGTERM)
-        said, complained = process.communicate()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command, pipe = [sys.executable, "-m", "phi3v", *given], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            while process.poll() is None and not (out / "log.jsonl").exists():
+                time.sleep(0.02)
+            assert main([*given, "--resume", "auto"]) == 2
+            assert f"another run is writing here (process {process.pid} on " in capfd.readouterr().err
+            process.send_signal(signal.SIGTERM)
+            said, complained = process.communicate()
+        finally:
+            process.kill()
     assert (process.returncode, complained) == (0, "")
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps[-1]:06d}"]
-    *_, stopped, command = said.splitlines()
+    *_, stopped, proposed = said.splitlines()
     assert stopped == f"stopped after step {steps[-1]}, which is saved: SIGTERM was received. Go on with"
-    assert shlex.split(command) == ["python", "-m", "phi3v", *given, "--resume", "auto"]
-    assert main([*shlex.split(command)[3:], "--dry-run"]) == 0, "it is understood"
+    assert shlex.split(proposed) == ["python", "-m", "phi3v", *given, "--resume", "auto"]
+    assert main([*shlex.split(proposed)[3:], "--dry-run"]) == 0, "it is understood"
 
 
 def test_a_second_ctrl_c_ends_a_process_in_the_middle_of_a_step(
     tiny_model_dir: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    slow = """
-import sys, time
-from phi3v import cli, runlog, stopping
-stopping.SAME_PRESS_S = 0.1
-step = runlog.RunLog.step
-runlog.RunLog.step = lambda log, entry: (step(log, entry), time.sleep(600))
-sys.exit(cli.main())
-"""
     given = flags_of(tiny_model_dir, tiny_data, tmp_path / "run")
-    with started([sys.executable, "-c", slow, *given]) as process:
-        wait_for(process, tmp_path / "run" / "log.jsonl", lines=1)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        assert process.poll() is None, "the first one waits for the step"
-        process.send_signal(signal.SIGINT)
-        _, complained = process.communicate()
-    assert (process.returncode, complained) == (130, "interrupted\n")
+
+    def run() -> None:
+        """In a process of its own, of which a step takes ten minutes."""
+        sys.stdout = sys.stderr = (tmp_path / "said").open("w")
+        stopping.SAME_PRESS_S = 0.1
+        log_step = RunLog.step
+        RunLog.step = lambda log, entry: (log_step(log, entry), time.sleep(600))  # type: ignore[assignment,func-returns-value,method-assign]
+        sys.exit(main(given))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    try:
+        while process.is_alive() and not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.02)
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(0.5)
+        assert process.is_alive(), "the first one waits for the step"
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join()
+    finally:
+        process.kill()
+    assert process.exitcode == 130
+    assert (tmp_path / "said").read_text().endswith("\ninterrupted\n")
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -328,7 +328,7 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": LORA,
     "frozen": {"freeze_vision_model": True, "questions": "random", "batch_size": 2},
-    "fp16": {"dtype": "fp16", "warmup_steps": 0},
+    "fp16": {"dtype": "fp16", "warmup_steps": 0, "eval": None, "eval_every_steps": None},  # slow answers, on a CPU
 }
 
 
