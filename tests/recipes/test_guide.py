@@ -108,7 +108,10 @@ def test_the_conversion_writes_the_tree_of_the_guide(converted: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(command, marks=() if command.endswith(QUICK) else pytest.mark.slow) for command in TRAINING],
+    [
+        pytest.param(command, marks=() if command.endswith(QUICK) else pytest.mark.slow, id=f"command {number}")
+        for number, command in enumerate(TRAINING, start=1)
+    ],
 )
 def test_a_command_of_the_guide_runs_to_the_end(
     command: str, request: pytest.FixtureRequest, downloads: Path, tiny_model_dir: Path, tmp_path: Path
