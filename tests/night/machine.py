@@ -7,11 +7,13 @@ An order is a line of JSON: {"arguments": of the command line, "said": file for 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -186,6 +188,10 @@ def _fill(file: str) -> None:
             stream.write(bytes(1024))
 
 
+def _fail() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 DEEDS: dict[str, Callable[..., Any]] = {
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "signal": lambda number: os.kill(os.getpid(), number),
@@ -194,6 +200,8 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "sleep": time.sleep,
     "remove": os.remove,
     "fill": _fill,
+    "fail": _fail,
+    "copy": lambda folder, to: shutil.copytree(folder, to, dirs_exist_ok=True),
     "cut": lambda file: os.truncate(file, 20),
     "kill a worker": lambda: os.kill(
         int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0]), signal.SIGKILL
