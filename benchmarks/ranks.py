@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from phi3v.audit import ALWAYS_ZERO
 from phi3v.config import Optim
 from phi3v.data.chat import Encoded
 from phi3v.data.image import hd_size
@@ -40,7 +41,7 @@ from phi3v.data.loader import MicroBatch, Reading, training_packs
 from phi3v.data.plan import EpochPlan, PlanSettings
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.hardware import DTYPES, environment, pick_device
-from phi3v.model import Phi3VConfig, Phi3VForCausalLM, vision
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer, reach
@@ -76,7 +77,7 @@ class Mode:
     quantised: bool = False
     recompute: bool = False
     tied: bool = False
-    crops_per_call: int = vision.FROZEN_CROPS_PER_CALL
+    crops_per_call: int = 64
     optim: dict[str, Any] = field(default_factory=dict)
 
 
@@ -163,6 +164,7 @@ def build_model(mode: Mode, dtype: torch.dtype) -> Any:
     )
     torch.manual_seed(0)
     model: Any = Phi3VForCausalLM(config)
+    model.model.vision_embed_tokens.frozen_crops_per_call = mode.crops_per_call
     freeze(model, mode.frozen)
     if mode.quantised:
         quantize(model, Quantization(), compute_dtype=dtype)
@@ -189,7 +191,6 @@ def train(
     engine_name: Any, mode: Mode, optimizer: str, ranks: Ranks, data: Data, *, dtype: torch.dtype, tokens: int = 700
 ) -> Course:
     """The ten steps."""
-    vision.FROZEN_CROPS_PER_CALL = mode.crops_per_call
     model = build_model(mode, dtype)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     engine: Engine = build_engine(
@@ -209,7 +210,8 @@ def train(
         losses.append(ranks.total(loss)[0])
         loss = 0.0
     end = {name: p.detach().cpu() for name, p in engine.final(None).named_parameters() if name in start}
-    quiet = {name for name in start if squares[name] <= QUIET**2 * sum(squares.values())}
+    hardly = QUIET**2 * sum(squares.values())
+    quiet = {name for name in start if squares[name] <= hardly or name.endswith(ALWAYS_ZERO)}
     return Course(losses, norms, start, end, quiet)
 
 

@@ -139,6 +139,7 @@ class ImageEmbedding(nn.Module):
         self.glb_GN = nn.Parameter(torch.empty(1, 1, merged))
         self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
         self.img_processor = ImageProcessor(config.clip)
+        self.frozen_crops_per_call = FROZEN_CROPS_PER_CALL
         self.img_projection = nn.Sequential(
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
@@ -165,7 +166,7 @@ class ImageEmbedding(nn.Module):
             x = tower(crops)
         else:
             with torch.no_grad():
-                x = torch.cat([tower(part) for part in crops.split(FROZEN_CROPS_PER_CALL)])
+                x = torch.cat([tower(part) for part in crops.split(self.frozen_crops_per_call)])
         # 2x2 neighbours in the order (0,0) (0,1) (1,0) (1,1)
         x = x.view(-1, MERGED, 2, MERGED, 2, x.shape[-1]).transpose(2, 3)
         return x.reshape(-1, MERGED, MERGED, 4 * x.shape[-1])

@@ -90,10 +90,18 @@ class Engine(Protocol):
         ...
 
     def scaler_state(self) -> dict[str, Any]:
-        """Of the loss scale (fp16); empty without one."""
+        """Of the loss scale (fp16), `scale` and how many `good_steps` it has stood; empty without one."""
         ...
 
     def load_scaler_state(self, state: dict[str, Any]) -> None: ...
+
+
+SCALE_WINDOW = 2000  # good steps after which a loss scale is doubled
+
+
+def bare(model: Any) -> Any:
+    """The model without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def same_work_on_every_rank(model: Any) -> None:
@@ -101,8 +109,7 @@ def same_work_on_every_rank(model: Any) -> None:
 
     Engines reduce gradients and gather weights together: a rank whose pack has no picture must do so as well.
     """
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    bare.model.always_embed_images = True
+    bare(model).model.always_embed_images = True
 
 
 def empty_twin(model: nn.Module, kept: Iterable[nn.Parameter] = ()) -> Any:
@@ -134,3 +141,20 @@ def idle_step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def build_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Halves the loss scale at every overflow; does nothing but in fp16."""
+    return torch.amp.GradScaler(device.type, growth_interval=SCALE_WINDOW, enabled=dtype == torch.float16)
+
+
+def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """As `Engine.scaler_state` says."""
+    state = scaler.state_dict()
+    return {"scale": state["scale"], "good_steps": state["_growth_tracker"]} if state else {}
+
+
+def load_scaler_state(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
+    if scaler.is_enabled() and state:
+        found = {"scale": state["scale"], "_growth_tracker": state["good_steps"]}
+        scaler.load_state_dict(scaler.state_dict() | found)

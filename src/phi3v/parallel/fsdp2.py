@@ -16,7 +16,19 @@ from torch.distributed.tensor import DTensor
 from phi3v.data.pack import Pack
 from phi3v.loss import weighted_cross_entropy
 from phi3v.model.parts import quantised_weights
-from phi3v.parallel.engine import Slice, StepResult, empty, empty_twin, idle_step, rounded, same_work_on_every_rank
+from phi3v.parallel.engine import (
+    Slice,
+    StepResult,
+    bare,
+    build_scaler,
+    empty,
+    empty_twin,
+    idle_step,
+    load_scaler_state,
+    rounded,
+    same_work_on_every_rank,
+    scaler_state,
+)
 from phi3v.parallel.ranks import Ranks
 
 
@@ -36,12 +48,12 @@ class Sharded:
         self.model, self.ranks, self.max_grad_norm, self.dtype = model, ranks, max_grad_norm, dtype
         whole = set(quantised_weights(model))  # packed four-bit values are not split
         self.twin = empty_twin(model, kept=whole)
-        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-        tower = bare.model.vision_embed_tokens.img_processor.vision_model
+        network = bare(model).model
+        tower = network.vision_embed_tokens.img_processor.vision_model
         mesh = init_device_mesh(ranks.device.type, (ranks.num,))
         learns = any(p.requires_grad for p in tower.parameters())
         # A frozen tower runs in chunks, their number differs from rank to rank: it stays with the rest.
-        for part in [*bare.model.layers, *(tower.encoder.layers[:-1] if learns else []), model]:
+        for part in [*network.layers, *(tower.encoder.layers[:-1] if learns else []), model]:
             fully_shard(part, mesh=mesh, ignored_params=whole)
 
         def placed(tensor: Tensor) -> Tensor:  # what learns in float32, the rest in `dtype`, as `set_precision` says
@@ -51,7 +63,7 @@ class Sharded:
 
         model._apply(placed)
         self.optimizer = make_optimizer(model)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        self.scaler = build_scaler(ranks.device, dtype)
 
     def learn(self, pack: Pack, *, last: bool) -> Tensor:
         # Gradients are reduced after every pack: kept whole until the last one they would not be sharded at all.
@@ -115,11 +127,10 @@ class Sharded:
         return self.twin
 
     def scaler_state(self) -> dict[str, Any]:
-        return self.scaler.state_dict()
+        return scaler_state(self.scaler)
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        if self.scaler.is_enabled() and state:
-            self.scaler.load_state_dict(state)
+        load_scaler_state(self.scaler, state)
 
 
 def _local(tensor: Tensor) -> Tensor:

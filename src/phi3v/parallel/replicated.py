@@ -14,7 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from phi3v.data.pack import Pack
 from phi3v.loss import weighted_cross_entropy
 from phi3v.model.parts import set_precision
-from phi3v.parallel.engine import Slice, StepResult, idle_step, rounded, same_work_on_every_rank
+from phi3v.parallel.engine import (
+    Slice,
+    StepResult,
+    build_scaler,
+    idle_step,
+    load_scaler_state,
+    rounded,
+    same_work_on_every_rank,
+    scaler_state,
+)
 from phi3v.parallel.ranks import Ranks
 
 
@@ -30,15 +39,15 @@ class Replicated:
         max_grad_norm: float,
         dtype: torch.dtype,
     ) -> None:
+        self.model = model.to(ranks.device)  # first: on a GPU, or every process would widen a copy in the host's memory
         set_precision(model, dtype)
-        self.model = model.to(ranks.device)
         self.ranks, self.max_grad_norm, self.dtype = ranks, max_grad_norm, dtype
         self.runs: nn.Module = self.model
         if ranks.num > 1:
             same_work_on_every_rank(model)
             self.runs = DistributedDataParallel(self.model, gradient_as_bucket_view=True)  # saves a copy of them
         self.optimizer = make_optimizer(model)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        self.scaler = build_scaler(ranks.device, dtype)
 
     def learn(self, pack: Pack, *, last: bool) -> Tensor:
         waits = not last and isinstance(self.runs, DistributedDataParallel)
@@ -104,8 +113,7 @@ class Replicated:
         return self.model
 
     def scaler_state(self) -> dict[str, Any]:
-        return self.scaler.state_dict()
+        return scaler_state(self.scaler)
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        if self.scaler.is_enabled() and state:
-            self.scaler.load_state_dict(state)
+        load_scaler_state(self.scaler, state)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -13,9 +15,19 @@ from torch import Tensor, nn
 from phi3v.data.pack import Pack
 from phi3v.errors import InputError
 from phi3v.loss import weighted_cross_entropy
-from phi3v.model.parts import quantised_weights, set_precision
+from phi3v.model.parts import quantised_weights
 from phi3v.model.vision import CLIPEmbeddings
-from phi3v.parallel.engine import Slice, StepResult, empty, empty_twin, idle_step, rounded, same_work_on_every_rank
+from phi3v.parallel.engine import (
+    SCALE_WINDOW,
+    Slice,
+    StepResult,
+    bare,
+    empty,
+    empty_twin,
+    idle_step,
+    rounded,
+    same_work_on_every_rank,
+)
 from phi3v.parallel.ranks import Ranks
 
 
@@ -35,16 +47,33 @@ class Zero:
         deepspeed = _deepspeed()
         same_work_on_every_rank(model)
         self.model, self.ranks, self.stage, self.dtype = model, ranks, stage, dtype
-        set_precision(model, dtype)
         self.twin: Any = empty_twin(model, kept=quantised_weights(model)) if stage == 3 else None
+        learns = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        exact = {name: p for name, p in learns.items() if torch.promote_types(p.dtype, dtype) != dtype}
         self.optimizer = make_optimizer(model)
+        settings = _settings(stage, max_grad_norm, dtype)
         if stage == 3:
-            _announce_borrowed_weights(deepspeed, model)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=_settings(stage, max_grad_norm, dtype)
-        )
+            self._split(deepspeed, settings)
+        _place(model, ranks.device, dtype)
+        with redirect_stdout(io.StringIO()):  # tables of memory
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         self.zero = self.engine.optimizer
         self.parameters: dict[str, Any] = dict(model.named_parameters())
+        if dtype == torch.float16:
+            self.zero.loss_scaler.min_scale = 0.0  # the loop says when it has become too small
+        for part in self.slices():
+            if (start := exact.get(part.name)) is not None:  # the masters are made of what has been rounded
+                part.weight.copy_(start.reshape(-1)[part.start : part.start + part.weight.numel()])
+
+    def _split(self, deepspeed: Any, settings: dict[str, Any]) -> None:
+        """Splits the weights one part after another: the model is never whole on a device."""
+        network = bare(self.model).model
+        for part in [*network.layers, self.model]:
+            _place(part, self.ranks.device, self.dtype)
+            deepspeed.zero.Init(module=part, config_dict_or_path=settings)
+        # Every call gathers weights: all ranks must make equally many, however many crops they have.
+        network.vision_embed_tokens.frozen_crops_per_call = sys.maxsize
+        _announce_borrowed_weights(deepspeed, self.model)
 
     def learn(self, pack: Pack, *, last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -73,7 +102,7 @@ class Zero:
         if self.stage < 3:
             if (mapping := parameter._hp_mapping) is None:
                 return None  # wholly in other ranks' partitions
-            flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            flat = self._partitions[mapping.param_group_index]
             place, shape = mapping.lp_fragment_address, tuple(parameter.shape)
             start, weight = place.start, mapping.hp_fragment
             at = mapping.hp_fragment_address.start
@@ -91,6 +120,12 @@ class Zero:
             state={key: value.narrow(0, at, weight.numel()) for key, value in state.items() if key != "step"},
             count=state.get("step"),
         )
+
+    @property
+    def _partitions(self) -> list[Tensor]:
+        """This rank's masters below stage 3, by group; stage 1 in bf16 has an optimizer of its own."""
+        found = getattr(self.zero, "single_partition_of_fp32_groups", None)
+        return self.zero.fp32_groups_flat_partition if found is None else found
 
     def owns(self, name: str) -> bool:
         return True
@@ -151,12 +186,23 @@ class Zero:
         return GatheredParameters(parameters) if self.stage == 3 else nullcontext()
 
     def scaler_state(self) -> dict[str, Any]:
-        scale = self.zero.loss_scaler
-        return {"scale": float(scale.cur_scale)} if self.dtype == torch.float16 else {}
+        if self.dtype != torch.float16:
+            return {}
+        scaler = self.zero.loss_scaler
+        good_steps = (scaler.cur_iter - 1 - scaler.last_overflow_iter) % SCALE_WINDOW
+        return {"scale": float(scaler.cur_scale), "good_steps": good_steps}
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
         if self.dtype == torch.float16 and state:
-            self.zero.loss_scaler.cur_scale = state["scale"]
+            scaler = self.zero.loss_scaler
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state["scale"], state["good_steps"], -1
+
+
+def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Everything in one precision, DeepSpeed's way; four-bit weights are in their place, and stay as they are."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(device, dtype)
 
 
 def _deepspeed() -> Any:
@@ -188,7 +234,13 @@ def _settings(stage: int, max_grad_norm: float, dtype: torch.dtype) -> dict[str,
             "stage3_param_persistence_threshold": 0,
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 0, "initial_scale_power": 16},
+        "fp16": {
+            "enabled": dtype == torch.float16,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": SCALE_WINDOW,
+            "hysteresis": 1,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
