@@ -78,6 +78,8 @@ def test_going_on_from_a_checkpoint_is_going_on(layers: int, saved: tuple[Path, 
     assert [step(**other, seed=number, layers=layers) for number in range(3)] == losses
     pairs = zip(state["engine"].model.parameters(), other["engine"].model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    assert load_checkpoint(path, **state) == 3, "and back, from where it has got to"
+    assert [step(**state, seed=number, layers=layers) for number in range(3)] == losses
 
 
 def test_tensors_are_safetensors_and_the_rest_is_json(saved: tuple[Path, State]) -> None:

@@ -183,10 +183,15 @@ def test_what_no_example_reaches_is_not_touched_not_even_by_decay(
 
 
 @pytest.mark.parametrize(
-    ("frozen", "still"),
-    [(("vision",), "img_processor"), (("projector",), "img_projection"), (("embeddings",), "model.embed_tokens")],
+    ("frozen", "still", "dtype"),
+    [
+        (("vision",), "img_processor", "fp32"),
+        (("projector",), "img_projection", "fp32"),
+        (("embeddings",), "model.embed_tokens", "fp32"),
+        (("vision",), "img_processor", "bf16"),
+        (("embeddings",), "model.embed_tokens", "fp16"),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_what_is_frozen_stays_bitwise(
     dtype: str, frozen: tuple, still: str, settings_for: MAKE, tiny_model_dir: Path
 ) -> None:
