@@ -16,7 +16,7 @@ import pytest
 import phi3v.train as training
 from phi3v.config import Run
 from phi3v.errors import InputError
-from phi3v.runfolder import LOCK, Claim, claim, digests, locked
+from phi3v.runfolder import LOCK, Claim, check_shared, claim, digests, locked
 from phi3v.train import train
 
 MAKE = Callable[..., Run]
@@ -162,7 +162,7 @@ def test_a_second_writer_is_kept_out(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     with locked(folder):
         assert not is_free(folder)
-        assert (folder / LOCK).read_text() == f"process {os.getpid()} on {platform.node()}"
+        assert (folder / LOCK).read_text().startswith(f"process {os.getpid()} on {platform.node()} since 20")
     assert is_free(folder)
 
 
@@ -178,7 +178,7 @@ def test_who_is_kept_out_is_told_by_whom_and_a_lock_ends_with_its_process(tmp_pa
             another.kill()
     assert str(caught.value) == f"--out {tmp_path}: another run is writing here (process 7 on another)"
     with locked(tmp_path):
-        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {platform.node()}"
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on {platform.node()} since 20")
 
 
 @pytest.mark.parametrize("resume", ["no", "auto"])
@@ -211,3 +211,12 @@ def test_a_run_holds_its_lock_to_its_end(settings_for: MAKE, monkeypatch: pytest
     train(run)
     assert free == [False]
     assert is_free(run.keeping.out)
+
+
+def test_a_folder_of_another_host_is_told_by_its_lock(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with locked(tmp_path / "there") as holder:
+        check_shared(tmp_path / "there", holder, wait_s=0)
+        for folder in ("here", "nowhere"):
+            with pytest.raises(InputError, match="it must be on a file system that all of them share"):
+                check_shared(tmp_path / folder, holder, wait_s=0)

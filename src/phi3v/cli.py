@@ -50,6 +50,14 @@ def status_of(work: Callable[[], Any]) -> int:
         if _rank() == 0 or isinstance(error, RankError):
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return _end(2)
+    except RuntimeError as error:
+        from phi3v.parallel.ranks import lost_another
+
+        if not lost_another(error):
+            raise
+        if _rank() == 0:
+            Console(stderr=True).print("[bold red]error:[/] another process of the job is gone or hangs")
+        return _end(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         return 130

@@ -21,8 +21,13 @@ class RankError(InputError):
 
 def one_line(text: str) -> str:
     """A text as a terminal shows it and does not obey it: control characters escaped, the middle of a long one cut."""
-    if len(text) > MAX_LENGTH:
-        text = f"{text[: MAX_LENGTH * 3 // 4]} [...] {text[-MAX_LENGTH // 5 :]}"
+    text = _cut(text)
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return _cut("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text))
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_LENGTH:
+        return text
+    return f"{text[: MAX_LENGTH * 3 // 4]} [...] {text[-MAX_LENGTH // 5 :]}"

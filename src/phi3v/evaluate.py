@@ -77,7 +77,7 @@ def answer(
     )
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     with progress_bar(title, len(prompts), "questions", show=progress, summary=False) as advance, mixed:
-        for batch in packs:
+        for batch in ranks.own(packs):
             if ranks.any(leave_off()):
                 raise Stopped
             pack = batch.pack.to(device, non_blocking=True)

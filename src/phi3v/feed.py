@@ -229,7 +229,7 @@ def steps(run: Run, data: TrainingData, ranks: Ranks, *, first_step: int, total_
                 before = time.monotonic()
             epoch, within = epoch + 1, 0
 
-    stream = timed()
+    stream = ranks.own(timed())
     for step in range(first_step, total_steps):
         wait, first = next(stream)
         epoch, images = (step + 1) / data.steps_per_epoch, first.step.crops > 0

@@ -81,7 +81,7 @@ def score_labels(
     model.eval()
     try:
         with progress_bar(title, len(branches), "labels", show=progress, summary=False) as advance, mixed:
-            for numbers, on_cpu in packs:
+            for numbers, on_cpu in ranks.own(packs):
                 if ranks.any(leave_off()):
                     raise Stopped
                 pack = on_cpu.to(device, non_blocking=True)

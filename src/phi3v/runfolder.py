@@ -6,8 +6,10 @@ import fcntl
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +57,8 @@ def claim(run: Run) -> Claim:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second writer out of the folder. The lock ends with the process, however that ends."""
+def locked(folder: Path) -> Iterator[str]:
+    """Keeps a second writer out of the folder; yields who holds it. It ends with the process, however that ends."""
     make_folder(folder)
     try:
         stream = open(folder / LOCK, "a+")  # noqa: SIM115  (held open for the lock's sake)
@@ -68,10 +70,29 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             stream.seek(0)
             raise InputError(f"--out {folder}: another run is writing here ({stream.read() or 'unknown'})") from error
+        holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
         stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.write(holder)
         stream.flush()
-        yield
+        yield holder
+
+
+def check_shared(folder: Path, holder: str, wait_s: float = 30.0) -> None:
+    """Raises InputError unless the folder is the one that `holder` has locked. A network file system may take its time.
+
+    Not for the process that holds the lock: reading the file would end it.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        with suppress(OSError):
+            if (folder / LOCK).read_text() == holder:
+                return
+        if time.monotonic() > until:
+            raise InputError(
+                f"--out {folder} on {platform.node()} is not the folder of rank 0 ({holder}): "
+                "with several hosts it must be on a file system that all of them share"
+            )
+        time.sleep(0.2)
 
 
 def digests(run: Run) -> dict[str, str]:

@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from phi3v.checkpoint import forget, load_checkpoint, newest_checkpoint, save_ch
 from phi3v.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
-from phi3v.errors import InputError, RankError
+from phi3v.errors import InputError
 from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
@@ -43,7 +42,7 @@ from phi3v.optim import build_optimizer, build_schedule, reach
 from phi3v.parallel import Engine, build_engine, pick_engine
 from phi3v.parallel.ranks import MissingRank, Ranks, join
 from phi3v.report import write_report
-from phi3v.runfolder import claim, digests, locked
+from phi3v.runfolder import check_shared, claim, digests, locked
 from phi3v.runlog import RunLog, progress_bar, say, speak, start_trackers
 from phi3v.stopping import Stopped, StopRequest
 
@@ -96,7 +95,7 @@ def train(run: Run) -> dict[str, Any]:
         if found.finished:
             return ranks.first_does(lambda: _already_finished(folder))
         if found.started:
-            ranks.first_does(lambda: held.enter_context(locked(folder)))
+            holder = ranks.first_does(lambda: held.enter_context(locked(folder)))
 
         processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
         config = load_config(run.base.model)
@@ -137,7 +136,8 @@ def train(run: Run) -> dict[str, Any]:
         )
         schedule = build_schedule(engine.optimizer, run.optim, total_steps)
         if not found.started:
-            ranks.first_does(lambda: _open_folder(run, data, ranks, held))
+            holder = ranks.first_does(lambda: _open_folder(run, data, ranks, held))
+        ranks.all_do(lambda: None if ranks.is_first else check_shared(folder, holder))
         step = _resume(run, ranks, engine, schedule) if found.started else 0
         trackers = start_trackers(run.keeping.track, folder, run.to_dict()) if ranks.is_first else []
         log = RunLog(
@@ -184,7 +184,7 @@ def _learn(job: _Job, step: int) -> None:
         _conclude_step(job, step, stops=False)
     audit, losses, bad = GradientAudit(engine.model), list[float](), set[int]()
     engine.model.train()
-    feed = _reported(job, steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps))
+    feed = steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps)
     while step < job.total_steps:
         _seed(run.keeping.seed, step, ranks.rank)
         batch = next(feed)
@@ -207,7 +207,7 @@ def _learn(job: _Job, step: int) -> None:
         if trouble := _trouble(total, norm, skipped, overflowed):
             bad.add(step)
             step = _roll_back(job, step, trouble, len(bad))
-            feed = _reported(job, steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps))
+            feed = steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps)
             continue
         if not skipped:
             job.schedule.step()
@@ -342,16 +342,17 @@ def _check_attention(run: Run, attention: str, config: Phi3VConfig, ranks: Ranks
 # -- the run folder --------------------------------------------------------------------------------------------------
 
 
-def _open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack) -> None:
+def _open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack) -> str:
     folder = run.keeping.out
     make_folder(folder)
-    held.enter_context(locked(folder))
+    holder = held.enter_context(locked(folder))
     if claim(run).started:
         raise InputError(f"--out {folder}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
     write_text(folder / "environment.json", json.dumps(about, indent=1))
     write_sizes(data, folder)
     write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))  # last: now the folder is this run's
+    return holder
 
 
 def _resume(run: Run, ranks: Ranks, engine: Engine, schedule: LRScheduler) -> int:
@@ -416,30 +417,14 @@ def _seed(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
 
 
-def _reported(job: _Job, feed: Iterator[StepPacks]) -> Iterator[StepPacks]:
-    """The feed; what fails on this rank alone is said by this rank."""
-    try:
-        yield from feed
-    except InputError as error:
-        if job.ranks.num == 1 or isinstance(error, RankError):
-            raise
-        raise RankError(f"rank {job.ranks.rank}: {error}") from error
-
-
 def _meet(job: _Job, step: int) -> None:
     """Before a pack: is every rank here, with its data?"""
     try:
         job.ranks.meet()
     except MissingRank as error:
-        minutes = job.run.scaling.rank_timeout_minutes
         names = examples_of(job.run, job.data, job.ranks, step)
-        missing = [rank for rank in error.ranks if rank < len(names)]
-        of = "; ".join(f"rank {rank} has {', '.join(names[rank])}" for rank in missing)
-        who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
-        raise RankError(
-            f"rank {job.ranks.rank}: step {step + 1}: {who} did not come within {minutes:g} minutes, "
-            f"it hangs or is gone{f' ({of})' if of else ''}"
-        ) from error
+        its = "; ".join(f"examples of rank {rank}: {', '.join(names[rank]) or 'none'}" for rank in error.ranks)
+        raise MissingRank(f"step {step + 1}: {error} ({its})", error.ranks) from error
 
 
 def _trouble(loss: float, norm: float, skipped: bool, overflowed: bool) -> str | None:

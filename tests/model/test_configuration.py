@@ -75,6 +75,7 @@ def test_unknown_keys_are_kept_and_never_obeyed(folder: Path, tmp_path: Path) ->
         ({"embd_layer": "x"}, "embd_layer is 'x'"),
         ({"auto_map": 7}, "auto_map is 7"),
         ({"vision_config": 7}, "vision_config is 7"),
+        ({"vision_config": "x", "img_processor": None}, "vision_config is 'x'"),
         ({"vision_config": {"num_hidden_layers": 1}}, "vision_config.num_hidden_layers is 1"),
         ({"vision_config": {"num_channels": 1}}, "num_channels 3"),
         ({"vision_config": {"hidden_size": 30, "num_attention_heads": 4}}, "vision_config.hidden_size"),

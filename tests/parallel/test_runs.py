@@ -143,3 +143,48 @@ def test_a_killed_rank_ends_the_job_and_is_named(
     assert "rank      : 1 (local_rank: 1)" in told or "rank      : 0 (local_rank: 0)" in told
     launch(2, flags(out, max_steps=400, save_every_steps=5, resume="auto"))
     assert len(steps_of(out)) == 400
+
+
+def in_trouble(trouble: str, rank: int, words: list[str], at: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A job of two processes of which one has trouble: troubled.py has the kinds."""
+    script = str(Path(__file__).with_name("troubled.py"))
+    launcher = [*command(2, [])[:-3], script, trouble, str(rank), "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, timeout=180, cwd=at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "first"), [(1, "steps"), (0, "steps"), (1, "evaluation")])
+def test_a_hanging_rank_ends_the_job_and_is_named_with_its_examples(
+    rank: int, first: str, flags: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = flags(tmp_path / "run", rank_timeout_minutes=0.2)
+    ended = in_trouble("hangs", rank, words if first == "evaluation" else [*words, "--no-eval-before"])
+    assert ended.returncode != 0
+    (told,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert f"rank {rank} hangs: it has not come for 0.2 minutes" in told
+    if first == "steps":
+        assert told.startswith("error: step ")  # the first in which it has a picture
+        assert f"(examples of rank {rank}: e" in told
+    assert "/phi3v/" not in ended.stderr  # torchrun has a traceback of its own
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_says_why_and_the_others_keep_still(
+    flags: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    ended = in_trouble("breaks", 1, flags(tmp_path / "run"))
+    assert ended.returncode != 0
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len([line for line in told if "broken for once" in line]) == 1
+    assert "rank 1: " in "".join(told)
+    assert "/phi3v/" not in ended.stderr  # torchrun has a traceback of its own
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    ended = in_trouble("elsewhere", 1, flags(Path("a-run-of-one-host")), at=tmp_path)
+    assert ended.returncode != 0
+    (told,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert "--out a-run-of-one-host on " in told
+    assert "it must be on a file system that all of them share" in told

@@ -127,6 +127,8 @@ class Phi3VConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.foreign: dict[str, Any] = {}  # what else a file said
+        # What defaults are made of comes first; `_check` looks at everything.
+        check_values("config.json: ", {"vision_config": self.vision_config}, {"vision_config": RULES["vision_config"]})
         if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
         if self.embd_layer is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from phi3v.errors import InputError
+from phi3v.errors import InputError, RankError
 from phi3v.hardware import pick_device
 
 T = TypeVar("T")
@@ -41,12 +42,13 @@ class Ranks:
         """The rank that writes and speaks."""
         return self.rank == 0
 
-    # -- messages --------------------------------------------------------------------------------------------------
+    # -- messages: every one is a meeting --------------------------------------------------------------------------
 
     def total(self, *values: float) -> list[float]:
         """Sums over all ranks, in float64."""
         if self.num == 1:
             return list(values)
+        self.meet()
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums, group=_small())
         return sums.tolist()
@@ -67,6 +69,7 @@ class Ranks:
         return found
 
     def _every(self, item: T) -> list[T]:
+        self.meet()
         items: list[Any] = [None] * self.num
         dist.all_gather_object(items, item, group=_small())
         return items
@@ -81,6 +84,7 @@ class Ranks:
                 outcome[0] = work()
             except InputError as error:
                 outcome[1] = str(error)
+        self.meet()
         dist.broadcast_object_list(outcome, src=0, group=_small())
         if outcome[1] is not None:
             raise InputError(outcome[1])
@@ -99,25 +103,49 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def meet(self) -> None:
-        """Waits for all ranks. Raises MissingRank, naming them, when some do not come within `timeout_s`."""
+        """Waits for all ranks. When some do not come within `timeout_s`, one rank raises a MissingRank that names them.
+
+        The others raise an InputError: only one is to speak.
+        """
         if self.num == 1:
             return
+        started = time.monotonic()
         try:
             dist.monitored_barrier(_small(), timeout=timedelta(seconds=self.timeout_s), wait_all_ranks=True)
         except RuntimeError as error:
-            raise MissingRank(error) from error
+            if found := re.search(r"Ranks ([\d, ]+) failed to pass", str(error)):
+                missing, gone = [int(rank) for rank in found[1].split(",")], time.monotonic() - started < self.timeout_s
+            else:  # rank 0 asks the others, they only know whether it does
+                missing, gone = [0], "Timed out" not in str(error)
+            what = "is gone" if gone else f"hangs: it has not come for {self.timeout_s / 60:g} minutes"
+            message = f"rank {', '.join(map(str, missing))} {what}"
+            # A rank 0 that is gone has said why, or torchrun does: it ends as well when it has found somebody missing.
+            if self.rank == (1 if missing == [0] and not gone else 0):
+                raise MissingRank(message, missing) from error
+            raise InputError(message) from error
+
+    def own(self, items: Iterator[T]) -> Iterator[T]:
+        """Items that this rank makes by itself: what goes wrong with them is said by this rank."""
+        try:
+            yield from items
+        except InputError as error:
+            raise RankError(f"rank {self.rank}: {error}" if self.num > 1 else str(error)) from error
 
 
 ALONE = Ranks()
 
 
-class MissingRank(RuntimeError):
-    """A rank did not come to a meeting: it hangs, or it is gone. `ranks` are those that are known to be missing."""
+class MissingRank(RankError):
+    """Ranks did not come to a meeting: they are gone, or they hang."""
 
-    def __init__(self, error: RuntimeError) -> None:
-        super().__init__(str(error))
-        found = re.search(r"Ranks ([\d, ]+) failed to pass", str(error))
-        self.ranks = [int(rank) for rank in found[1].split(",")] if found else []
+    def __init__(self, message: str, ranks: list[int]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error, in the middle of the ranks' common work, says no more than that one of them is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def join(timeout_s: float = 1800.0) -> Ranks:
