@@ -161,6 +161,7 @@ def test_a_step_tells_what_it_was(settings_for: MAKE) -> None:
         "crops": sum(pack.crops for pack in packs),
         "packs": len(packs),
         "examples_per_s": 1.0,
+        "pages_per_s": step.first.step.pages / 4,
         "tokens_per_s": tokens / 4,
         "data_wait": 0.125,
         "seconds": 4.0,

@@ -14,7 +14,8 @@ from phi3v import runlog
 from phi3v.errors import InputError
 from phi3v.runlog import RunLog, progress_bar, say, speak
 
-ESSENCE = {"loss": 0.5, "learning_rate": 1e-4, "examples_per_s": 3.21, "tokens_per_s": 4321.0, "memory_gb": 1.5}
+ESSENCE = {"loss": 0.5, "learning_rate": 1e-4, "examples_per_s": 3.21, "pages_per_s": 123.4, "tokens_per_s": 4321.0}
+ESSENCE |= {"memory_gb": 1.5, "tflops": 0.123, "data_wait": 0.04}
 
 
 def entry(step: int, **values: Any) -> dict[str, Any]:
@@ -216,8 +217,8 @@ def test_without_a_terminal_there_is_a_line_now_and_then_and_at_the_end(
             log.step(entry(step, **({"skipped": True} if step == 4 else {})))
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said] == ["1/9", "5/9", "9/9"]
-    assert said[0] == "step 1/9  loss 0.500 lr 1.0e-04 3.2 ex/s 4.3k tok/s 1.5 GB"
-    assert said[1].endswith("1.5 GB 1 skipped")
+    assert said[0] == "step 1/9  loss 0.500 lr 1.0e-04 3.2 ex/s 123 pages/s 4.3k tok/s 0.12 TFLOP/s 1.5 GB 4% wait"
+    assert said[1].endswith("4% wait 1 skipped")
 
 
 def test_without_progress_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

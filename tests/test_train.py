@@ -41,7 +41,7 @@ MAKE = Callable[..., Run]
 LOG = Callable[..., list[dict[str, Any]]]
 EPOCH = 4  # steps
 PART = "rank-00000-of-00001.safetensors"
-FLEETING = ("time", "seconds", "examples_per_s", "tokens_per_s", "data_wait", "memory_gb")
+FLEETING = ("time", "seconds", "examples_per_s", "pages_per_s", "tokens_per_s", "tflops", "data_wait", "memory_gb")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

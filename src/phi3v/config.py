@@ -69,6 +69,9 @@ class Data:
     share_prefix: bool = True
     """Compute a page once for all its questions. The loss is the same without, only slower."""
 
+    pack: bool = True
+    """Several pages in one forward pass. The loss is the same without, only slower."""
+
     max_tokens_per_pack: int = 8192
     """Tokens of one forward pass. Larger is faster until memory runs out; the result is the same."""
 

@@ -72,6 +72,7 @@ def read_data(
             max_crops_per_pack=run.data.max_crops_per_pack,
             original_max=config.original_max_position_embeddings,
             share_prefix=run.data.share_prefix,
+            pack=run.data.pack,
         ),
     )
     reading = Reading(
@@ -205,6 +206,7 @@ class StepPacks:
             "crops": counts.crops,
             "packs": counts.packs,
             "examples_per_s": examples / seconds,
+            "pages_per_s": counts.pages / seconds,
             "tokens_per_s": counts.tokens / seconds,
             "data_wait": self.wait / seconds,
             "seconds": seconds,

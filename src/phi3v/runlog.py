@@ -162,10 +162,15 @@ class RunLog:
         """The line of a step, and its essence for the eye."""
         self.write({"kind": "step", **entry})
         self.skipped += entry.get("skipped", False)
-        rate = f"{speed:.1f}" if (speed := entry["examples_per_s"]) < 100 else f"{speed:,.0f}"
+        examples, pages = (
+            f"{s:.1f}" if s < 100 else f"{s:,.0f}" for s in (entry["examples_per_s"], entry["pages_per_s"])
+        )
         numbers = (
-            f"[dim]loss[/] {entry['loss']:.3f} [dim]lr[/] {entry['learning_rate']:.1e} {rate} [dim]ex/s[/] "
-            f"{entry['tokens_per_s'] / 1000:.1f}k [dim]tok/s[/] {entry['memory_gb']:.1f} [dim]GB[/]"
+            f"[dim]loss[/] {entry['loss']:.3f} [dim]lr[/] {entry['learning_rate']:.1e} {examples} [dim]ex/s[/] "
+            f"{pages} [dim]pages/s[/] {entry['tokens_per_s'] / 1000:.1f}k [dim]tok/s[/] "
+            f"{entry['tflops']:.2g} [dim]TFLOP/s[/] "
+            + (f"{entry['mfu']:.0%} [dim]MFU[/] " if "mfu" in entry else "")
+            + f"{entry['memory_gb']:.1f} [dim]GB[/] {entry['data_wait']:.0%} [dim]wait[/]"
             + (f" {self.skipped} [dim]skipped[/]" if self.skipped else "")
         )
         self.bar.update(self._task, completed=entry["step"], numbers=numbers)

@@ -41,6 +41,7 @@ from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer, build_schedule, reach
 from phi3v.parallel import Engine, build_engine, pick_engine
 from phi3v.parallel.ranks import MissingRank, Ranks, join
+from phi3v.perf import Flops, achieved, device_peak_tflops, training_flops
 from phi3v.report import write_report
 from phi3v.runfolder import check_shared, claim, digests, locked
 from phi3v.runlog import RunLog, progress_bar, say, speak, start_trackers
@@ -66,6 +67,9 @@ class _Job:
     schedule: LRScheduler
     total_steps: int
     scoring: Scoring
+    flops: Flops
+    peak: float | None
+    """TFLOP/s of a device at its best, where that is known."""
     log: RunLog
     stop: StopRequest
     saved_at: int | None = None
@@ -126,6 +130,7 @@ def train(run: Run) -> dict[str, Any]:
         describe(run, data, model, config, **about)
         if why:
             say(f"[yellow]note[/]        {escape(why)}")
+        flops = training_flops(model, config)
         engine = build_engine(
             name,
             model,
@@ -160,6 +165,8 @@ def train(run: Run) -> dict[str, Any]:
                 schedule=schedule,
                 total_steps=total_steps,
                 scoring=scoring,
+                flops=flops,
+                peak=device_peak_tflops(ranks.device, dtype),
                 log=log,
                 stop=stop,
                 saved_at=step or None,
@@ -213,7 +220,8 @@ def _learn(job: _Job, step: int) -> None:
             job.schedule.step()
         step += 1
         seconds = time.monotonic() - started + batch.first_wait
-        log.step(batch.entry(step, total, rate, norm, seconds, peak_memory_gb(ranks.device), skipped))
+        entry = batch.entry(step, total, rate, norm, seconds, peak_memory_gb(ranks.device), skipped)
+        log.step({**entry, **achieved(job.flops.of(batch.first.step), seconds, ranks.num, job.peak)})
         _complain(job, batch, step, total, losses)
         _conclude_step(job, step, stops=bool(stops))
 

@@ -42,6 +42,7 @@ some_limits = st.builds(
     max_crops_per_pack=st.integers(3, 30),
     original_max=st.integers(20, 100),
     share_prefix=st.booleans(),
+    pack=st.booleans(),
 )
 
 
@@ -122,6 +123,7 @@ def test_budgets_hold_and_ranks_get_equal_numbers_of_packs(plan, num_ranks):
         assert step.crops == sum(tree.crops for pack in packs for tree in pack)
         assert step.examples == sum(len(tree.examples) for pack in packs for tree in pack)
         for pack in packs:
+            assert limits.pack or len(pack) <= 1
             if sum(tree.tokens for tree in pack) > limits.max_tokens_per_pack:
                 ((example,),) = [tree.examples for tree in pack]
                 assert example in lengths.oversized(limits)

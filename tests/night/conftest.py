@@ -31,7 +31,7 @@ SETTINGS = dict[str, Any](
     progress=False,
 )
 # What is of its time and place, not of the run.
-FLEETING = ("time", "seconds", "examples_per_s", "tokens_per_s", "data_wait", "memory_gb")
+FLEETING = ("time", "seconds", "examples_per_s", "pages_per_s", "tokens_per_s", "tflops", "data_wait", "memory_gb")
 
 
 def command(**flags: Any) -> list[str]:

@@ -72,7 +72,7 @@ def test_killed_five_times_at_random(seed: int, workers: int, night: Any, left_b
     while places.total() < 5:
         record.write_text("")
         going = night.start(run, ["places", record], *slow, resume="auto", num_workers=workers)
-        moment = chance.uniform(0.6, 3.0)
+        moment = chance.uniform(1.0, 4.0)
         while (used := going.seconds()) is not None and used < moment:
             time.sleep(0.002)
         if used is not None:

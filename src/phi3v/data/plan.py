@@ -63,6 +63,10 @@ class Step(NamedTuple):
     crops: int
     packs: int
     """Packs of every rank: equal, so that some may be empty."""
+    rows: int
+    """Supervised rows: tokens that carry loss."""
+    pairs: int
+    """A query token and a key token that it sees: what attention has to compute."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,18 @@ class EpochPlan:
             tokens=sum(tree.tokens for tree in trees),
             crops=sum(tree.crops for tree in trees),
             packs=len(ranks[0]),
+            rows=int(self.lengths.supervised[examples].sum()),
+            pairs=self._pairs(trees),
         )
         return counts, ranks
+
+    def _pairs(self, trees: Sequence[PackTree]) -> int:
+        """A prefix is causal; a branch sees all of the prefix, and itself causally."""
+        examples = np.array([i for tree in trees for i in tree.examples], dtype=np.int64)
+        prefixes = self.lengths.prefix[[tree.examples[0] for tree in trees]]
+        prefix, tokens = self.lengths.prefix[examples], self.lengths.tokens[examples]
+        branch = tokens - prefix
+        return int((prefixes * (prefixes + 1) // 2).sum() + (branch * prefix + branch * (branch + 1) // 2).sum())
 
 
 def plan_epoch(lengths: Lengths, settings: PlanSettings, *, seed: int, epoch: int) -> EpochPlan:
@@ -202,7 +216,9 @@ class _Bin:
 
     def has_room(self, tree: PackTree) -> bool:
         within_tokens = self.tokens + tree.tokens <= self.limits.max_tokens_per_pack
-        return not self.trees or (within_tokens and self.crops + tree.crops <= self.limits.max_crops_per_pack)
+        return not self.trees or (
+            self.limits.pack and within_tokens and self.crops + tree.crops <= self.limits.max_crops_per_pack
+        )
 
     def add(self, tree: PackTree) -> None:
         self.trees.append(tree)

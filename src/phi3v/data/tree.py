@@ -37,6 +37,9 @@ class PackLimits:
     share_prefix: bool = True
     """Compute a page once for all its examples. Without it every example is a tree of its own; the loss is the same."""
 
+    pack: bool = True
+    """Several trees in a pack. Without it every tree is a pack of its own; the loss is the same."""
+
     def __post_init__(self) -> None:
         for name in ("max_tokens_per_pack", "max_crops_per_pack", "original_max"):
             if getattr(self, name) < 1:

@@ -1,0 +1,124 @@
+"""How much arithmetic a step is, and how much of the hardware's best that makes.
+
+The rule of counting: what the objective needs and no more. 2 operations per weight and token forward; backward as many
+for the gradient of the input and, if the weight learns, as many for its own; attention over the visible pairs alone
+(causal: half of all); the head, and the last layer but its keys and values, at supervised rows; crops that are padding
+never. Recomputed activations do not count, nor do adapters (1 or 2 %), norms and activation functions. A picture of one
+tile counts as two crops, though its global view is that tile and CLIP runs once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from phi3v.data.plan import Step
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.parts import part_of
+
+PATCHES = 577  # per crop, with the class token
+PATCH_VALUES = 3 * 14 * 14
+TOKENS_PER_CROP = 144
+
+# TFLOP/s of dense bf16 (fp16 on cards without), accumulated in float32, from the makers' data sheets. The first name
+# that is part of a card's own name holds.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "A40": 150,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "L4": 121,
+    "RTX 6000 Ada": 364,
+    "RTX A6000": 155,
+    "RTX 8000": 130,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "V100": 125,
+    "T4": 65,
+}
+
+
+def peak_tflops(card: str, dtype: torch.dtype) -> float | None:
+    """TFLOP/s of a card (as `torch.cuda.get_device_name` calls it) at its best; None if unknown, or in float32."""
+    if dtype == torch.float32:
+        return None
+    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in card), None)
+
+
+def device_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """`peak_tflops` of the device at hand; None for a CPU."""
+    return peak_tflops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations of training, forward and backward, by what they grow with."""
+
+    per_token: float
+    """A token the decoder runs over."""
+    per_pair: float
+    """A query token and a key token that it sees."""
+    per_row: float
+    """A supervised row: what only such rows go through."""
+    per_crop: float
+    """A crop: CLIP and the projector."""
+
+    def of(self, step: Step) -> float:
+        """Of one optimizer step, over all ranks."""
+        work = self.per_token * step.tokens + self.per_pair * step.pairs
+        return work + self.per_row * step.rows + self.per_crop * step.crops
+
+
+def training_flops(model: nn.Module, config: Phi3VConfig) -> Flops:
+    """What a step of `model` costs, given which of its weights learn (`requires_grad`) and which have adapters."""
+    learns, reached = set[str](), set[str]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            reached.add(part_of(name))
+            if "lora_" not in name:
+                learns.add(part_of(name))
+
+    def times(part: str, below: set[str]) -> int:
+        """Forward; the gradient of the weights; and that of the input, if something learns there or before."""
+        return 1 + (part in learns) + bool(reached & below)
+
+    hidden, layers, width = config.hidden_size, config.num_hidden_layers, config.head_dim
+    queries, keys = hidden * config.num_attention_heads * width, hidden * config.num_key_value_heads * width
+    at_row = 2 * queries + 3 * hidden * config.intermediate_size  # query and output projections, MLP
+    layer = at_row + 2 * keys
+    decoder = times("decoder", {"decoder", "embeddings", "projector", "vision"})
+
+    clip = config.clip
+    dim, clip_layers = clip["hidden_size"], clip["num_hidden_layers"] - 1  # features are those before the last layer
+    clip_layer = PATCHES * (4 * dim * dim + 2 * dim * clip["intermediate_size"])
+    vision = times("vision", {"vision"})
+    clip_pairs = 2 * PATCHES * PATCHES * dim * clip_layers
+    crop = vision * clip_layer * clip_layers + times("vision", set()) * PATCHES * PATCH_VALUES * dim
+    crop += times("projector", {"vision"}) * TOKENS_PER_CROP * 4 * dim * hidden
+    crop += times("projector", {"vision", "projector"}) * TOKENS_PER_CROP * hidden * hidden
+    # Attention has no weights: its backward pass is twice its forward, or is not run at all.
+    attention = 3 if "vision" in reached else 1
+    return Flops(
+        per_token=2.0 * decoder * ((layers - 1) * layer + 2 * keys),
+        per_pair=3 * 2.0 * 2 * config.num_attention_heads * width * (layers - 1),
+        per_row=2.0 * decoder * (at_row + hidden * config.vocab_size),
+        per_crop=2.0 * (crop + attention * clip_pairs),
+    )
+
+
+def achieved(work: float, seconds: float, num_devices: int, peak: float | None) -> dict[str, float]:
+    """TFLOP/s of each of the devices that have done `work` operations, and its share of `peak` (MFU) where known."""
+    tflops = work / seconds / num_devices / 1e12
+    return {"tflops": tflops} if peak is None else {"tflops": tflops, "mfu": tflops / peak}
