@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import resource
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from phi3v.errors import InputError
+from phi3v.model import flash
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = ("phi3v", "torch", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
@@ -38,11 +40,22 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto`: the fastest exact one at hand. flash-attn wants CUDA and half precision; torch's sdpa runs anywhere."""
-    if wanted != "auto":
-        return wanted
-    usable = device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if usable else "sdpa"
+    """`auto`: flash attention where it can be had, else sdpa, which runs anywhere. All compute the same.
+
+    Raises InputError for flash_attention_2 where it cannot be had.
+    """
+    reason = flash.why_not(device, dtype) if wanted in ("auto", "flash_attention_2") else None
+    if wanted == "auto":
+        return "sdpa" if reason else "flash_attention_2"
+    if reason:
+        raise InputError(f"--attention flash_attention_2: {reason}; choose sdpa")
+    return wanted
+
+
+def name_attention(attention: str) -> str:
+    """With the kernel behind it, where there are several."""
+    kernel = flash.find_kernel() if attention == "flash_attention_2" else None
+    return f"{attention} ({kernel.name})" if kernel else attention
 
 
 def name_of(dtype: torch.dtype) -> str:

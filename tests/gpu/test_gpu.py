@@ -29,7 +29,7 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.layout import Layout, Tree
 from phi3v.loss import weighted_cross_entropy
-from phi3v.model import Phi3VForCausalLM
+from phi3v.model import Phi3VForCausalLM, flash
 from phi3v.model.attention import PackedAttention
 from phi3v.model.generation import generate_pack
 from phi3v.train import train
@@ -65,11 +65,8 @@ def _exact_products() -> Iterator[None]:
 
 
 def skip_unless_possible(backend: str, dtype: torch.dtype) -> None:
-    if backend == "flash_attention_2":
-        if importlib.util.find_spec("flash_attn") is None:
-            pytest.skip("flash_attn is not installed")
-        if dtype == torch.float32:
-            pytest.skip("flash_attn has no float32")
+    if backend == "flash_attention_2" and (reason := flash.why_not(CUDA, dtype)):
+        pytest.skip(reason)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -129,6 +126,39 @@ def test_a_backend_is_as_close_as_plain_pytorch(backend, dtype, trees, head_dim,
     found = errors(with_gradients(lambda q, k, v: attention(0, q, k, v, rows), q, k, v), exact)
     for name, mine, theirs in zip(("output", "dq", "dk", "dv"), found, plain, strict=True):
         assert mine <= 2 * theirs, f"{name}: {mine:.1e}, plain PyTorch {theirs:.1e}"
+
+
+def kernels() -> dict[str, flash.Kernel]:
+    package = flash.Kernel("flash-attn", flash._package_forward, flash._package_backward)
+    own = flash.Kernel("PyTorch's kernel", flash._torch_forward, flash._torch_backward)
+    return {
+        **({own.name: own} if torch.backends.cuda.is_flash_attention_available() else {}),
+        **({package.name: package} if importlib.util.find_spec("flash_attn") else {}),
+    }
+
+
+@pytest.mark.parametrize("name", ["PyTorch's kernel", "flash-attn"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trees", LAYOUTS.values(), ids=LAYOUTS)
+def test_each_flash_kernel(name, dtype, trees):
+    """The one that `find_kernel` takes, and the one it would take without it."""
+    if name not in kernels():
+        pytest.skip(f"{name} is not at hand")
+    layout = Layout.of(trees).to(CUDA)
+    q, k, v = (x.repeat_interleave(4 // x.shape[1], 1) for x in qkv(layout, dtype, 96))
+    exact = with_gradients(dense(layout, None, written_out=True), q.double(), k.double(), v.double())
+    plain = errors(with_gradients(dense(layout, None, written_out=False), q, k, v), exact)
+    found = with_gradients(lambda *x: flash.attend(*x, flash.calls(layout), kernels()[name]), q, k, v)
+    for what, mine, theirs in zip(("output", "dq", "dk", "dv"), errors(found, exact), plain, strict=True):
+        assert mine <= 2 * theirs, f"{what}: {mine:.1e}, plain PyTorch {theirs:.1e}"
+
+
+def test_flex_is_compiled_once_for_all_packs():
+    for trees in LAYOUTS.values():
+        layout = Layout.of(trees).to(CUDA)
+        q, k, v = qkv(layout, torch.bfloat16, 96)
+        with torch.compiler.set_stance("default" if trees is LAYOUTS["one tree"] else "fail_on_recompile"):
+            PackedAttention(layout, "flex_attention")(0, q, k, v)
 
 
 # -- the whole model ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,10 @@ the oracle for all of them:
                        is copied only for branches past the first MAX_BRANCH_TOKENS_PER_CALL tokens
     eager              the dense [T, T] mask, softmax in float32
     flex_attention     a block mask built once per pack
-    flash_attention_2  two variable-length calls per pack: prefixes, then branches with their prefix gathered in front
+    flash_attention_2  two variable-length calls per pack, merged by log-sum-exp (`phi3v.model.flash`); it is sdpa
+                       with dropout, and where a sliding window bites
+
+With the latter two, the few rows of the last layer against all keys are sdpa's.
 
 `CachedAttention` serves `generate`: a padded batch over a transformers cache.
 """
@@ -27,6 +30,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from phi3v.layout import Layout, Tree
+from phi3v.model import flash
 
 BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 # Branches of one tree share a masked call up to this many tokens (or the prefix, if longer): past that, the masked-out
@@ -61,7 +65,7 @@ def _calls_of_tree(layout: Layout, start: int, tree: Tree, window: int | None) -
         query, key = (torch.arange(start + s.start, start + s.stop, device=device) for s in (queries, keys))
         return layout.visible(query, key, window)
 
-    bites = window is not None and tree.prefix + max(tree.branches) > window + 1
+    bites = _bites(tree, window)
     whole, prefix = slice(0, tree.tokens), slice(0, tree.prefix)
     if len(tree.branches) == 1:
         return [Call(tree.tokens, whole, mask(whole, whole) if bites else None)]
@@ -78,6 +82,11 @@ def _calls_of_tree(layout: Layout, start: int, tree: Tree, window: int | None) -
         )
         found.append(Call(group.stop - group.start, keys, torch.cat([to_prefix, own], dim=1)))
     return found
+
+
+def _bites(tree: Tree, window: int | None) -> bool:
+    """Whether some example of the tree is longer than what the sliding window shows."""
+    return window is not None and tree.prefix + max(tree.branches) > window + 1
 
 
 def _groups(prefix: int, branches: tuple[int, ...]) -> list[slice]:
@@ -119,11 +128,11 @@ class PackedAttention:
             k_TMD, v_TMD = k_TMD.repeat_interleave(groups, 1), v_TMD.repeat_interleave(groups, 1)
         if self.backend == "eager":
             return self._eager(q_TND, k_TMD, v_TMD, rows)
-        if self.backend == "flex_attention":
-            return self._flex(q_TND, k_TMD, v_TMD, rows)
-        if self.backend == "flash_attention_2" and rows is None:
-            return self._flash(q_TND, k_TMD, v_TMD)
-        return self._sdpa(q_TND, k_TMD, v_TMD, rows)  # a few rows against long keys: also what flash has no use for
+        if self.backend == "flex_attention" and rows is None:
+            return self._flex(q_TND, k_TMD, v_TMD)
+        if self.backend == "flash_attention_2" and self._suits_flash(q_TND, rows):
+            return flash.attend(q_TND, k_TMD, v_TMD, self._flash_calls)
+        return self._sdpa(q_TND, k_TMD, v_TMD, rows)
 
     # -- sdpa ----------------------------------------------------------------------------------------------------
 
@@ -166,83 +175,44 @@ class PackedAttention:
 
     # -- flex_attention --------------------------------------------------------------------------------------------
 
-    def _flex(self, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, rows: Tensor | None) -> Tensor:
+    def _flex(self, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
         if self.dropout:
             raise ValueError("attention flex_attention has no dropout: set attention_dropout to 0 or choose sdpa")
-        run: Any = _compiled(flex_attention) if q_TND.is_cuda else flex_attention
-        mask = self._flex_mask if rows is None else self._block_mask(rows)
-        return run(_heads_first(q_TND), _heads_first(k_TND), _heads_first(v_TND), block_mask=mask)[0].transpose(0, 1)
+        run: Any = compiled(flex_attention, q_TND.device)
+        heads_first = (_heads_first(x) for x in (q_TND, k_TND, v_TND))
+        return run(*heads_first, block_mask=self.block_mask)[0].transpose(0, 1)
 
     @cached_property
-    def _flex_mask(self):
-        return self._block_mask(None)
-
-    def _block_mask(self, rows: Tensor | None):
+    def block_mask(self) -> Any:
+        """The BlockMask of the pack. What it closes over are tensors, so the next pack compiles nothing anew."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         tree, branch, position, window = self.layout.tree, self.layout.branch, self.layout.position, self.window
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            query = query if rows is None else rows[query]
             seen = (tree[query] == tree[key]) & ((branch[key] == -1) | (branch[key] == branch[query]))
             distance = position[query] - position[key]
             return seen & (distance >= 0) & (True if window is None else distance <= window)
 
-        queries = self.layout.tokens if rows is None else rows.shape[0]
-        return create_block_mask(visible, None, None, queries, self.layout.tokens, device=str(tree.device))
+        make: Any = compiled(create_block_mask, tree.device)  # compiled, it never holds the [T, T] of it
+        return make(visible, None, None, self.layout.tokens, self.layout.tokens, device=str(tree.device))
 
     # -- flash_attention_2 -----------------------------------------------------------------------------------------
 
+    def _suits_flash(self, q_TND: Tensor, rows: Tensor | None) -> bool:
+        head_dim = q_TND.shape[-1]
+        fits = head_dim % flash.HEAD_DIM_STEP == 0 and head_dim <= flash.MAX_HEAD_DIM
+        return rows is None and fits and not self.dropout and not self._window_bites
+
     @cached_property
-    def _varlen(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...]:
-        """Per call: query tokens, key tokens, and the cumulative lengths of both. Causal, aligned bottom-right."""
-        device = self.layout.position.device
-        calls = []
-        spans: dict[str, list[tuple[list[range], list[range]]]] = {"prefix": [], "branch": []}
-        for start, tree in zip(self.layout.starts, self.layout.trees, strict=True):
-            if len(tree.branches) == 1:
-                spans["prefix"].append(([range(start, start + tree.tokens)],) * 2)
-                continue
-            prefix, at = range(start, start + tree.prefix), start + tree.prefix
-            if tree.prefix:
-                spans["prefix"].append(([prefix], [prefix]))
-            for length in tree.branches:
-                own = range(at, at + length)
-                spans["branch"].append(([own], [prefix, own]))
-                at += length
-        for pairs in spans.values():
-            if not pairs:
-                continue
-            sides = []
-            for side in (0, 1):
-                index = torch.tensor([i for pair in pairs for span in pair[side] for i in span], device=device)
-                lengths = torch.tensor([0] + [sum(len(span) for span in pair[side]) for pair in pairs], device=device)
-                sides.append((index, lengths.cumsum(0, dtype=torch.int32)))
-            calls.append((sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
-        return tuple(calls)
+    def _window_bites(self) -> bool:
+        return any(_bites(tree, self.window) for tree in self.layout.trees)
 
-    def _flash(self, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor) -> Tensor:
-        from flash_attn import flash_attn_varlen_func
-
-        window = (-1, -1) if self.window is None else (self.window, 0)
-        out = torch.empty_like(q_TND)
-        for query, keys, cu_q, cu_k in self._varlen:
-            part = flash_attn_varlen_func(
-                q_TND[query],
-                k_TND[keys],
-                v_TND[keys],
-                cu_seqlens_q=cu_q,
-                cu_seqlens_k=cu_k,
-                max_seqlen_q=int(cu_q.diff().max()),
-                max_seqlen_k=int(cu_k.diff().max()),
-                dropout_p=self.dropout,
-                causal=True,
-                window_size=window,
-            )
-            out = out.index_copy(0, query, part)
-        return out
+    @cached_property
+    def _flash_calls(self) -> flash.Calls:
+        return flash.calls(self.layout)
 
 
 class CachedAttention:
@@ -284,9 +254,15 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: floa
     return F.dropout(weights, dropout) @ v
 
 
-@functools.cache  # one compiled function for all layers and packs
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """On CUDA compiled, once for all layers and packs; on a CPU the function itself."""
+    return compile_once(function) if device.type == "cuda" else function
+
+
+@functools.cache
+def compile_once(function: Callable[..., Any], backend: Any = "inductor") -> Callable[..., Any]:
+    """Compiled for lengths of any size: every pack has its own."""
+    return torch.compile(function, backend=backend, dynamic=True)
 
 
 def _heads_first(x_TND: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ class Phi3VPreTrainedModel(PreTrainedModel):
         """As in transformers, but never from a pickle, which can run code."""
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # transformers would ask for the flash-attn package, or fetch a kernel from the Hub: ours needs neither.
+        if attn_implementation == "flash_attention_2":
+            return attn_implementation
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
