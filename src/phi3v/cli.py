@@ -111,6 +111,7 @@ def _take_recipe(given: list[str]) -> tuple[Any, list[str]]:
 
 
 def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
+    from phi3v.bench import bench
     from phi3v.chat import chat
     from phi3v.convert import convert
     from phi3v.evaluate import evaluate
@@ -195,4 +196,5 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
         "merge": merge,
         "chat": configure(UseAppendAction)(chat),  # or --image would swallow the question
         "report": report,
+        "bench": bench,
     }

@@ -1,0 +1,471 @@
+"""How much faster than the original recipe, and by what: `phi3v bench`.
+
+The original runs one example at a time: every picture padded to `num_crops` + 1 crops, all layers of CLIP, logits of
+all tokens in float32, every layer's activations computed twice. Here that is our own model with every saving switched
+off, and then one saving after the other is switched on, for the same weights, pictures and examples and with the same
+attention kernel and optimizer. All variants take turns in one run, so that a busy machine slows all of them alike, and
+all compute the same loss.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tyro.conf import arg
+
+from phi3v.config import Optim
+from phi3v.data.chat import Encoded, Example, Turn, encode
+from phi3v.data.loader import Reading, training_packs
+from phi3v.data.pack import Pack
+from phi3v.data.plan import PlanSettings, Step, plan_epoch
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.tree import Lengths, PackLimits
+from phi3v.errors import InputError
+from phi3v.files import write_text
+from phi3v.hardware import environment, pick_device, pick_dtype
+from phi3v.loss import weighted_cross_entropy
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.parts import add_lora, freeze, set_precision
+from phi3v.optim import build_optimizer
+from phi3v.perf import PATCHES, TOKENS_PER_CROP, training_flops
+from phi3v.recipes.easy_vqa import build_tokenizer
+from phi3v.runlog import progress_bar, say
+
+Mode = Literal["full", "frozen", "lora"]
+Task = Literal["docvqa", "nlvr2", "memes", "ucf101"]
+
+SAVINGS = {
+    "recompute": "activations are kept, not computed again",
+    "logits": "logits at supervised rows only",
+    "rows": "the last layer at supervised rows only",
+    "crops": "CLIP without its last layer and without padding",
+    "packs": "several pages in one pass",
+    "pages": "a page once for all its questions",
+}
+"""In the order in which they are switched on."""
+
+WORDS = ("what", "is", "written", "in", "line", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ANSWER = "seven eight nine"
+
+
+class Shape(NamedTuple):
+    """What an example of a task looks at."""
+
+    images: int
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    num_crops: int
+
+
+SHAPES: dict[Task, Shape] = {
+    "docvqa": Shape(1, (1275, 1650), 16),
+    "nlvr2": Shape(2, (1024, 768), 16),
+    "memes": Shape(1, (800, 600), 16),
+    "ucf101": Shape(8, (320, 240), 4),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to compute the same loss."""
+
+    name: str
+    savings: frozenset[str]
+    questions: int = 1
+    """Asked about each page. The original computes each by itself, so that one tells what four cost."""
+
+
+def variants(questions: int, *, ablation: bool) -> list[Variant]:
+    """The original; one more saving at a time, or only all of them; and all of them with activations computed twice."""
+    names = [name for name in SAVINGS if name != "pages"]
+    found = [Variant(name="original", savings=frozenset())]
+    if ablation:
+        steps = [(f"+ {SAVINGS[names[n - 1]]}", frozenset(names[:n])) for n in range(1, len(names))]
+        found += [Variant(name=name, savings=savings) for name, savings in steps]
+    everything = frozenset(SAVINGS)
+    for each in dict.fromkeys((1, questions)):
+        name = f"phi3v, {each} question{'s' if each > 1 else ''} a page"
+        found.append(Variant(name=name, savings=everything, questions=each))
+        found.append(Variant(name=f"{name}, recomputing", savings=everything - {"recompute"}, questions=each))
+    return found
+
+
+# -- the model, with savings switched off ------------------------------------------------------------------------------
+
+
+def loss_of(model: Any, pack: Pack, savings: frozenset[str], num_crops: int) -> Tensor:
+    """The pack's loss, a float32 scalar, the way `savings` say. `model` is plain or inside PEFT."""
+    inner: Phi3VForCausalLM = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with nullcontext() if "crops" in savings else _wasteful(inner, pack, num_crops):
+        x = inner.model.embed_pack(pack)
+    hidden = inner.model.decode_layout(x, pack.layout, pack.rows if "rows" in savings else None)
+    if "rows" not in savings and "logits" in savings:
+        hidden = hidden[pack.rows]
+    logits = inner.lm_head(hidden).float()
+    if "rows" in savings or "logits" in savings:
+        return weighted_cross_entropy(logits, pack.targets, pack.weights)
+    targets = torch.full((pack.tokens,), -100, device=logits.device).index_copy(0, pack.rows, pack.targets)
+    weights = torch.zeros(pack.tokens, device=logits.device).index_copy(0, pack.rows, pack.weights)
+    return (F.cross_entropy(logits, targets, ignore_index=-100, reduction="none") * weights).sum()
+
+
+@contextmanager
+def _wasteful(model: Phi3VForCausalLM, pack: Pack, num_crops: int) -> Iterator[None]:
+    """CLIP as the original runs it: all layers, and every picture filled up with crops of zeros."""
+    tower = model.model.vision_embed_tokens.img_processor.vision_model
+    wanted = pack.image_sizes.shape[0] * (num_crops + 1)
+
+    def forward(crops: Tensor) -> Tensor:
+        padded = torch.cat([crops, crops.new_zeros(max(0, wanted - crops.shape[0]), *crops.shape[1:])])
+        x = before_last = tower.pre_layrnorm(tower.embeddings(padded))
+        for layer in tower.encoder.layers:
+            before_last = x
+            if tower.gradient_checkpointing and torch.is_grad_enabled():
+                assert tower._gradient_checkpointing_func is not None
+                x = tower._gradient_checkpointing_func(layer.__call__, x)
+            else:
+                x = layer(x)
+        return before_last[: crops.shape[0], 1:]
+
+    tower.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+# -- what it costs on paper --------------------------------------------------------------------------------------------
+
+
+def hardware_flops(model: Any, config: Phi3VConfig, step: Step, savings: frozenset[str], shape: Shape) -> float:
+    """Floating-point operations that a variant runs for a step, those that are run twice included."""
+    needed = training_flops(model, config)
+    hidden, clip = config.hidden_size, config.clip
+    queries, keys = hidden * hidden, hidden * config.num_key_value_heads * config.head_dim
+    at_row = 2 * queries + 3 * hidden * config.intermediate_size
+    head, dim = hidden * config.vocab_size, clip["hidden_size"]
+    times = needed.per_row / 2 / (at_row + head)  # 2 or 3: with or without gradients of the decoder's weights
+    pairs_of_a_layer = needed.per_pair * step.pairs / (config.num_hidden_layers - 1)
+    work = needed.of(step)
+    if "rows" not in savings:
+        work += 2 * times * at_row * (step.tokens - step.rows) + pairs_of_a_layer
+        if "logits" not in savings:
+            work += 2 * times * head * (step.tokens - step.rows)
+    clip_layer = 2 * PATCHES * (4 * dim * dim + 2 * dim * clip["intermediate_size"] + 2 * PATCHES * dim)
+    projector = 2 * TOKENS_PER_CROP * (4 * dim * hidden + hidden * hidden)
+    layers = clip["num_hidden_layers"] - 1
+    crops = step.crops
+    if "crops" not in savings:
+        crops = step.examples * shape.images * (shape.num_crops + 1)
+        # Crops of zeros go through CLIP, forward and backward, but not through the projector; the last layer forward.
+        work += (crops - step.crops) * (needed.per_crop - projector * times) + crops * clip_layer
+    if "recompute" not in savings:
+        layer = 2 * (at_row + 2 * keys) * step.tokens + pairs_of_a_layer / 3
+        work += layer * (config.num_hidden_layers - ("rows" in savings))
+        learns = any(p.requires_grad for name, p in model.named_parameters() if "img_processor" in name)
+        work += learns * crops * clip_layer * layers
+    return work
+
+
+# -- the examples ------------------------------------------------------------------------------------------------------
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "intermediate_size": 1365,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vision_config": {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 5},
+}
+"""The real model's proportions: head and vision weigh about what they weigh there."""
+
+
+def build_model(mode: Mode, processor: Phi3VProcessor, device: torch.device, dtype: torch.dtype) -> Any:
+    """Random weights, 24 million of them instead of four billion."""
+    ones = [1.0] * (SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2)
+    config = Phi3VConfig(
+        rope_scaling={"type": "su", "short_factor": ones, "long_factor": ones},
+        image_token_id=processor.image_token_id,
+        pad_token_id=processor.pad_token_id,
+        **SIZES,
+    )
+    torch.manual_seed(0)
+    return prepare(Phi3VForCausalLM(config).to(device), mode, dtype)
+
+
+def prepare(model: Any, mode: Mode, dtype: torch.dtype) -> Any:
+    """Sets what learns: all of it, all but the image embedder, or adapters everywhere."""
+    if mode == "lora":
+        model = add_lora(model, frozen=(), rank=64, alpha=256, dropout=0.0, init="default", dora=False, rslora=False)
+    else:
+        freeze(model, ("vision", "projector") if mode == "frozen" else ())
+    set_precision(model, dtype)
+    return model.train()
+
+
+def make_examples(folder: Path, shape: Shape, pages: int, questions: int) -> list[Example]:
+    """Pages of noise with questions about them, page by page."""
+    pick, noise, found = random.Random(0), np.random.default_rng(0), []
+    for page in range(pages):
+        files = []
+        for number in range(shape.images):
+            file = folder / f"{page}-{number}.png"
+            if not file.exists():
+                width, height = shape.size
+                picture = noise.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+                Image.fromarray(picture).resize(shape.size).save(file, compress_level=1)
+            files.append(str(file))
+        for question in range(questions):
+            turn = Turn(user=" ".join(pick.choices(WORDS, k=12)), assistant=ANSWER, images=tuple(files))
+            found.append(Example(id=f"{page}-{question}", turns=(turn,)))
+    return found
+
+
+def packs_of(
+    encoded: Sequence[Encoded], processor: Phi3VProcessor, savings: frozenset[str], tokens: int, crops: int
+) -> tuple[list[Pack], Step]:
+    """One optimizer step over all the examples, laid out as `savings` say."""
+    limits = PackLimits(
+        max_tokens_per_pack=tokens,
+        max_crops_per_pack=crops,
+        share_prefix="pages" in savings,
+        pack="packs" in savings,
+    )
+    plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0)
+    reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
+    micros = list(training_packs(encoded, plan, reading))
+    return [micro.pack for micro in micros], micros[0].step
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """A variant and what was seen of it."""
+
+    variant: Variant
+    packs: list[Pack]
+    step: Step
+    flops: float
+    seconds: list[float] = field(default_factory=list)
+    peak_gb: float = 0.0
+    loss: float = 0.0
+
+    def questions_per_s(self) -> list[float]:
+        return [self.step.examples / seconds for seconds in self.seconds]
+
+
+def run_step(model: Any, optimizer: torch.optim.Optimizer, timed: Timed, num_crops: int, dtype: torch.dtype) -> None:
+    """One optimizer step of a variant, timed. The learning rate is zero: all variants see the same weights."""
+    device = next(model.parameters()).device
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    savings = timed.variant.savings
+    if "recompute" in savings:
+        inner.gradient_checkpointing_disable()
+    else:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    _forget_peak(device)
+    started, loss = time.perf_counter(), torch.zeros((), device=device)
+    for pack in timed.packs:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            part = loss_of(model, pack.to(device), savings, num_crops)
+        part.backward()
+        loss += part.detach()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    timed.loss = float(loss)
+    timed.seconds.append(time.perf_counter() - started)
+    timed.peak_gb = max(timed.peak_gb, _peak_gb(device))
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_gb(device: torch.device) -> float:
+    """Most memory held since `_forget_peak`: of the GPU, or of this process (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def measure(
+    mode: Mode,
+    task: Task,
+    *,
+    pages: int,
+    questions: int,
+    rounds: int,
+    ablation: bool,
+    tokens: int,
+    crops: int,
+    dtype: torch.dtype,
+    progress: bool = True,
+) -> list[Timed]:
+    """Times all variants, round by round, after one step of each that does not count."""
+    shape, device = SHAPES[task], pick_device()
+    processor = Phi3VProcessor(build_tokenizer([" ".join(WORDS)]), num_crops=shape.num_crops)
+    model = build_model(mode, processor, device, dtype)
+    optimizer = build_optimizer(model, Optim(learning_rate=0.0))
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        for variant in variants(questions, ablation=ablation):
+            examples = make_examples(Path(folder), shape, pages, variant.questions)
+            packs, step = packs_of(
+                [encode(example, processor) for example in examples], processor, variant.savings, tokens, crops
+            )
+            flops = hardware_flops(model, _config_of(model), step, variant.savings, shape)
+            found.append(Timed(variant=variant, packs=packs, step=step, flops=flops))
+    with progress_bar(f"{task}, {mode}", (rounds + 1) * len(found), "steps", show=progress, summary=False) as advance:
+        for number in range(rounds + 1):
+            for timed in found:
+                warm_up = Timed(variant=timed.variant, packs=timed.packs[:1], step=timed.step, flops=timed.flops)
+                run_step(model, optimizer, timed if number else warm_up, shape.num_crops, dtype)
+                advance(1)
+    return found
+
+
+def _config_of(model: Any) -> Phi3VConfig:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+
+
+def ratios(timed: Timed, original: Timed) -> list[float]:
+    """Times as many questions a second as the original, round by round."""
+    return [ours / theirs for ours, theirs in zip(timed.questions_per_s(), original.questions_per_s(), strict=True)]
+
+
+def flops_of_the_real_model(mode: Mode, task: Task, found: Sequence[Timed]) -> list[float]:
+    """Operations a question of each variant, at the sizes of the published model."""
+    config = Phi3VConfig()
+    with torch.device("meta"):
+        model = prepare(Phi3VForCausalLM(config), mode, torch.bfloat16)
+    shape = SHAPES[task]
+    return [hardware_flops(model, config, t.step, t.variant.savings, shape) / t.step.examples for t in found]
+
+
+def rows_of(mode: Mode, task: Task, found: Sequence[Timed]) -> list[dict[str, Any]]:
+    """What is printed and written: a row a variant."""
+    original, real = found[0], flops_of_the_real_model(mode, task, found)
+    rows = []
+    for timed, real_flops in zip(found, real, strict=True):
+        pace = statistics.median(timed.questions_per_s())
+        times = ratios(timed, original)
+        rows.append(
+            {
+                "task": task,
+                "mode": mode,
+                "variant": timed.variant.name,
+                "savings": sorted(timed.variant.savings),
+                "questions_a_page": timed.variant.questions,
+                "questions_per_s": pace,
+                "pages_per_s": pace / timed.variant.questions,
+                "tokens_per_s": pace * timed.step.tokens / timed.step.examples,
+                "gflops_per_s": timed.flops / statistics.median(timed.seconds) / 1e9,
+                "peak_gb": timed.peak_gb,
+                "loss": timed.loss,
+                "times_as_fast": {"median": statistics.median(times), "min": min(times), "max": max(times)},
+                "fewer_operations": original.flops / original.step.examples / (timed.flops / timed.step.examples),
+                "fewer_operations_real_size": real[0] / real_flops,
+            }
+        )
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of one task and mode."""
+    say(f"\n[bold]{rows[0]['task']}, {rows[0]['mode']}[/]")
+    say(f"{'':<52}{'pages/s':>9}{'questions/s':>13}{'times as fast':>22}{'operations':>12}{'real size':>11}{'GB':>7}")
+    for row in rows:
+        times = row["times_as_fast"]
+        spread = f"{times['median']:.2f} ({times['min']:.2f}-{times['max']:.2f})"
+        say(
+            f"{row['variant']:<52}{row['pages_per_s']:>9.3f}{row['questions_per_s']:>13.3f}{spread:>22}"
+            f"{'1/' + format(row['fewer_operations'], '.2f'):>12}"
+            f"{'1/' + format(row['fewer_operations_real_size'], '.2f'):>11}{row['peak_gb']:>7.2f}"
+        )
+
+
+def bench(
+    *,
+    tasks: tuple[Task, ...] = ("docvqa",),
+    modes: tuple[Mode, ...] = ("full",),
+    pages: int = 8,
+    questions: int = 4,
+    rounds: int = 2,
+    ablation: bool = True,
+    full: bool = False,
+    max_tokens_per_pack: int = 8192,
+    max_crops_per_pack: int = 64,
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+    progress: bool = True,
+) -> None:
+    """Time training steps against the original recipe's way, and what each saving is worth.
+
+    The model is random and small, with the real one's proportions. "times as fast" is questions a second against the
+    original in the same round (median, least and most); "operations" what arithmetic says for this model, "real size"
+    for the published one. Leave the machine alone meanwhile.
+
+    Args:
+        tasks: Shapes of examples: a page, two photos, a meme, a video of eight frames.
+        modes: What learns: everything, all but the image embedder, or adapters.
+        pages: Pages of an optimizer step.
+        questions: Questions about each page, where a page is shared.
+        rounds: How often each variant is timed.
+        ablation: Switch the savings on one by one; without, only none and all.
+        full: All tasks, all modes, 64 examples a step.
+        max_tokens_per_pack: Tokens of one forward pass.
+        max_crops_per_pack: 336x336 crops of one forward pass.
+        dtype: Precision of the arithmetic.
+        json_file: Write the figures here, with the environment.
+        progress: Show a progress bar.
+    """
+    for name, value in {"pages": pages, "questions": questions, "rounds": rounds}.items():
+        if value < 1:
+            raise InputError(f"--{name} is {value}, it must be at least 1")
+    if full:
+        tasks, modes, pages = tuple(SHAPES), ("full", "frozen", "lora"), 64
+    device = pick_device()
+    precision = pick_dtype(dtype, device)
+    rows = []
+    for task in tasks:
+        for mode in modes:
+            found = measure(
+                mode,
+                task,
+                pages=pages,
+                questions=questions,
+                rounds=rounds,
+                ablation=ablation,
+                tokens=max_tokens_per_pack,
+                crops=max_crops_per_pack,
+                dtype=precision,
+                progress=progress,
+            )
+            rows += (own := rows_of(mode, task, found))
+            show(own)
+            if json_file is not None:  # after every table: a long run may be cut short
+                content = {"rows": rows, "pages": pages, "rounds": rounds, "environment": environment(device)}
+                write_text(json_file, json.dumps(content, indent=1))
