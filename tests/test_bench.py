@@ -18,6 +18,7 @@ from phi3v.data.chat import encode
 from phi3v.data.pack import Pack
 from phi3v.data.plan import Step
 from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.tree import PackLimits
 from phi3v.model import Phi3VForCausalLM
 
 SHAPE = Shape(2, (200, 60), 4)
@@ -35,7 +36,7 @@ def model_for(folder: Path, mode: Any) -> Any:
 
 def laid_out(savings: frozenset[str], processor: Phi3VProcessor, folder: Path) -> tuple[list[Pack], Step]:
     encoded = [encode(example, processor) for example in make_examples(folder, SHAPE, pages=2, questions=2)]
-    return packs_of(encoded, processor, savings, tokens=99_999, crops=99)
+    return packs_of(encoded, processor, savings, PackLimits(max_tokens_per_pack=99_999, max_crops_per_pack=99))
 
 
 def learnt(model: Any, packs: list[Pack], savings: frozenset[str]) -> tuple[float, dict[str, Tensor]]:
@@ -128,6 +129,8 @@ def test_the_command_writes_what_it_prints(
     shared = found["rows"][names.index("phi3v, 3 questions a page")]
     assert shared["fewer_operations"] > 2
     assert shared["pages_per_s"] == pytest.approx(shared["questions_per_s"] / 3)
+    assert [row["variant"] for row in found["answering"]] == list(bench.WAYS)
+    assert all(row["variant"] in told and row["questions_per_s"] > 0 for row in found["answering"])
     assert found["environment"]["torch"]
 
 

@@ -14,9 +14,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -29,14 +29,17 @@ from tyro.conf import arg
 
 from phi3v.config import Optim
 from phi3v.data.chat import Encoded, Example, Turn, encode
+from phi3v.data.chat import questions as questions_of
 from phi3v.data.loader import Reading, training_packs
 from phi3v.data.pack import Pack
 from phi3v.data.plan import PlanSettings, Step, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
+from phi3v.evaluate import answer
 from phi3v.files import write_text
 from phi3v.hardware import environment, pick_device, pick_dtype
+from phi3v.labels import score_labels
 from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze, set_precision
@@ -237,15 +240,10 @@ def make_examples(folder: Path, shape: Shape, pages: int, questions: int) -> lis
 
 
 def packs_of(
-    encoded: Sequence[Encoded], processor: Phi3VProcessor, savings: frozenset[str], tokens: int, crops: int
+    encoded: Sequence[Encoded], processor: Phi3VProcessor, savings: frozenset[str], limits: PackLimits
 ) -> tuple[list[Pack], Step]:
     """One optimizer step over all the examples, laid out as `savings` say."""
-    limits = PackLimits(
-        max_tokens_per_pack=tokens,
-        max_crops_per_pack=crops,
-        share_prefix="pages" in savings,
-        pack="packs" in savings,
-    )
+    limits = replace(limits, share_prefix="pages" in savings, pack="packs" in savings)
     plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0)
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
     micros = list(training_packs(encoded, plan, reading))
@@ -319,8 +317,7 @@ def measure(
     questions: int,
     rounds: int,
     ablation: bool,
-    tokens: int,
-    crops: int,
+    limits: PackLimits,
     dtype: torch.dtype,
     progress: bool = True,
 ) -> list[Timed]:
@@ -334,7 +331,7 @@ def measure(
         for variant in variants(questions, ablation=ablation):
             examples = make_examples(Path(folder), shape, pages, variant.questions)
             packs, step = packs_of(
-                [encode(example, processor) for example in examples], processor, variant.savings, tokens, crops
+                [encode(example, processor) for example in examples], processor, variant.savings, limits
             )
             flops = hardware_flops(model, _config_of(model), step, variant.savings, shape)
             found.append(Timed(variant=variant, packs=packs, step=step, flops=flops))
@@ -407,6 +404,71 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
+# -- answering --------------------------------------------------------------------------------------------------------
+
+WAYS = ("question by question", "a page once for its questions", "labels scored instead of written")
+"""The first two write answers; the third picks the likeliest of LABELS in one pass."""
+LABELS = (ANSWER, "nine eight seven")
+
+
+def measure_answers(
+    task: Task, *, pages: int, questions: int, rounds: int, limits: PackLimits, new_tokens: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Times the ways to answer `questions` about each page; a row a way. All written answers are `new_tokens` long."""
+    shape, device = SHAPES[task], pick_device()
+    processor = Phi3VProcessor(build_tokenizer([" ".join(WORDS)]), num_crops=shape.num_crops)
+    processor.stop_token_ids = (-1, -1)  # a random model stops anywhere, and every way is to write as much
+    model = build_model("full", processor, device, dtype).eval()
+    reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
+    how: dict[str, Any] = {"reading": reading, "dtype": dtype, "progress": False}
+    alone = replace(limits, share_prefix=False, pack=False)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        examples = make_examples(Path(folder), shape, pages, questions)
+        prompts = [question for example in examples for question in questions_of(example)]
+        for _ in range(rounds):
+            works: list[Callable[[], Any]] = [
+                lambda: answer(model, processor, prompts, limits=alone, max_new_tokens=new_tokens, **how),
+                lambda: answer(model, processor, prompts, limits=limits, max_new_tokens=new_tokens, **how),
+                lambda: score_labels(model, processor, prompts, LABELS, limits=limits, **how),
+            ]
+            results = []
+            for way, work in zip(WAYS, works, strict=True):
+                started = time.perf_counter()
+                results.append(work())
+                seconds[way].append(time.perf_counter() - started)
+            same = [one["prediction"] == other["prediction"] for one, other in zip(*results[:2], strict=True)]
+            assert all(same) or dtype != torch.float32
+    rows = []
+    for way, took in seconds.items():
+        times = [slow / fast for slow, fast in zip(seconds[WAYS[0]], took, strict=True)]
+        rows.append(
+            {
+                "task": task,
+                "variant": way,
+                "questions_a_page": questions,
+                "new_tokens": 0 if way == WAYS[2] else new_tokens,
+                "questions_per_s": len(prompts) / statistics.median(took),
+                "times_as_fast": {"median": statistics.median(times), "min": min(times), "max": max(times)},
+            }
+        )
+    return rows
+
+
+def show_answers(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of `measure_answers`."""
+    first = rows[0]
+    say(
+        f"\n[bold]{first['task']}, answering {first['questions_a_page']} questions a page[/] "
+        f"({first['new_tokens']} new tokens where answers are written)"
+    )
+    say(f"{'':<52}{'questions/s':>13}{'times as fast':>22}")
+    for row in rows:
+        times = row["times_as_fast"]
+        spread = f"{times['median']:.2f} ({times['min']:.2f}-{times['max']:.2f})"
+        say(f"{row['variant']:<52}{row['questions_per_s']:>13.3f}{spread:>22}")
+
+
 def bench(
     *,
     tasks: tuple[Task, ...] = ("docvqa",),
@@ -415,6 +477,8 @@ def bench(
     questions: int = 4,
     rounds: int = 2,
     ablation: bool = True,
+    answering: bool = True,
+    new_tokens: int = 8,
     full: bool = False,
     max_tokens_per_pack: int = 8192,
     max_crops_per_pack: int = 64,
@@ -435,6 +499,8 @@ def bench(
         questions: Questions about each page, where a page is shared.
         rounds: How often each variant is timed.
         ablation: Switch the savings on one by one; without, only none and all.
+        answering: Time evaluation as well: question by question, page by page, and by scoring labels.
+        new_tokens: Length of a written answer.
         full: All tasks, all modes, 64 examples a step.
         max_tokens_per_pack: Tokens of one forward pass.
         max_crops_per_pack: 336x336 crops of one forward pass.
@@ -442,14 +508,16 @@ def bench(
         json_file: Write the figures here, with the environment.
         progress: Show a progress bar.
     """
-    for name, value in {"pages": pages, "questions": questions, "rounds": rounds}.items():
+    for name, value in {"pages": pages, "questions": questions, "rounds": rounds, "new-tokens": new_tokens}.items():
         if value < 1:
             raise InputError(f"--{name} is {value}, it must be at least 1")
     if full:
         tasks, modes, pages = tuple(SHAPES), ("full", "frozen", "lora"), 64
     device = pick_device()
     precision = pick_dtype(dtype, device)
-    rows = []
+    limits = PackLimits(max_tokens_per_pack=max_tokens_per_pack, max_crops_per_pack=max_crops_per_pack)
+    content: dict[str, Any] = {"rows": [], "answering": [], "pages": pages, "rounds": rounds}
+    content["environment"] = environment(device)
     for task in tasks:
         for mode in modes:
             found = measure(
@@ -459,13 +527,29 @@ def bench(
                 questions=questions,
                 rounds=rounds,
                 ablation=ablation,
-                tokens=max_tokens_per_pack,
-                crops=max_crops_per_pack,
+                limits=limits,
                 dtype=precision,
                 progress=progress,
             )
-            rows += (own := rows_of(mode, task, found))
-            show(own)
-            if json_file is not None:  # after every table: a long run may be cut short
-                content = {"rows": rows, "pages": pages, "rounds": rounds, "environment": environment(device)}
-                write_text(json_file, json.dumps(content, indent=1))
+            show(own := rows_of(mode, task, found))
+            content["rows"] += own
+            _keep(json_file, content)
+        if answering:
+            own = measure_answers(
+                task,
+                pages=pages,
+                questions=questions,
+                rounds=rounds,
+                limits=limits,
+                new_tokens=new_tokens,
+                dtype=precision,
+            )
+            show_answers(own)
+            content["answering"] += own
+            _keep(json_file, content)
+
+
+def _keep(file: Path | None, content: dict[str, Any]) -> None:
+    """After every table: a long run may be cut short."""
+    if file is not None:
+        write_text(file, json.dumps(content, indent=1))
