@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from phi3v import checkpoint
+from phi3v.adamw import AdamW8bit, AdamWBf16, weight_dtype
 from phi3v.checkpoint import damage, load_checkpoint, newest_checkpoint, save_checkpoint
 from phi3v.errors import InputError
 from phi3v.parallel.ranks import Ranks
@@ -24,7 +25,7 @@ State = dict[str, Any]
 PART = "rank-00000-of-00001.safetensors"
 
 
-def state_of(seed: int) -> State:
+def state_of(seed: int, kind: str = "adamw") -> State:
     """An engine with a small model that has taken two steps, one parameter frozen, the last layer never reached."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2), nn.Linear(2, 2))
@@ -32,11 +33,10 @@ def state_of(seed: int) -> State:
     engine = Replicated(
         model,
         Ranks(device=torch.device("cpu")),
-        make_optimizer=lambda model: torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True
-        ),
+        make_optimizer=lambda model: optimizer_of([p for p in model.parameters() if p.requires_grad], kind),
         max_grad_norm=1.0,
-        dtype=torch.float32,
+        dtype=weight_dtype(kind),
+        learning=weight_dtype(kind),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1 / (step + 1))
     for number in range(2):
@@ -44,10 +44,21 @@ def state_of(seed: int) -> State:
     return {"engine": engine, "schedule": schedule}
 
 
+def optimizer_of(parameters: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    groups = [{"params": parameters, "lr": 0.1, "weight_decay": 0.01}]
+    if kind == "adamw-bf16":
+        return AdamWBf16(groups, betas=(0.9, 0.99), eps=1e-8, seed=7)
+    pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
+    return AdamW8bit(groups, betas=(0.9, 0.99), eps=1e-8)
+
+
 def step(engine: Replicated, schedule: Any, *, seed: int, layers: int = 3) -> float:
     """The loss before it. Only four layers reach the last one."""
     torch.manual_seed(seed)
-    loss = engine.model[:layers](torch.rand(5, 3)).square().sum()
+    inputs = torch.rand(5, 3).to(engine.model[0].weight.dtype)
+    loss = engine.model[:layers](inputs).float().square().sum()
     loss.backward()
     engine.step()
     schedule.step()
@@ -63,13 +74,15 @@ def saved(tmp_path: Path) -> tuple[Path, State]:
     return tmp_path, state
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit", "adamw-bf16"])
 @pytest.mark.parametrize("layers", [3, 4], ids=["asleep", "awake afterwards"])
-def test_going_on_from_a_checkpoint_is_going_on(layers: int, saved: tuple[Path, State]) -> None:
+def test_going_on_from_a_checkpoint_is_going_on(layers: int, kind: str, tmp_path: Path, monkeypatch) -> None:
     """Weights, moments and schedule, bit for bit; also those of a layer that has slept so far."""
-    folder, state = saved
+    monkeypatch.setattr("phi3v.adamw.MIN_8BIT", 4)  # not a bias of two
+    folder, state = tmp_path, state_of(1, kind)
     save_checkpoint(folder, 3, **state)
     losses = [step(**state, seed=number, layers=layers) for number in range(3)]
-    other = state_of(2)
+    other = state_of(2, kind)
     with torch.no_grad():
         other["engine"].model[0].bias.copy_(state["engine"].model[0].bias)  # frozen: it comes with the base checkpoint
     path, _ = newest_checkpoint(folder)
@@ -93,6 +106,22 @@ def test_tensors_are_safetensors_and_the_rest_is_json(saved: tuple[Path, State])
     rest = json.loads((path / "state.json").read_text())
     assert rest.keys() == {"step", "metric", "schedule", "scaler"}
     assert json.loads((path / "manifest.json").read_text()).keys() == {PART, "state.json"}
+
+
+def test_what_low_memory_optimizers_save(tmp_path: Path, monkeypatch) -> None:
+    """Codes with their scales where moments are in eight bits; nothing wider than bf16 where all are bf16."""
+    monkeypatch.setattr("phi3v.adamw.MIN_8BIT", 4)
+    found = {}
+    for number, kind in enumerate(("adamw-8bit", "adamw-bf16")):
+        path = save_checkpoint(tmp_path, number, **state_of(1, kind))
+        found[kind] = {name: tensor.dtype for name, tensor in load_file(path / PART).items()}
+    assert set(found["adamw-bf16"].values()) == {torch.bfloat16}
+    eight = {name.partition("/")[0]: dtype for name, dtype in found["adamw-8bit"].items() if name.endswith("2.weight")}
+    assert eight == {
+        "weight": torch.float32,
+        **dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.uint8),
+        **dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), torch.float32),
+    }
 
 
 def test_a_checkpoint_of_other_weights_is_refused_by_name(saved: tuple[Path, State]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
         ({"labels": ("yes", "no")}, "--labels has no effect with --score generate: choose labels or both"),
         ({"lora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
         ({"freeze": ("vision",), "vision_learning_rate": 1e-5}, "--vision-learning-rate has no effect"),
+        (
+            {"optimizer": "adamw-8bit", "parallel": "zero2"},
+            "--optimizer adamw-8bit cannot be split by --parallel zero2",
+        ),
+        (
+            {"optimizer": "adamw-bf16", "parallel": "fsdp2"},
+            "--optimizer adamw-bf16 cannot be split by --parallel fsdp2",
+        ),
+        (
+            {"optimizer": "adamw-bf16", "dtype": "fp16"},
+            "--optimizer adamw-bf16 cannot learn in --dtype fp16: loss scaling",
+        ),
+        ({"optimizer": "adamw-bf16"}, "--optimizer adamw-bf16 cannot learn in --dtype fp32: its weights are bf16"),
         ({"eval_every_steps": 5}, "--eval-every-steps needs --eval"),
         ({"track": ("no_such_tracker",)}, "--track no_such_tracker: it is not installed"),
     ],
@@ -79,6 +93,19 @@ def test_what_can_be_is_not_refused(settings_for: MAKE) -> None:
     settings_for(vision_learning_rate=0.0, freeze=("embeddings",), warmup_steps=0, num_workers=0).check()
     settings_for(qlora=True, lora_rank=8, double_quant=True, quantize=("vision",), freeze_vision_model=True).check()
     settings_for(score="labels", labels=("yes", "no"), max_minutes=0.5, parallel="zero3").check()
+    settings_for(optimizer="adamw-bf16", dtype="auto", parallel="ddp", qlora=True).check()
+    settings_for(optimizer="adamw-8bit", dtype="fp16").check()
+
+
+def test_eight_bits_need_bitsandbytes(settings_for: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^--optimizer adamw-8bit needs bitsandbytes: pip install 'phi3v\[qlora\]'$"):
+        settings_for(optimizer="adamw-8bit").check()
+
+
+def test_bf16_weights_are_multiplied_in_bf16_on_any_hardware(settings_for: MAKE) -> None:
+    assert settings_for(optimizer="adamw-bf16", dtype="auto").precision == "bf16"
+    assert settings_for(optimizer="adamw-8bit", dtype="auto").precision == "auto"
 
 
 def test_the_short_flag_freezes_the_whole_image_embedder() -> None:

@@ -138,12 +138,23 @@ def test_several_processes_and_what_they_share_out(described: Callable[..., list
     assert memory[1] < memory[0]
 
 
-def test_what_deserves_a_note(described: Callable[..., list[str]], settings_for: MAKE) -> None:
+def test_the_optimizer_is_counted_as_it_is(described: Callable[..., list[str]], settings_for: MAKE) -> None:
+    def moments(optimizer: str) -> float:
+        lines = described(settings_for(optimizer=optimizer, dtype="auto"))
+        return float(re.search(r"optimizer ([\d.]+)", " ".join(lines))[1])  # type: ignore[index]
+
+    assert moments("adamw-8bit") < moments("adamw-bf16") < moments("adamw")
+
+
+def test_what_deserves_a_note(described: Callable[..., list[str]], settings_for: MAKE, monkeypatch) -> None:
     assert not [line for line in described(settings_for()) if line.startswith("note")]
     lines = described(settings_for(max_tokens_per_pack=320, warmup_steps=3, max_steps=5))
     assert "note 3 of 5 steps are warm-up (--warmup-steps)" in lines
     assert any(re.fullmatch(r"note \d+ examples exceed a pack's limits; each gets a pack of its own", x) for x in lines)
     assert any("recomputing activations" in line for line in described(settings_for(), recompute=True))
+    monkeypatch.setattr("phi3v.describe.has_bf16", lambda device: False)
+    lines = described(settings_for(optimizer="adamw-bf16", dtype="auto"))
+    assert "note this hardware has no bf16 arithmetic: adamw-bf16 will be slow" in lines
 
 
 def test_a_name_is_not_taken_for_markup(

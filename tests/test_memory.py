@@ -53,6 +53,22 @@ def test_a_tower_that_learns_keeps_its_activations_and_recomputing_saves_them(sh
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "weight", "gradient", "moments"),
+    [("adamw", 4, 4, 8), ("adamw-8bit", 4, 4, 2 + 8 / 256), ("adamw-bf16", 2, 2, 4)],
+)
+def test_what_an_optimizer_keeps_of_a_weight(
+    optimizer: Any, weight: float, gradient: float, moments: float, shell: Phi3VForCausalLM
+) -> None:
+    freeze(shell, ("vision",))
+    learn = sum(p.numel() for p in shell.parameters() if p.requires_grad)
+    sizes: dict[str, Any] = {"tokens": 100, "crops": 2, "rows": 7, "bytes_per_value": 2, "recompute": False}
+    found = estimate(shell, shell.config, **sizes, optimizer=optimizer)
+    assert found["weights"] * GIGA == pytest.approx(weight * learn + 2 * 24_600)
+    assert found["gradients"] * GIGA == pytest.approx(gradient * learn)
+    assert found["optimizer"] * GIGA == pytest.approx(moments * learn)
+
+
+@pytest.mark.parametrize(
     ("engine", "shared"),
     [
         ("ddp", set()),

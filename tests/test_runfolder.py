@@ -87,6 +87,7 @@ def test_a_finished_run_is_found_finished_and_never_begun_again(settings_for: MA
         ({"seed": 1}, "--seed was 42 in .*, now it is 1"),
         ({"max_steps": 20}, "--max-steps was None in .*, now it is 20"),
         ({"dtype": "bf16"}, "--dtype was fp32 in .*, now it is bf16"),
+        ({"optimizer": "adamw-8bit"}, "--optimizer was adamw in .*, now it is adamw-8bit"),
         ({"lora": True}, "--lora was False in .*, now it is True"),
         ({"freeze": ("vision",)}, r"--freeze was \[\] in .*, now it is \['vision'\]"),
     ],

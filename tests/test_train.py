@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import phi3v.loss as loss_room
 import phi3v.train as room
 from phi3v import checkpoint
 from phi3v.config import Run
@@ -132,6 +133,22 @@ def test_the_final_model_has_the_precision_of_its_base(settings_for: MAKE, chang
     assert {tensor.dtype for tensor in weights(run.keeping.out).values()} == {torch.bfloat16}
     learnt = load_file(run.keeping.out / "checkpoints/step-000002" / PART)
     assert {tensor.dtype for tensor in learnt.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "float32"])
+def test_a_model_that_learns_in_bf16_is_saved_as_it_is(
+    base: str, settings_for: MAKE, changed_model, tiny_model_dir: Path
+) -> None:
+    """In the precision of its base, and what is frozen in all of that."""
+    dtype = getattr(torch, base)
+    start = {name: tensor.to(dtype) for name, tensor in load_file(tiny_model_dir / "model.safetensors").items()}
+    flags = {"optimizer": "adamw-bf16", "dtype": "auto", "max_steps": 2, "eval": None, "freeze": ("vision",)}
+    train(run := settings_for(model=changed_model({"torch_dtype": base}, start), **flags))
+    learnt = load_file(run.keeping.out / "checkpoints/step-000002" / PART)
+    for name, tensor in weights(run.keeping.out).items():
+        expected = learnt.get(f"weight/{name}", start[name].flatten())
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor.flatten(), expected.to(dtype)), name
 
 
 def test_the_logged_loss_is_the_mean_over_examples_of_their_mean(
@@ -288,7 +305,7 @@ def test_no_loss_scale_helps_a_gradient_that_is_never_finite(settings_for: MAKE,
         loss = weighted_cross_entropy(*arguments)
         return loss + (loss - loss.detach()).sqrt()  # plus 0, with a gradient of infinity
 
-    monkeypatch.setattr(replicated, "weighted_cross_entropy", steep)
+    monkeypatch.setattr(loss_room, "weighted_cross_entropy", steep)
     with pytest.raises(InputError, match=r"step 1: the gradient is not finite; its examples are (e\d+(, )?){4}$"):
         train(settings_for(max_steps=30))
     with pytest.raises(InputError, match=r"step 17: the gradient is not finite"):
@@ -334,6 +351,14 @@ MODES: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "frozen": {"freeze_vision_model": True, "questions": "random", "batch_size": 2},
     "fp16": {"dtype": "fp16", "warmup_steps": 0, "eval": None, "eval_every_steps": None},  # slow answers, on a CPU
+    "8-bit moments": {"optimizer": "adamw-8bit", "eval": None, "eval_every_steps": None},
+    "all bf16": {
+        "optimizer": "adamw-bf16",
+        "dtype": "auto",
+        "freeze": ("vision",),
+        "eval": None,
+        "eval_every_steps": None,
+    },
 }
 
 
@@ -442,7 +467,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor
     """`change(k, loss)` is the loss of the k-th pack that is learnt from, the first being 1."""
     count = itertools.count(1)
     monkeypatch.setattr(
-        replicated, "weighted_cross_entropy", lambda *given: change(next(count), weighted_cross_entropy(*given))
+        loss_room, "weighted_cross_entropy", lambda *given: change(next(count), weighted_cross_entropy(*given))
     )
 
 

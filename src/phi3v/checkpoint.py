@@ -101,7 +101,7 @@ def _write_slices(engine: Engine, file: Path) -> dict[str, dict[str, Any]]:
         if engine.owns(part.name) and part.weight.numel():
             count = None if part.count is None else float(part.count)
             about[part.name] = {"shape": part.shape, "start": part.start, "count": count}
-            for key, value in {"weight": part.weight, **part.state}.items():
+            for key, value in {"weight": part.weight, **part.state, **part.scales}.items():
                 tensors[f"{key}/{part.name}"] = value.detach().contiguous()
     save_file(tensors, file, metadata={"slices": json.dumps(about)})
     flush(file)
@@ -195,6 +195,8 @@ def _read_into(part: Slice, saved: list[_Saved]) -> None:
                 value[here] = 0.0  # it had slept since the run began
             else:
                 value[here] = piece.file.get_slice(f"{key}/{part.name}")[stored].to(value.device)
+        for key, value in part.scales.items():
+            value.copy_(piece.file.get_tensor(f"{key}/{part.name}") if piece.steps is not None else torch.zeros(()))
 
 
 def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:

@@ -22,6 +22,7 @@ from phi3v.jsonfile import read_object
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
+Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class Base:
     and can be used, else sdpa."""
 
     dtype: Precision = "auto"
-    """Precision of the arithmetic. Trainable weights are always kept in float32, frozen ones in this precision. auto:
-    bf16 where the hardware has it, else fp16 with loss scaling on CUDA, else fp32."""
+    """Precision of the arithmetic. Trainable weights are kept in float32, frozen ones in this precision. auto: bf16
+    where the hardware has it, else fp16 with loss scaling on CUDA, else fp32; with `--optimizer adamw-bf16` bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,10 @@ class Tuning:
 class Optim:
     """AdamW and its schedule. The defaults are the original recipe's."""
 
+    optimizer: Optimizer = "adamw"
+    """adamw: all float32, 16 bytes a weight that learns. adamw-8bit: moments in eight bits, 10 bytes (pip install
+    'phi3v[qlora]'). adamw-bf16: weights, gradients and moments in bf16, stochastically rounded, 8 bytes."""
+
     epochs: float = 1.0
     """Passes over the data; a fraction stops within one."""
 
@@ -192,7 +197,8 @@ class Scaling:
 
     parallel: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     """ddp: every GPU holds everything. zero1, zero2: the optimizer's state (and gradients) are split. fsdp2, zero3: the
-    weights too. auto: zero2 for the whole model (fsdp2 without DeepSpeed), ddp for adapters and on CPUs."""
+    weights too. auto: zero2 for the whole model (fsdp2 without DeepSpeed), ddp for adapters, on CPUs, and for any
+    `--optimizer` but adamw, which is the only one that can be split."""
 
     rank_timeout_minutes: float = 30.0
     """A process that has not come to where the others wait after so long is reported, and the job ends."""
@@ -326,8 +332,25 @@ class Run:
                 raise InputError(f"--{name.replace('_', '-')} has no effect without --qlora")
         if self.tuning.qlora and self.tuning.lora_init in ("pissa", "olora"):
             raise InputError(f"--lora-init {self.tuning.lora_init} decomposes the weights, which --qlora has quantised")
+        optimizer, parallel = self.optim.optimizer, self.scaling.parallel
+        if optimizer != "adamw" and parallel not in ("auto", "ddp"):
+            raise InputError(f"--optimizer {optimizer} cannot be split by --parallel {parallel}: choose ddp")
+        if optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--optimizer adamw-8bit needs bitsandbytes: pip install 'phi3v[qlora]'")
+        if optimizer == "adamw-bf16" and self.base.dtype == "fp16":
+            raise InputError(
+                "--optimizer adamw-bf16 cannot learn in --dtype fp16: loss scaling is for gradients in fp16, its own "
+                "are bf16 (choose --dtype bf16, or --optimizer adamw-8bit)"
+            )
+        if optimizer == "adamw-bf16" and self.base.dtype == "fp32":
+            raise InputError("--optimizer adamw-bf16 cannot learn in --dtype fp32: its weights are bf16")
         if "embeddings" in self.tuning.frozen and self.tuning.adapters:
             raise InputError("--freeze embeddings has no effect with --lora: adapters never touch the embeddings")
+
+    @property
+    def precision(self) -> Precision:
+        """Of the arithmetic, as `pick_dtype` understands it: bf16 weights are multiplied in bf16 on any hardware."""
+        return "bf16" if self.optim.optimizer == "adamw-bf16" else self.base.dtype
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, with paths as strings: what `config.json` holds."""

@@ -11,7 +11,7 @@ from rich.text import Text
 from phi3v.config import Run
 from phi3v.data.plan import plan_epoch
 from phi3v.feed import TrainingData
-from phi3v.hardware import name_of
+from phi3v.hardware import has_bf16, name_of
 from phi3v.memory import estimate
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import count_parameters
@@ -47,6 +47,7 @@ def describe(
         recompute=recompute,
         engine=engine,
         num_ranks=ranks.num,
+        optimizer=run.optim.optimizer,
     )
     _row("model", escape(run.base.model))
     _row("", f"{name_of(dtype)} on {ranks.device}, attention {attention}, num_crops {data.reading.num_crops}")
@@ -74,6 +75,8 @@ def describe(
     _row("", ", ".join(parts[3:]))
     if run.optim.warmup_steps * 2 > total_steps:
         _row("[yellow]note[/]", f"{run.optim.warmup_steps} of {total_steps} steps are warm-up (--warmup-steps)")
+    if run.optim.optimizer == "adamw-bf16" and not has_bf16(ranks.device):
+        _row("[yellow]note[/]", "this hardware has no bf16 arithmetic: adamw-bf16 will be slow")
     if len(oversized := lengths.oversized(limits)):
         _row("[yellow]note[/]", f"{len(oversized)} examples exceed a pack's limits; each gets a pack of its own")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from phi3v.adamw import BYTES
+from phi3v.config import Optimizer
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.parallel import Parallel
 
@@ -31,13 +33,14 @@ def estimate(
     recompute: bool,
     engine: Parallel = "ddp",
     num_ranks: int = 1,
+    optimizer: Optimizer = "adamw",
 ) -> dict[str, float]:
     """GB by part for the largest pack: `tokens` and `crops` run through the layers, `rows` get logits.
 
-    Trainable weights, their gradients and both AdamW moments are float32. Activations are what a layer keeps for its
-    backward pass: 8 H + 3 F values a token in the decoder, 8 D + 2 F a patch in CLIP (H, D widths, F the MLP's); with
-    `recompute` only the layers' inputs and one layer's worth. `engine` says what `num_ranks` share out. An estimate:
-    the allocator and kernels come on top.
+    `optimizer` says what a weight that learns takes, with its gradient and both moments. Activations are what a layer
+    keeps for its backward pass: 8 H + 3 F values a token in the decoder, 8 D + 2 F a patch in CLIP (H, D widths, F the
+    MLP's); with `recompute` only the layers' inputs and one layer's worth. `engine` says what `num_ranks` share out. An
+    estimate: the allocator and kernels come on top.
     """
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(
@@ -45,7 +48,7 @@ def estimate(
         for p in model.parameters()
         if not p.requires_grad
     )
-    clip = config.clip
+    each, clip = BYTES[optimizer], config.clip
     decoder_layer = (8 * config.hidden_size + 3 * config.intermediate_size) * tokens
     clip_layer = (8 * clip["hidden_size"] + 2 * clip["intermediate_size"]) * crops * PATCHES
     vision_learns = any(p.requires_grad for name, p in model.named_parameters() if "img_processor" in name)
@@ -56,9 +59,9 @@ def estimate(
     else:
         kept = layers * decoder_layer + (clip_layers * clip_layer if vision_learns else 0)
     parts = {
-        "weights": 4 * learn + frozen,
-        "gradients": 4 * learn,
-        "optimizer": 8 * learn,
+        "weights": each.weight * learn + frozen,
+        "gradients": each.gradient * learn,
+        "optimizer": each.moments * learn,
         "activations": bytes_per_value * kept,
         "logits": 3 * 4 * rows * config.vocab_size,
     }

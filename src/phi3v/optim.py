@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups and its schedule."""
+"""The optimizer, its parameter groups and its schedule."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from phi3v.adamw import AdamW8bit, AdamWBf16
 from phi3v.config import Optim
 from phi3v.model.parts import part_of
 
 IMAGE_PARTS = ("vision", "projector")  # reached by examples with images only
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Fused AdamW over the trainable parameters, grouped by learning rate and weight decay.
+def build_optimizer(model: nn.Module, optim: Optim, *, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW (fused, in float32) over the trainable parameters, grouped by learning rate and weight decay.
 
     Biases and norm weights do not decay, as in the original recipe's trainer. What only images reach has groups of its
-    own, which `reach` puts to sleep.
+    own, which `reach` puts to sleep. `seed` is stochastic rounding's.
     """
     rates = {"vision": optim.vision_learning_rate, "projector": optim.projector_learning_rate}
     # The decoder's group comes first: its learning rate is the one that is shown.
@@ -31,16 +32,19 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         decays = parameter.ndim > 1 and not name.endswith("bias")
         key = (part in IMAGE_PARTS, rate, optim.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate, "weight_decay": decay, "needs_images": needs_images, "asleep": False}
-            for (needs_images, rate, decay), parameters in groups.items()
-            if parameters
-        ],
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
+    described: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "weight_decay": decay, "needs_images": needs_images, "asleep": False}
+        for (needs_images, rate, decay), parameters in groups.items()
+        if parameters
+    ]
+    betas, eps = (optim.beta1, optim.beta2), optim.eps
+    optimizer: torch.optim.Optimizer
+    if optim.optimizer == "adamw-8bit":
+        optimizer = AdamW8bit(described, betas=betas, eps=eps)
+    elif optim.optimizer == "adamw-bf16":
+        optimizer = AdamWBf16(described, betas=betas, eps=eps, seed=seed)
+    else:
+        optimizer = torch.optim.AdamW(described, betas=betas, eps=eps, fused=True)
     optimizer.register_step_pre_hook(_leave_out_sleepers)
     optimizer.register_step_post_hook(_bring_back_sleepers)
     return optimizer

@@ -22,6 +22,7 @@ import torch
 from rich.markup import escape
 from torch.optim.lr_scheduler import LRScheduler
 
+from phi3v.adamw import weight_dtype
 from phi3v.audit import GradientAudit
 from phi3v.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.config import Run
@@ -92,7 +93,7 @@ def train(run: Run) -> dict[str, Any]:
     run.check()
     ranks = join(60 * run.scaling.rank_timeout_minutes)
     speak(ranks.is_first)
-    folder, dtype = run.keeping.out, pick_dtype(run.base.dtype, ranks.device)
+    folder, dtype = run.keeping.out, pick_dtype(run.precision, ranks.device)
     checkpoints = folder / "checkpoints"
     with ExitStack() as held, StopRequest(run.keeping.max_minutes) as stop:
         found = ranks.first_does(lambda: claim(run))
@@ -108,7 +109,9 @@ def train(run: Run) -> dict[str, Any]:
         data = read_data(run, processor, config, check_first=not found.started, ranks=ranks)
         scoring = Scoring.of(run.evaluation.score, run.evaluation.labels, data.examples)
         total_steps = data.total_steps(run)
-        name, why = pick_engine(run.scaling.parallel, ranks, adapters=run.tuning.adapters)
+        name, why = pick_engine(
+            run.scaling.parallel, ranks, adapters=run.tuning.adapters, optimizer=run.optim.optimizer
+        )
         recompute = _recompute(run, config, ranks)
         about: dict[str, Any] = {
             "dtype": dtype,
@@ -121,7 +124,7 @@ def train(run: Run) -> dict[str, Any]:
         if run.keeping.dry_run:
             list_settings(run)
             shell = _build_model(run, attention, dtype, ranks, recompute, weights=False)
-            set_precision(shell, dtype)
+            set_precision(shell, dtype, learning=weight_dtype(run.optim.optimizer))
             describe(run, data, shell, config, **about)
             return {}
 
@@ -135,9 +138,10 @@ def train(run: Run) -> dict[str, Any]:
             name,
             model,
             ranks,
-            make_optimizer=lambda model: build_optimizer(model, run.optim),
+            make_optimizer=lambda model: build_optimizer(model, run.optim, seed=run.keeping.seed),
             max_grad_norm=run.optim.max_grad_norm,
             dtype=dtype,
+            optimizer=run.optim.optimizer,
         )
         schedule = build_schedule(engine.optimizer, run.optim, total_steps)
         if not found.started:

@@ -75,13 +75,13 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights that learn in float32, the others in `dtype`: what autocast expects, and nothing is kept twice.
+def set_precision(model: nn.Module, dtype: torch.dtype, *, learning: torch.dtype = torch.float32) -> None:
+    """Weights that learn in `learning`, the others in `dtype`: what autocast expects, and nothing is kept twice.
 
     4-bit weights stay as they are, and are multiplied in `dtype`.
     """
     for parameter in model.parameters():
-        wanted = torch.float32 if parameter.requires_grad else dtype
+        wanted = learning if parameter.requires_grad else dtype
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)
     compute_in(model, dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,6 +42,9 @@ class Slice:
     """Of the optimizer: one value an element, `exp_avg` and `exp_avg_sq` for AdamW. Empty before its first step."""
     count: Tensor | None
     """The optimizer's own count of its steps."""
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    """Of an optimizer with 8-bit moments: one value a block of elements. Only a slice that is a whole parameter has
+    any."""
 
 
 class Engine(Protocol):
@@ -86,7 +89,7 @@ class Engine(Protocol):
         ...
 
     def final(self, dtype: torch.dtype | None) -> Any:
-        """Ends the training: the whole model on every rank, from the float32 weights, rounded to `dtype` if given."""
+        """Ends the training: the whole model on every rank, from the weights that learnt, in `dtype` if given."""
         ...
 
     def scaler_state(self) -> dict[str, Any]:

@@ -38,9 +38,11 @@ class Replicated:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         max_grad_norm: float,
         dtype: torch.dtype,
+        learning: torch.dtype = torch.float32,
     ) -> None:
+        """`learning` is the precision of the weights that learn and of their gradients."""
         self.model = model.to(ranks.device)  # first: on a GPU, or every process would widen a copy in the host's memory
-        set_precision(model, dtype)
+        set_precision(model, dtype, learning=learning)
         self.ranks, self.max_grad_norm, self.dtype = ranks, max_grad_norm, dtype
         self.runs: nn.Module = self.model
         if ranks.num > 1:
@@ -60,15 +62,21 @@ class Replicated:
 
     def step(self) -> StepResult:
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm))
+        norm = float(self._clip())
         if finite := math.isfinite(norm):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, not finite)
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def _clip(self) -> Tensor:
+        """The global norm before; in float32 also of gradients in bf16, whose own norms would have three digits."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [p.grad for p in trainable if p.grad is not None]
+        wide = [g if g.dtype == torch.float32 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norm = nn.utils.get_total_norm(wide)
+        nn.utils.clip_grads_with_norm_(trainable, self.max_grad_norm, norm)
+        return norm
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, parameter in self.model.named_parameters():
@@ -83,7 +91,8 @@ class Replicated:
                     shape=tuple(parameter.shape),
                     start=0,
                     weight=parameter.detach().view(-1),
-                    state={key: value.view(-1) for key, value in state.items() if key != "step"},
+                    state={key: state[key].view(-1) for key in state if key != "step" and not key.endswith("_scale")},
+                    scales={key: state[key] for key in state if key.endswith("_scale")},
                     count=state.get("step"),
                 )
 
