@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def packed(model: Any, packs: Sequence[Pack]) -> Result:
     model.zero_grad(set_to_none=True)
     total = 0.0
     for pack in packs:
-        loss = weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.weights)
+        loss = model(pack=pack, learn=True).loss
         if loss.requires_grad:
             loss.backward()
         total += float(loss.detach())
@@ -394,6 +395,31 @@ def test_supervised_rows_are_rows_of_all(model, processor, encoded):
     losses = F.cross_entropy(logits[pack.rows], pack.targets, reduction="none")
     (loss := (losses * pack.weights).sum()).backward()
     assert_same(pruned, Result.of(model, loss))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_logits_in_chunks_are_logits(model, processor, encoded, one_by_one, rows, monkeypatch):
+    (pack,) = packs_of([*encoded.values()], processor)
+    assert pack.rows.shape[0] > 50
+    monkeypatch.setattr(model, "loss_rows_per_chunk", rows)
+    with memory_of_logits() as largest:
+        found = packed(model, [pack])
+    assert_same(found, weighted(one_by_one, mean(NAMES)))
+    assert largest[0] == rows
+
+
+@contextmanager
+def memory_of_logits():
+    """The most rows that had logits at once."""
+    largest = [0]
+
+    def seen(logits, *rest):
+        largest[0] = max(largest[0], logits.shape[0])
+        return weighted_cross_entropy(logits, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("phi3v.loss.weighted_cross_entropy", seen)
+        yield largest
 
 
 def test_crops_not_run_are_as_if_run(model, processor, examples, encoded):

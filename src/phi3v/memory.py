@@ -6,6 +6,7 @@ from torch import nn
 
 from phi3v.adamw import BYTES
 from phi3v.config import Optimizer
+from phi3v.loss import ROWS_PER_CHUNK
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.parallel import Parallel
 
@@ -63,7 +64,7 @@ def estimate(
         "gradients": each.gradient * learn,
         "optimizer": each.moments * learn,
         "activations": bytes_per_value * kept,
-        "logits": 3 * 4 * rows * config.vocab_size,
+        "logits": 3 * 4 * min(rows, ROWS_PER_CHUNK) * config.vocab_size,
     }
     gigabytes = {name: size / 1e9 / (num_ranks if name in SHARED[engine] else 1) for name, size in parts.items()}
     return {**gigabytes, "total": sum(gigabytes.values())}

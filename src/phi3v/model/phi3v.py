@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from phi3v.data.image import CROP
 from phi3v.errors import InputError
 from phi3v.layout import Layout, Tree
+from phi3v.loss import ROWS_PER_CHUNK, loss_of_rows
 from phi3v.model.attention import Attend, CachedAttention, PackedAttention
 from phi3v.model.configuration import Phi3VConfig, read_generation_config
 from phi3v.model.decoder import Phi3VDecoderLayer, RMSNorm
@@ -251,6 +252,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         self.model = Phi3VModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_rows_per_chunk = ROWS_PER_CHUNK
         self.post_init()
         self._stop_where_answers_end()
 
@@ -276,15 +278,19 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cache: Cache | None = None,
         pack: Pack | None = None,
+        learn: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits in float32, [B, L, V], or [B, k, V] with `logits_to_keep`; with `pack`, [R, V] at `pack.rows`.
 
         `labels` [B, L] (-100 ignored, shifted inside) adds the mean cross entropy as `loss`. A pack carries its own
-        targets and weights; its loss is `phi3v.loss.weighted_cross_entropy`.
+        targets and weights: with `learn` its `loss` is returned, and no logits.
         """
         if pack is not None:
             hidden = self.model.decode_layout(self.model.embed_pack(pack), pack.layout, pack.rows)
+            if learn:
+                loss = loss_of_rows(self.lm_head, hidden, pack.targets, pack.weights, self.loss_rows_per_chunk)
+                return CausalLMOutputWithPast(loss=loss)
             return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())
         out = self.model(
             input_ids,

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from phi3v.data.pack import Pack
-from phi3v.loss import weighted_cross_entropy
 from phi3v.model.parts import quantised_weights
 from phi3v.parallel.engine import (
     Slice,
@@ -68,7 +67,7 @@ class Sharded:
     def learn(self, pack: Pack, *, last: bool) -> Tensor:
         # Gradients are reduced after every pack: kept whole until the last one they would not be sharded at all.
         with torch.autocast(self.ranks.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = weighted_cross_entropy(self.model(pack=pack).logits, pack.targets, pack.weights)
+            loss = self.model(pack=pack, learn=True).loss
         self.scaler.scale(loss * self.ranks.num).backward()
         return loss.detach()
 

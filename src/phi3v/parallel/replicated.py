@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from phi3v.data.pack import Pack
-from phi3v.loss import weighted_cross_entropy
 from phi3v.model.parts import set_precision
 from phi3v.parallel.engine import (
     Slice,
@@ -55,7 +54,7 @@ class Replicated:
         waits = not last and isinstance(self.runs, DistributedDataParallel)
         with self.runs.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(self.ranks.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = weighted_cross_entropy(self.runs(pack=pack).logits, pack.targets, pack.weights)
+                loss = self.runs(pack=pack, learn=True).loss
             # The weights of a step add up to one over all ranks, and the gradients will be averaged.
             self.scaler.scale(loss * self.ranks.num).backward()
         return loss.detach()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from phi3v.data.pack import Pack
 from phi3v.errors import InputError
-from phi3v.loss import weighted_cross_entropy
 from phi3v.model.parts import quantised_weights
 from phi3v.model.vision import CLIPEmbeddings
 from phi3v.parallel.engine import (
@@ -71,13 +70,13 @@ class Zero:
         for part in [*network.layers, self.model]:
             _place(part, self.ranks.device, self.dtype)
             deepspeed.zero.Init(module=part, config_dict_or_path=settings)
-        # Every call gathers weights: all ranks must make equally many, however many crops they have.
-        network.vision_embed_tokens.frozen_crops_per_call = sys.maxsize
+        # Every call gathers weights: all ranks must make equally many, however many crops and rows they have.
+        network.vision_embed_tokens.frozen_crops_per_call = bare(self.model).loss_rows_per_chunk = sys.maxsize
         _announce_borrowed_weights(deepspeed, self.model)
 
     def learn(self, pack: Pack, *, last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = weighted_cross_entropy(self.engine(pack=pack).logits, pack.targets, pack.weights)
+        loss = self.engine(pack=pack, learn=True).loss
         self.engine.backward(loss * self.ranks.num)
         if not last:
             self.engine.step()  # counts the pack, nothing else
