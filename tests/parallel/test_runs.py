@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -188,3 +189,21 @@ def test_a_folder_that_is_not_shared_is_refused(flags: Callable[..., list[str]],
     (told,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert "--out a-run-of-one-host on " in told
     assert "it must be on a file system that all of them share" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw-8bit", "fp32"), ("adamw-bf16", "bf16")])
+def test_a_run_in_less_memory_goes_on_bitwise_on_as_many_processes(
+    optimizer: str, dtype: str, flags: Callable[..., list[str]], launch: Launch, tmp_path: Path
+) -> None:
+    """And its losses are those of one process, as nearly as the precision has it."""
+    less = {"optimizer": optimizer, "dtype": dtype}
+    launch(1, flags(tmp_path / "alone", **less))
+    launch(2, flags(tmp_path / "run", **less))
+    losses, alone = ([entry["loss"] for entry in steps_of(tmp_path / name)] for name in ("run", "alone"))
+    assert losses == pytest.approx(alone, rel=1e-2 if dtype == "bf16" else 1e-4)
+    rewind(tmp_path / "run", tmp_path / "again", 4)
+    assert "step-000004" in launch(2, flags(tmp_path / "again", **less, resume="auto")).stdout
+    assert [entry["loss"] for entry in steps_of(tmp_path / "again")] == losses
+    whole, again = (load_file(tmp_path / name / "final/model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
