@@ -296,6 +296,20 @@ def test_flex_attention_on_a_cpu(training, fails, monkeypatch) -> None:
     )
 
 
+def test_flash_attention_on_a_cpu(training, fails, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fails(*training(attention="flash_attention_2")) == (
+        "--attention flash_attention_2: it needs a CUDA device; choose sdpa"
+    )
+
+
+def test_what_cannot_be_compiled(training, fails, monkeypatch) -> None:
+    asked = training(compile="on", lora=True, dora=True)
+    assert fails(*asked) == "--compile on: PEFT's --dora cannot be compiled in one piece"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert fails(*training(compile="on")) == "--compile on: it needs a C compiler, such as gcc"
+
+
 def test_an_unknown_recipe(fails) -> None:
     assert fails("train", "easy-vqs") == "no recipe easy-vqs: did you mean easy-vqa?"
     assert fails("train", "mine.jsonl") == "no recipe mine.jsonl: did you mean --train mine.jsonl?"

@@ -35,6 +35,7 @@ from phi3v.model.loading import load_model
 from phi3v.model.vision import ImageEmbedding
 from phi3v.parallel import replicated
 from phi3v.parallel.engine import StepResult
+from phi3v.parallel.ranks import Ranks
 from phi3v.runlog import RunLog
 from phi3v.train import train
 
@@ -397,6 +398,23 @@ def test_dropout_differs_from_step_to_step(drops: bool, dropping: MAKE, settings
     train(run := (dropping if drops else settings_for)(**flags))
     losses = {round(entry["loss"], 5) for entry in log_of(run.keeping.out)}
     assert len(losses) == (5 if drops else 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "flags", "compiled"),
+    [
+        ("cuda", "ddp", {}, True),
+        ("cuda", "ddp", {"lora": True}, True),
+        ("cuda", "ddp", {"compile": "off"}, False),
+        ("cuda", "ddp", {"lora": True, "dora": True}, False),
+        ("cuda", "fsdp2", {}, False),
+        ("cpu", "ddp", {}, False),
+        ("cpu", "ddp", {"compile": "on"}, True),
+    ],
+)
+def test_layers_are_compiled_where_that_is_tested(device, engine, flags, compiled, settings_for, monkeypatch) -> None:
+    monkeypatch.setattr(room, "why_not_compile", lambda device: None)
+    assert room._compiled(settings_for(**flags), engine, Ranks(device=torch.device(device))) == compiled
 
 
 def test_the_seed_of_a_step_is_its_own() -> None:

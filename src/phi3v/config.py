@@ -36,8 +36,12 @@ class Base:
     """Tiles an image may be cut into: 16 suits single images, 4 several frames. Default: the checkpoint's own."""
 
     attention: Attention = "auto"
-    """How attention is computed. All choices compute the same. auto: flash_attention_2 where flash-attn is installed
-    and can be used, else sdpa."""
+    """How attention is computed. All choices compute the same. auto: flash_attention_2 (PyTorch's kernel, or that of
+    flash-attn) on CUDA in bf16 or fp16, else sdpa."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers with torch.compile, which takes its time at the start: the same arithmetic in fewer kernels.
+    auto: on for CUDA, unless the weights are split over processes or `--dora` is on."""
 
     dtype: Precision = "auto"
     """Precision of the arithmetic. Trainable weights are kept in float32, frozen ones in this precision. auto: bf16

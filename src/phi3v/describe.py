@@ -11,7 +11,7 @@ from rich.text import Text
 from phi3v.config import Run
 from phi3v.data.plan import plan_epoch
 from phi3v.feed import TrainingData
-from phi3v.hardware import has_bf16, name_of
+from phi3v.hardware import has_bf16, name_attention, name_of
 from phi3v.memory import estimate
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import count_parameters
@@ -32,6 +32,7 @@ def describe(
     ranks: Ranks,
     recompute: bool,
     total_steps: int,
+    compiled: bool = False,
 ) -> None:
     """Prints the resolved run. `model` may be on the meta device."""
     lengths, limits = data.lengths, data.settings.limits
@@ -50,7 +51,10 @@ def describe(
         optimizer=run.optim.optimizer,
     )
     _row("model", escape(run.base.model))
-    _row("", f"{name_of(dtype)} on {ranks.device}, attention {attention}, num_crops {data.reading.num_crops}")
+    kernel, crops = name_attention(attention), data.reading.num_crops
+    _row("", f"{name_of(dtype)} on {ranks.device}, attention {kernel}, num_crops {crops}")
+    if compiled:
+        _row("", "layers compiled (--compile off computes them as they are)")
     if ranks.num > 1:
         _row("processes", f"{ranks.num}, {engine}")
     for number, (part, (learn, every)) in enumerate(count_parameters(model).items()):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import resource
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +58,15 @@ def name_attention(attention: str) -> str:
     """With the kernel behind it, where there are several."""
     kernel = flash.find_kernel() if attention == "flash_attention_2" else None
     return f"{attention} ({kernel.name})" if kernel else attention
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """Why torch.compile cannot be had here, in words; None if it can."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "it needs triton"
+    c, cpp = (os.environ.get("CC", "cc"), "gcc", "clang"), (os.environ.get("CXX", "c++"), "g++", "clang++")
+    compilers = c if device.type == "cuda" else cpp
+    return None if any(map(shutil.which, compilers)) else "it needs a C compiler, such as gcc"
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -32,15 +32,16 @@ from phi3v.errors import InputError
 from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
-from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype
+from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype, why_not_compile
 from phi3v.metrics import baselines, label_tables, score
+from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loading import load_config, load_model, save_model
 from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision, widen
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer, build_schedule, reach
-from phi3v.parallel import Engine, build_engine, pick_engine
+from phi3v.parallel import Engine, Parallel, build_engine, pick_engine
 from phi3v.parallel.ranks import MissingRank, Ranks, join
 from phi3v.perf import Flops, achieved, device_peak_tflops, training_flops
 from phi3v.report import write_report
@@ -113,12 +114,14 @@ def train(run: Run) -> dict[str, Any]:
             run.scaling.parallel, ranks, adapters=run.tuning.adapters, optimizer=run.optim.optimizer
         )
         recompute = _recompute(run, config, ranks)
+        compiled = _compiled(run, name, ranks)
         about: dict[str, Any] = {
             "dtype": dtype,
             "attention": attention,
             "engine": name,
             "ranks": ranks,
             "recompute": recompute,
+            "compiled": compiled,
             "total_steps": total_steps,
         }
         if run.keeping.dry_run:
@@ -134,6 +137,8 @@ def train(run: Run) -> dict[str, Any]:
         if why:
             say(f"[yellow]note[/]        {escape(why)}")
         flops = training_flops(model, config)
+        if compiled:
+            compile_layers(model)
         engine = build_engine(
             name,
             model,
@@ -342,6 +347,18 @@ def _recompute(run: Run, config: Phi3VConfig, ranks: Ranks) -> bool:
         return False
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Phi3VForCausalLM(config).parameters()) > BIG_MODEL
+
+
+def _compiled(run: Run, engine: Parallel, ranks: Ranks) -> bool:
+    """Whether the layers are compiled. Raises InputError where they are to be, but cannot be."""
+    reason = why_not_compile(ranks.device)
+    if run.tuning.dora:
+        reason = "PEFT's --dora cannot be compiled in one piece"
+    elif engine != "ddp":
+        reason = f"--parallel {engine} splits the weights"
+    if run.base.compile == "on" and reason:
+        raise InputError(f"--compile on: {reason}")
+    return run.base.compile == "on" or (run.base.compile == "auto" and ranks.device.type == "cuda" and not reason)
 
 
 def _check_attention(run: Run, attention: str, config: Phi3VConfig, ranks: Ranks) -> None:

@@ -31,6 +31,7 @@ from phi3v.layout import Layout, Tree
 from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VForCausalLM, flash
 from phi3v.model.attention import PackedAttention
+from phi3v.model.compiling import compile_layers
 from phi3v.model.generation import generate_pack
 from phi3v.train import train
 
@@ -229,6 +230,38 @@ def test_loss_and_every_gradient_against_the_cpu(tiny_checkpoint_dir, processor,
     for name, wanted in exact.items():
         mine, theirs = (float((result[name] - wanted).norm() / wanted.norm()) for result in (found, plain))
         assert mine <= max(2 * theirs, floor), f"{name}: {mine:.1e}, dense mask {theirs:.1e}"
+
+
+def gradients_of(model: Phi3VForCausalLM, pack: Pack, dtype: torch.dtype) -> dict[str, Tensor]:
+    model.zero_grad()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.weights).backward()
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "k_proj.bias" not in name}
+    return {name: gradient.double() for name, gradient in named.items()}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_compiled_layers_have_the_same_gradients(tiny_checkpoint_dir, processor, examples, dtype, recompute):
+    """As close to float32 as plain PyTorch at the same precision; and nothing is compiled anew for another pack."""
+    encoded = [encode(example, processor) for example in examples]
+    packs = [pack_of(some, processor).to(CUDA) for some in (encoded, encoded[:5])]
+    model = Phi3VForCausalLM.from_pretrained(tiny_checkpoint_dir, dtype=torch.float32).train().to(CUDA)
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    exact = [gradients_of(model, pack, torch.float32) for pack in packs]
+    plain = [gradients_of(model, pack, dtype) for pack in packs]
+    torch._dynamo.reset()
+    compile_layers(model, fullgraph=True)
+    found = [gradients_of(model, packs[0], dtype)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found.append(gradients_of(model, packs[1], dtype))
+    floor = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for results in zip(found, plain, exact, strict=True):
+        assert results[0].keys() == results[2].keys()
+        for name, wanted in results[2].items():
+            mine, theirs = (float((result[name] - wanted).norm() / wanted.norm()) for result in results[:2])
+            assert mine <= max(2 * theirs, floor), f"{name}: {mine:.1e}, not compiled {theirs:.1e}"
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -5,9 +5,15 @@
 
 A layer does not know where its tokens lie: it works on [..., H] and hands q, k, v to `attend`. With `rows`, only these
 tokens are carried on (the last layer needs no others), while all tokens still give keys and values.
+
+A layer is two halves around `attend`, each of which can be compiled. `attend` is not: it is kernels already, and runs
+over trees, of which every pack has others.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,21 +37,22 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Phi3VConfig, layer: int) -> None:
+    """What goes into attention and, `o_proj`, what comes out of it."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_dim
         self.q_size = config.num_attention_heads * config.head_dim
         self.kv_size = config.num_key_value_heads * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=False)
         self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., H] -> q (only at `rows`), k, v [..., heads, D]; q and k are rotated."""
         q, k, v = self._project(x, rows)
         cos, sin = (table.to(q.dtype) for table in rope)
         q_rope = (cos, sin) if rows is None else (cos[rows], sin[rows])
-        out = attend(self.layer, rotate(q, *q_rope), rotate(k, cos, sin), v, rows)
-        return self.o_proj(out.flatten(-2))
+        return rotate(q, *q_rope), rotate(k, cos, sin), v
 
     def _project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[..., H] -> q, k, v [..., heads, D]; q only at `rows`."""
@@ -73,14 +80,34 @@ class MLP(nn.Module):
 class Phi3VDecoderLayer(nn.Module):
     def __init__(self, config: Phi3VConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.layer = layer
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
         """[..., H] -> [..., H], or [R, H] with `rows` [R]. `rope` is (cos, sin), each [..., 1, D]."""
-        attended = self.self_attn(self.input_layernorm(x), rope, attend, rows)
-        x = (x if rows is None else x[rows]) + self.resid_dropout(attended)
-        return x + self.resid_dropout(self.mlp(self.post_attention_layernorm(x)))
+        # Compiled in training only: generation has new shapes at every turn.
+        before, after = self.compiled if self.compiled and self.training else HALVES
+        q, k, v = before(self, x, rope, rows)
+        return after(self, x, attend(self.layer, q, k, v, rows), rows)
+
+
+def before_attention(
+    layer: Phi3VDecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., H] -> q, k, v [..., heads, D]."""
+    return layer.self_attn(layer.input_layernorm(x), rope, rows)
+
+
+def after_attention(layer: Phi3VDecoderLayer, x: Tensor, attended: Tensor, rows: Tensor | None) -> Tensor:
+    """What went into the layer, and what `attend` made of it [..., N, D] -> [..., H]."""
+    x = (x if rows is None else x[rows]) + layer.resid_dropout(layer.self_attn.o_proj(attended.flatten(-2)))
+    return x + layer.resid_dropout(layer.mlp(layer.post_attention_layernorm(x)))
+
+
+# Functions of the layer, not methods: a layer that is copied, with what is compiled, runs on its own weights.
+HALVES = (before_attention, after_attention)
