@@ -1,7 +1,7 @@
 """Compiled layers: no graph breaks, no graph anew for another pack, the same gradients, the same names.
 
-`eager` only traces; what the real backend makes of the graphs and of their backward pass is slow to compile. `fullgraph`
-makes a graph break an error.
+Most tests only trace: what the real backend makes of the graphs, and of their backward pass, is slow to compile.
+`fullgraph` makes a graph break an error.
 """
 
 import copy
