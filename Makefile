@@ -21,6 +21,7 @@ test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest tests/model tests/data
 
 bench: .venv/.ready
+	$(BIN)/phi3v bench
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/ranks.py --ranks 2
