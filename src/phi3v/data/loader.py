@@ -78,6 +78,9 @@ class Reading:
     on_bad_example: OnBadExample = "stop"
     """What to do about a training example whose image cannot be read. `skip` makes the pack without it and says so."""
 
+    digests: bool = False
+    """Name the pictures of training packs by content, for a cache."""
+
     @property
     def pauses_s(self) -> tuple[float, ...]:
         return tuple(self.retry_pause_s * 2**retry for retry in range(self.retries))
@@ -151,7 +154,7 @@ def prompt_packs(
             for trees in ranks[rank]:
                 yield tuple(number for tree in trees for number in tree.examples), trees
 
-    for numbers, pack in _read(encoded, orders(), replace(reading, on_bad_example="stop"), tell):
+    for numbers, pack in _read(encoded, orders(), replace(reading, on_bad_example="stop", digests=False), tell):
         yield PromptBatch(numbers, pack)
 
 
@@ -170,6 +173,7 @@ class _Order(NamedTuple):
             num_crops=reading.num_crops,
             pauses_s=reading.pauses_s,
             on_bad_example=reading.on_bad_example,
+            digests=reading.digests,
         )
 
     def __str__(self) -> str:
