@@ -14,6 +14,7 @@ Shapes: C crops, P patches (577 with the class token), D CLIP width, H decoder w
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from phi3v.data.image import CROP, global_view, normalize
 from phi3v.errors import InputError
 from phi3v.model.configuration import Phi3VConfig
+
+if TYPE_CHECKING:
+    from phi3v.model.features import FeatureCache
 
 SIDE = 24  # patches along a crop
 MERGED = 12  # rows and columns of a merged crop
@@ -140,16 +144,23 @@ class ImageEmbedding(nn.Module):
         self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
         self.img_processor = ImageProcessor(config.clip)
         self.frozen_crops_per_call = FROZEN_CROPS_PER_CALL
+        self.cache: FeatureCache | None = None  # of a frozen tower; for packs that name their pictures
         self.img_projection = nn.Sequential(
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
 
-    def forward(self, crops: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+    def forward(self, crops: Tensor | None, grids: list[tuple[int, int]], features: Tensor | None = None) -> Tensor:
         """Crops of all images in order, [C, 3, 336, 336]: per image its global view, then its a*b tiles, row by row.
 
         A 1x1 image has a single crop, which is both its global view and its tile. Returns [rows of all images, H].
+        Or, instead of crops, what `encode` has made of them.
         """
-        features = self._encode(crops)  # [C, 12, 12, 4D]
+        if features is None:
+            assert crops is not None
+            features = self.encode(crops)
+        # 2x2 neighbours in the order (0,0) (0,1) (1,0) (1,1)
+        features = features.view(-1, MERGED, 2, MERGED, 2, features.shape[-1]).transpose(2, 3)
+        features = features.reshape(-1, MERGED, MERGED, 4 * features.shape[-1])
         sequences, at = [], 0
         for a, b in grids:
             views = features[at : at + crops_needed(a, b)]
@@ -159,17 +170,21 @@ class ImageEmbedding(nn.Module):
             sequences += [self._with_separators(tiles), self.glb_GN[0].to(tiles.dtype), self._with_separators(views[0])]
         return self.img_projection(torch.cat(sequences))
 
-    def _encode(self, crops: Tensor) -> Tensor:
+    def encode(self, crops: Tensor) -> Tensor:
+        """Crops [C, 3, 336, 336] -> what CLIP makes of each alone, [C, 576, D]; without a graph if it is frozen."""
         tower = self.img_processor.vision_model
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
         if learns:
-            x = tower(crops)
-        else:
-            with torch.no_grad():
-                x = torch.cat([tower(part) for part in crops.split(self.frozen_crops_per_call)])
-        # 2x2 neighbours in the order (0,0) (0,1) (1,0) (1,1)
-        x = x.view(-1, MERGED, 2, MERGED, 2, x.shape[-1]).transpose(2, 3)
-        return x.reshape(-1, MERGED, MERGED, 4 * x.shape[-1])
+            return tower(crops)
+        with torch.no_grad():
+            return torch.cat([tower(part) for part in crops.split(self.frozen_crops_per_call)])
+
+    def cached(self, tiles: Tensor, grids: list[tuple[int, int]], digests: tuple[str, ...]) -> Tensor:
+        """`encode` for uint8 tiles as `crops_of_tiles` takes them, or what the cache holds: [C, 576, D]."""
+        assert self.cache is not None
+        features = self.cache.features(tiles, grids, digests, self.encode)
+        # The separators that learn are float32, and the gradients of all their places are to be added up in that.
+        return features.to(torch.promote_types(features.dtype, self.sub_GN.dtype))
 
     def _with_separators(self, grid: Tensor) -> Tensor:
         """[rows, columns, 4D] -> [rows * (columns + 1), 4D], `sub_GN` after every row."""
