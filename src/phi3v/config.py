@@ -135,6 +135,13 @@ class Tuning:
     """full: keep only the layers' inputs and recompute the rest in the backward pass. none: keep everything. auto: full
     on CUDA for models above one billion parameters, else none."""
 
+    vision_cache: Literal["none", "memory", "disk"] = "none"
+    """Keep what a frozen CLIP makes of each picture, and do not compute it again. memory: every process keeps what it
+    has met. disk: in a folder that all share, and a resumed run finds again."""
+
+    vision_cache_dir: Path | None = None
+    """That folder. Several runs may share it. Default: `vision-cache` in the run folder."""
+
     @property
     def frozen(self) -> tuple[Part, ...]:
         named = {*self.freeze, *(("vision", "projector") if self.freeze_vision_model else ())}
@@ -337,6 +344,13 @@ class Run:
         if self.tuning.qlora and self.tuning.lora_init in ("pissa", "olora"):
             raise InputError(f"--lora-init {self.tuning.lora_init} decomposes the weights, which --qlora has quantised")
         optimizer, parallel = self.optim.optimizer, self.scaling.parallel
+        cache = self.tuning.vision_cache
+        if cache != "none" and "vision" not in self.tuning.frozen:
+            raise InputError(f"--vision-cache {cache} needs a frozen vision tower: add --freeze vision")
+        if cache != "none" and parallel == "zero3":  # who finds a picture would not gather the weights others wait for
+            raise InputError(f"--vision-cache {cache} cannot go with --parallel zero3: choose zero2 or fsdp2")
+        if cache != "disk" and self.tuning.vision_cache_dir is not None:
+            raise InputError("--vision-cache-dir has no effect without --vision-cache disk")
         if optimizer != "adamw" and parallel not in ("auto", "ddp"):
             raise InputError(f"--optimizer {optimizer} cannot be split by --parallel {parallel}: choose ddp")
         if optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
@@ -355,6 +369,13 @@ class Run:
     def precision(self) -> Precision:
         """Of the arithmetic, as `pick_dtype` understands it: bf16 weights are multiplied in bf16 on any hardware."""
         return "bf16" if self.optim.optimizer == "adamw-bf16" else self.base.dtype
+
+    @property
+    def vision_cache_folder(self) -> Path | None:
+        """Of `--vision-cache disk`."""
+        if self.tuning.vision_cache != "disk":
+            return None
+        return self.tuning.vision_cache_dir or self.keeping.out / "vision-cache"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, with paths as strings: what `config.json` holds."""

@@ -12,7 +12,7 @@ from phi3v.config import Run
 from phi3v.data.plan import plan_epoch
 from phi3v.feed import TrainingData
 from phi3v.hardware import has_bf16, name_attention, name_of
-from phi3v.memory import estimate
+from phi3v.memory import CacheRoom, estimate
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import count_parameters
 from phi3v.parallel import Parallel
@@ -33,6 +33,7 @@ def describe(
     recompute: bool,
     total_steps: int,
     compiled: bool = False,
+    cache: CacheRoom | None = None,
 ) -> None:
     """Prints the resolved run. `model` may be on the meta device."""
     lengths, limits = data.lengths, data.settings.limits
@@ -77,6 +78,8 @@ def describe(
     _row("memory", f"about {memory['total'] * scale:.1f} {unit}{each}{recomputing}")
     _row("", ", ".join(parts[:3]) + ",")
     _row("", ", ".join(parts[3:]))
+    if cache is not None:
+        _row("cache", escape(str(cache)))
     if run.optim.warmup_steps * 2 > total_steps:
         _row("[yellow]note[/]", f"{run.optim.warmup_steps} of {total_steps} steps are warm-up (--warmup-steps)")
     if run.optim.optimizer == "adamw-bf16" and not has_bf16(ranks.device):

@@ -44,6 +44,15 @@ class TrainingData:
     steps_per_epoch: int
     questions: list[Example]
 
+    @property
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """Padded (h, w) of every image, by path."""
+        return {
+            image: size
+            for example in self.encoded
+            for image, size in zip(example.images, example.image_sizes, strict=True)
+        }
+
     def total_steps(self, run: Run) -> int:
         """Optimizer steps of the whole run."""
         if run.optim.max_steps is not None:
@@ -81,6 +90,7 @@ def read_data(
         num_workers=_num_workers(run.data.num_workers),
         pin_memory=torch.cuda.is_available(),
         on_bad_example=run.data.on_bad_example,
+        digests=run.tuning.vision_cache != "none",
     )
     return TrainingData(
         examples=examples,
@@ -128,8 +138,7 @@ SIZE = Rule("[height, width]", lambda v: isinstance(v, list) and [type(n) for n 
 
 def write_sizes(data: TrainingData, folder: Path) -> None:
     """Keeps how large the images are."""
-    pairs = (pair for example in data.encoded for pair in zip(example.images, example.image_sizes, strict=True))
-    write_text(folder / SIZES, json.dumps(dict(pairs)))
+    write_text(folder / SIZES, json.dumps(data.image_sizes))
 
 
 def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:

@@ -73,6 +73,12 @@ def name_of(dtype: torch.dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
+def available_memory() -> int:
+    """Bytes of this host's memory that the system reports as available to new work."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory held so far: of the GPU, or, on a CPU, of this process."""
     if device.type == "cuda":

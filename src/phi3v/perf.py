@@ -74,11 +74,13 @@ class Flops:
     """A supervised row: what only such rows go through."""
     per_crop: float
     """A crop: CLIP and the projector."""
+    per_cached_crop: float
+    """What of that is left for a crop whose features are kept: without a frozen CLIP's forward pass."""
 
-    def of(self, step: Step) -> float:
-        """Of one optimizer step, over all ranks."""
-        work = self.per_token * step.tokens + self.per_pair * step.pairs
-        return work + self.per_row * step.rows + self.per_crop * step.crops
+    def of(self, step: Step, cached_crops: int = 0) -> float:
+        """Of one optimizer step, over all ranks; of its crops so many were found in a cache."""
+        work = self.per_token * step.tokens + self.per_pair * step.pairs + self.per_row * step.rows
+        return work + self.per_crop * (step.crops - cached_crops) + self.per_cached_crop * cached_crops
 
 
 def training_flops(model: nn.Module, config: Phi3VConfig) -> Flops:
@@ -105,16 +107,17 @@ def training_flops(model: nn.Module, config: Phi3VConfig) -> Flops:
     clip_layer = PATCHES * (4 * dim * dim + 2 * dim * clip["intermediate_size"])
     vision = times("vision", {"vision"})
     clip_pairs = 2 * PATCHES * PATCHES * dim * clip_layers
-    crop = vision * clip_layer * clip_layers + times("vision", set()) * PATCHES * PATCH_VALUES * dim
-    crop += times("projector", {"vision"}) * TOKENS_PER_CROP * 4 * dim * hidden
-    crop += times("projector", {"vision", "projector"}) * TOKENS_PER_CROP * hidden * hidden
+    tower = vision * clip_layer * clip_layers + times("vision", set()) * PATCHES * PATCH_VALUES * dim
     # Attention has no weights: its backward pass is twice its forward, or is not run at all.
-    attention = 3 if "vision" in reached else 1
+    tower += (3 if "vision" in reached else 1) * clip_pairs
+    projector = times("projector", {"vision"}) * TOKENS_PER_CROP * 4 * dim * hidden
+    projector += times("projector", {"vision", "projector"}) * TOKENS_PER_CROP * hidden * hidden
     return Flops(
         per_token=2.0 * decoder * ((layers - 1) * layer + 2 * keys),
         per_pair=3 * 2.0 * 2 * config.num_attention_heads * width * (layers - 1),
         per_row=2.0 * decoder * (at_row + hidden * config.vocab_size),
-        per_crop=2.0 * (crop + attention * clip_pairs),
+        per_crop=2.0 * (tower + projector),
+        per_cached_crop=2.0 * projector,
     )
 
 

@@ -101,9 +101,10 @@ def digests(run: Run) -> dict[str, str]:
     return {flag: hashlib.sha256(file.read_bytes()).hexdigest() for flag, file in files.items() if file}
 
 
-# What may differ between a run and its continuation: how the work is spread, what surrounds the loop, and what is done
-# when something goes wrong, for until then it has changed nothing.
-FREE_GROUPS, FREE_FLAGS = ("scaling", "keeping"), ("num_workers", "on_bad_example")
+# What may differ between a run and its continuation: how the work is spread, what surrounds the loop, what is kept not
+# to be computed again, and what is done when something goes wrong, for until then it has changed nothing.
+FREE_GROUPS = ("scaling", "keeping")
+FREE_FLAGS = ("num_workers", "on_bad_example", "vision_cache", "vision_cache_dir")
 
 
 def _same_settings(run: Run, before: Run) -> None:

@@ -33,15 +33,18 @@ from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_pre
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
 from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype, why_not_compile
+from phi3v.memory import CacheRoom
 from phi3v.metrics import baselines, label_tables, score
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.features import FeatureCache, digest_of_tower
 from phi3v.model.loading import load_config, load_model, save_model
 from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision, widen
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer, build_schedule, reach
 from phi3v.parallel import Engine, Parallel, build_engine, pick_engine
+from phi3v.parallel.engine import bare
 from phi3v.parallel.ranks import MissingRank, Ranks, join
 from phi3v.perf import Flops, achieved, device_peak_tflops, training_flops
 from phi3v.report import write_report
@@ -67,6 +70,8 @@ class _Job:
     data: TrainingData
     engine: Engine
     schedule: LRScheduler
+    cache: FeatureCache | None
+    """Of a frozen vision tower's features, where that is wanted."""
     total_steps: int
     scoring: Scoring
     flops: Flops
@@ -124,6 +129,9 @@ def train(run: Run) -> dict[str, Any]:
             "compiled": compiled,
             "total_steps": total_steps,
         }
+        if run.tuning.vision_cache != "none":
+            about["cache"] = CacheRoom.of(run, data.image_sizes, config, dtype)
+            ranks.all_do(about["cache"].check)
         if run.keeping.dry_run:
             list_settings(run)
             shell = _build_model(run, attention, dtype, ranks, recompute, weights=False)
@@ -137,6 +145,7 @@ def train(run: Run) -> dict[str, Any]:
         if why:
             say(f"[yellow]note[/]        {escape(why)}")
         flops = training_flops(model, config)
+        tower = digest_of_tower(bare(model)) if run.tuning.vision_cache != "none" else None
         if compiled:
             compile_layers(model)
         engine = build_engine(
@@ -153,6 +162,7 @@ def train(run: Run) -> dict[str, Any]:
             holder = ranks.first_does(lambda: _open_folder(run, data, ranks, held))
         ranks.all_do(lambda: None if ranks.is_first else check_shared(folder, holder))
         step = _resume(run, ranks, engine, schedule) if found.started else 0
+        cache = ranks.all_do(lambda: _keep_features(run, tower, engine, dtype)) if tower else None
         trackers = start_trackers(run.keeping.track, folder, run.to_dict()) if ranks.is_first else []
         log = RunLog(
             folder if ranks.is_first else None,
@@ -172,6 +182,7 @@ def train(run: Run) -> dict[str, Any]:
                 data=data,
                 engine=engine,
                 schedule=schedule,
+                cache=cache,
                 total_steps=total_steps,
                 scoring=scoring,
                 flops=flops,
@@ -218,7 +229,8 @@ def _learn(job: _Job, step: int) -> None:
         reach(engine.optimizer, images=batch.images)
         rate = float(job.schedule.get_last_lr()[0])
         norm, skipped = engine.step()
-        total, stops = ranks.total(float(loss), float(job.stop.reason is not None))
+        found = job.cache.crops_found() if job.cache else 0
+        total, stops, cached = ranks.total(float(loss), float(job.stop.reason is not None), float(found))
         overflowed = skipped and engine.scaler_state().get("scale", 0.0) >= 1.0
         if trouble := _trouble(total, norm, skipped, overflowed):
             bad.add(step)
@@ -230,7 +242,9 @@ def _learn(job: _Job, step: int) -> None:
         step += 1
         seconds = time.monotonic() - started + batch.first_wait
         entry = batch.entry(step, total, rate, norm, seconds, peak_memory_gb(ranks.device), skipped)
-        log.step({**entry, **achieved(job.flops.of(batch.first.step), seconds, ranks.num, job.peak)})
+        entry |= {"cached_crops": int(cached)} if job.cache else {}
+        work = job.flops.of(batch.first.step, int(cached))
+        log.step({**entry, **achieved(work, seconds, ranks.num, job.peak)})
         _complain(job, batch, step, total, losses)
         _conclude_step(job, step, stops=bool(stops))
 
@@ -359,6 +373,14 @@ def _compiled(run: Run, engine: Parallel, ranks: Ranks) -> bool:
     if run.base.compile == "on" and reason:
         raise InputError(f"--compile on: {reason}")
     return run.base.compile == "on" or (run.base.compile == "auto" and ranks.device.type == "cuda" and not reason)
+
+
+def _keep_features(run: Run, tower: str, engine: Engine, dtype: torch.dtype) -> FeatureCache:
+    """Puts a cache in front of the vision tower, whose digest is given, for the packs of training."""
+    folder, full = run.vision_cache_folder, run.keeping.on_full_disk
+    cache = FeatureCache(tower, dtype, folder, on_full_disk=full, tell=lambda text: say(escape(text)))
+    bare(engine.model).model.vision_embed_tokens.cache = cache
+    return cache
 
 
 def _check_attention(run: Run, attention: str, config: Phi3VConfig, ranks: Ranks) -> None:
