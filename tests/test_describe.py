@@ -39,7 +39,7 @@ def described(said: SAID) -> Callable[..., list[str]]:
         model, _ = load_model(run.base.model)
         freeze(model, run.tuning.frozen)
         data = read_data(run, processor, config, check_first=False, ranks=ALONE)
-        chosen = {"dtype": torch.float32, "attention": "sdpa", "engine": "ddp", "ranks": ALONE, "recompute": False}
+        chosen = {"dtype": torch.float32, "attention": "sdpa", "engine": "ddp", "ranks": ALONE, "recompute": 0}
         said()
         describe(run, data, model, config, **{**chosen, "total_steps": data.total_steps(run), **about})
         return said()
@@ -151,7 +151,7 @@ def test_what_deserves_a_note(described: Callable[..., list[str]], settings_for:
     lines = described(settings_for(max_tokens_per_pack=320, warmup_steps=3, max_steps=5))
     assert "note 3 of 5 steps are warm-up (--warmup-steps)" in lines
     assert any(re.fullmatch(r"note \d+ examples exceed a pack's limits; each gets a pack of its own", x) for x in lines)
-    assert any("recomputing activations" in line for line in described(settings_for(), recompute=True))
+    assert any("3 layers recomputed (--activation-memory)" in line for line in described(settings_for(), recompute=3))
     monkeypatch.setattr("phi3v.describe.has_bf16", lambda device: False)
     lines = described(settings_for(optimizer="adamw-bf16", dtype="auto"))
     assert "note this hardware has no bf16 arithmetic: adamw-bf16 will be slow" in lines

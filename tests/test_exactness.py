@@ -35,7 +35,7 @@ from phi3v.evaluate import answer
 from phi3v.loss import weighted_cross_entropy
 from phi3v.metrics import clean
 from phi3v.model import Phi3VForCausalLM
-from phi3v.model.parts import add_lora, freeze
+from phi3v.model.parts import add_lora, freeze, recompute_layers
 
 TOLERANCE = 1e-5
 BORDER = 360  # tokens of the longest example in the short RoPE regime
@@ -481,6 +481,26 @@ def test_recomputing_is_remembering(tiny_checkpoint_dir, processor, encoded, fro
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     assert_same(packed(model, packs), remembered)
     assert len(calls) == 2 * len(model.model.layers), "every layer ran once more in the backward pass"
+
+
+@pytest.mark.parametrize(("layers", "of_decoder", "of_tower"), [(1, 1, 0), (3, 2, 1), (4, 2, 2)])
+def test_some_layers_are_computed_again(tiny_checkpoint_dir, processor, encoded, layers, of_decoder, of_tower):
+    """The first ones; and nothing else changes."""
+    packs = packs_of([*encoded.values()], processor)
+    model = Phi3VForCausalLM.from_pretrained(tiny_checkpoint_dir).train()
+    freeze(model, ())
+    kept = packed(model, packs)
+    tower = model.model.vision_embed_tokens.img_processor.vision_model
+    runs = dict.fromkeys([*model.model.layers, *tower.encoder.layers[:-1]], 0)
+
+    def count(module, *unused):
+        runs[module] += 1
+
+    for module in runs:
+        module.register_forward_pre_hook(count)
+    recompute_layers(model, layers)
+    assert_same(packed(model, packs), kept, 0.0)
+    assert list(runs.values()) == [2] * of_decoder + [1] * (2 - of_decoder) + [2] * of_tower + [1] * (2 - of_tower)
 
 
 def test_a_sliding_window_slides_over_prefix_and_branch(tiny_checkpoint_dir, processor, encoded, examples):

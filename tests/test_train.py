@@ -29,13 +29,14 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
+from phi3v.feed import read_data
 from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VForCausalLM
-from phi3v.model.loading import load_model
+from phi3v.model.loading import load_config, load_model
 from phi3v.model.vision import ImageEmbedding
 from phi3v.parallel import replicated
 from phi3v.parallel.engine import StepResult
-from phi3v.parallel.ranks import Ranks
+from phi3v.parallel.ranks import ALONE, Ranks
 from phi3v.runlog import RunLog
 from phi3v.train import train
 
@@ -714,3 +715,19 @@ def test_a_tracker_receives_the_log(settings_for: MAKE, tiny_data: Path, log_of:
         [e["loss"] for e in log_of(run.keeping.out)]
     )
     assert len(events.Scalars("eval/accuracy")) == 2
+
+
+@pytest.mark.parametrize(("free_gb", "layers"), [(1.0, 0), (0.0, 4), (0.0071, 1), (0.0055, 3)])
+def test_a_gpu_recomputes_as_little_as_its_free_memory_needs(
+    free_gb: float, layers: int, settings_for: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = settings_for()
+    processor, config = Phi3VProcessor.from_pretrained(run.base.model), load_config(run.base.model)
+    data = read_data(run, processor, config, check_first=True, ranks=ALONE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), 80 * 10**9))
+    card = Ranks(device=torch.device("cuda"))
+    how: dict[str, Any] = {"attention": "sdpa", "dtype": torch.float32, "engine": "ddp"}
+    assert room._recompute(run, config, data, card, **how) == layers
+    assert room._recompute(run, config, data, ALONE, **how) == 0
+    full = replace(run, tuning=replace(run.tuning, activation_memory="full"))
+    assert room._recompute(full, config, data, ALONE, **how) == 4

@@ -132,8 +132,8 @@ class Tuning:
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
 
     activation_memory: Literal["auto", "none", "full"] = "auto"
-    """full: keep only the layers' inputs and recompute the rest in the backward pass. none: keep everything. auto: full
-    on CUDA for models above one billion parameters, else none."""
+    """full: keep only the layers' inputs and recompute the rest in the backward pass. none: keep everything. auto: on a
+    GPU recompute as few layers as its free memory needs, on a CPU none."""
 
     vision_cache: Literal["none", "memory", "disk"] = "none"
     """Keep what a frozen CLIP makes of each picture, and do not compute it again. memory: every process keeps what it

@@ -30,7 +30,7 @@ def describe(
     attention: str,
     engine: Parallel,
     ranks: Ranks,
-    recompute: bool,
+    recompute: int,
     total_steps: int,
     compiled: bool = False,
     cache: CacheRoom | None = None,
@@ -38,13 +38,10 @@ def describe(
     """Prints the resolved run. `model` may be on the meta device."""
     lengths, limits = data.lengths, data.settings.limits
     first, packs = plan_epoch(lengths, data.settings, seed=run.keeping.seed, epoch=0).packs(0, ranks.num)
-    largest = max((pack for rank in packs for pack in rank), key=lambda pack: sum(tree.tokens for tree in pack))
     memory = estimate(
         model,
         config,
-        tokens=sum(tree.tokens for tree in largest),
-        crops=sum(tree.crops for tree in largest),
-        rows=int(sum(lengths.supervised[i] for tree in largest for i in tree.examples)),
+        **data.largest_pack(packs),
         bytes_per_value=dtype.itemsize,
         recompute=recompute,
         engine=engine,
@@ -74,7 +71,7 @@ def describe(
     unit, scale = ("GB", 1) if memory["total"] >= 1 else ("MB", 1000)
     parts = [f"{name} {size * scale:.1f}" for name, size in memory.items() if name != "total"]
     each = " a process" if ranks.num > 1 else ""
-    recomputing = ", recomputing activations" if recompute else ""
+    recomputing = f", {recompute} layers recomputed (--activation-memory)" if recompute else ""
     _row("memory", f"about {memory['total'] * scale:.1f} {unit}{each}{recomputing}")
     _row("", ", ".join(parts[:3]) + ",")
     _row("", ", ".join(parts[3:]))

@@ -19,7 +19,7 @@ from phi3v.data.check import check
 from phi3v.data.image import read_size
 from phi3v.data.loader import MicroBatch, Reading, training_packs
 from phi3v.data.pack import Lost
-from phi3v.data.plan import PlanSettings, plan_epoch
+from phi3v.data.plan import PackPlan, PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
@@ -43,6 +43,15 @@ class TrainingData:
     reading: Reading
     steps_per_epoch: int
     questions: list[Example]
+
+    def largest_pack(self, packs: list[list[PackPlan]]) -> dict[str, int]:
+        """Most tokens, crops and supervised rows of any pack of a step."""
+        every = [pack for rank in packs for pack in rank]
+        return {
+            "tokens": max(sum(tree.tokens for tree in pack) for pack in every),
+            "crops": max(sum(tree.crops for tree in pack) for pack in every),
+            "rows": max(int(sum(self.lengths.supervised[i] for tree in p for i in tree.examples)) for p in every),
+        }
 
     @property
     def image_sizes(self) -> dict[str, tuple[int, int]]:

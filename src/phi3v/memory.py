@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def estimate(
     crops: int,
     rows: int,
     bytes_per_value: int,
-    recompute: bool,
+    recompute: int,
     engine: Parallel = "ddp",
     num_ranks: int = 1,
     optimizer: Optimizer = "adamw",
@@ -51,8 +51,8 @@ def estimate(
 
     `optimizer` says what a weight that learns takes, with its gradient and both moments. Activations are what a layer
     keeps for its backward pass: 8 H + 3 F values a token in the decoder, 8 D + 2 F a patch in CLIP (H, D widths, F the
-    MLP's); with `recompute` only the layers' inputs and one layer's worth. `engine` says what `num_ranks` share out. An
-    estimate: the allocator and kernels come on top.
+    MLP's); the first `recompute` layers (of the decoder, then of CLIP) keep their input alone. `engine` says what
+    `num_ranks` share out. An estimate: the allocator and kernels come on top.
     """
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(
@@ -64,14 +64,14 @@ def estimate(
     decoder_layer = (8 * config.hidden_size + 3 * config.intermediate_size) * tokens
     clip_layer = (8 * clip["hidden_size"] + 2 * clip["intermediate_size"]) * crops * PATCHES
     vision_learns = any(p.requires_grad for name, p in model.named_parameters() if "img_processor" in name)
-    layers, clip_layers = config.num_hidden_layers, clip["num_hidden_layers"] - 1
-    if recompute:
-        kept = layers * config.hidden_size * tokens + decoder_layer
-        kept += (clip_layers * clip["hidden_size"] * crops * PATCHES + clip_layer) if vision_learns else 0
-    else:
-        kept = layers * decoder_layer + (clip_layers * clip_layer if vision_learns else 0)
+    clip_layers = clip["num_hidden_layers"] - 1 if vision_learns else 0
+    kept = _kept(config.num_hidden_layers, recompute, decoder_layer, config.hidden_size * tokens)
+    in_clip = max(0, recompute - config.num_hidden_layers)
+    kept += _kept(clip_layers, in_clip, clip_layer, clip["hidden_size"] * crops * PATCHES)
+    # Autocast keeps a copy, in the precision of the arithmetic, of every wider weight it has met.
+    copies = bytes_per_value if engine == "ddp" and bytes_per_value < each.weight else 0
     parts = {
-        "weights": each.weight * learn + frozen,
+        "weights": (each.weight + copies) * learn + frozen,
         "gradients": each.gradient * learn,
         "optimizer": each.moments * learn,
         "activations": bytes_per_value * kept,
@@ -79,6 +79,21 @@ def estimate(
     }
     gigabytes = {name: size / 1e9 / (num_ranks if name in SHARED[engine] else 1) for name, size in parts.items()}
     return {**gigabytes, "total": sum(gigabytes.values())}
+
+
+def _kept(layers: int, recompute: int, whole: int, at_start: int) -> int:
+    """Values that are held at the end of the forward pass, when memory is fullest.
+
+    When the first layers are computed again, all that later ones held is free; if there are none, it needs room of its
+    own.
+    """
+    again = min(layers, recompute)
+    return (layers - again) * whole + again * at_start + (whole if 0 < layers == again else 0)
+
+
+def layers_to_recompute(free_gb: float, most: int, needed: Callable[[int], float]) -> int:
+    """The fewest layers, up to `most`, such that `needed(layers)` GB fit into `free_gb`; `most` if nothing fits."""
+    return next((layers for layers in range(most) if needed(layers) <= free_gb), most)
 
 
 @dataclass(frozen=True, kw_only=True)

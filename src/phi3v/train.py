@@ -26,6 +26,7 @@ from phi3v.adamw import weight_dtype
 from phi3v.audit import GradientAudit
 from phi3v.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.config import Run
+from phi3v.data.plan import plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
 from phi3v.errors import InputError
@@ -33,13 +34,13 @@ from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_pre
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
 from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype, why_not_compile
-from phi3v.memory import CacheRoom
+from phi3v.memory import CacheRoom, estimate, layers_to_recompute
 from phi3v.metrics import baselines, label_tables, score
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.features import FeatureCache, digest_of_tower
 from phi3v.model.loading import load_config, load_model, save_model
-from phi3v.model.parts import add_lora, count_parameters, freeze, set_precision, widen
+from phi3v.model.parts import add_lora, count_parameters, freeze, recompute_layers, set_precision, widen
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer, build_schedule, reach
@@ -52,7 +53,8 @@ from phi3v.runfolder import check_shared, claim, digests, locked
 from phi3v.runlog import RunLog, progress_bar, say, speak, start_trackers
 from phi3v.stopping import Stopped, StopRequest
 
-BIG_MODEL = 1_000_000_000  # parameters above which `--activation-memory auto` recomputes on CUDA
+# `--activation-memory auto`: steps whose packs are looked at, and the share of free memory that is planned with.
+STEPS_LOOKED_AT, MEMORY_TO_USE = 100, 0.9
 # A loss this many times the median of the last ones is complained of.
 SPIKE, SPIKE_WINDOW = 3.0, 50
 MAX_ROLLBACKS = 10
@@ -118,7 +120,7 @@ def train(run: Run) -> dict[str, Any]:
         name, why = pick_engine(
             run.scaling.parallel, ranks, adapters=run.tuning.adapters, optimizer=run.optim.optimizer
         )
-        recompute = _recompute(run, config, ranks)
+        recompute = _recompute(run, config, data, ranks, dtype=dtype, attention=attention, engine=name)
         compiled = _compiled(run, name, ranks)
         about: dict[str, Any] = {
             "dtype": dtype,
@@ -313,7 +315,7 @@ def _finish(job: _Job) -> dict[str, Any]:
 
 
 def _build_model(
-    run: Run, attention: str, dtype: torch.dtype, ranks: Ranks, recompute: bool, *, weights: bool = True
+    run: Run, attention: str, dtype: torch.dtype, ranks: Ranks, recompute: int, *, weights: bool = True
 ) -> Any:
     """The model with what learns and what does not, as loaded; without `weights`, an empty shell."""
     tuning = run.tuning
@@ -340,7 +342,7 @@ def _build_model(
             rslora=tuning.rslora,
         )
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model, recompute)
     return model
 
 
@@ -354,13 +356,31 @@ def _restore_frozen(model: Any, run: Run) -> None:
             weight.data = parameter.data.to(weight.device)
 
 
-def _recompute(run: Run, config: Phi3VConfig, ranks: Ranks) -> bool:
-    if run.tuning.activation_memory != "auto":
-        return run.tuning.activation_memory == "full"
-    if ranks.device.type != "cuda":
-        return False
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Phi3VForCausalLM(config).parameters()) > BIG_MODEL
+def _recompute(run: Run, config: Phi3VConfig, data: TrainingData, ranks: Ranks, **how: Any) -> int:
+    """How many layers keep their input alone: as `--activation-memory` says, `auto` by what is free on the GPU."""
+    every = config.num_hidden_layers + config.clip["num_hidden_layers"] - 1
+    if run.tuning.activation_memory != "auto" or ranks.device.type != "cuda":
+        return every if run.tuning.activation_memory == "full" else 0
+    shell = _build_model(run, how["attention"], how["dtype"], ranks, 0, weights=False)
+    plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=0)
+    seen = [data.largest_pack(plan.packs(step, ranks.num)[1]) for step in range(min(len(plan), STEPS_LOOKED_AT))]
+    largest = {name: max(sizes[name] for sizes in seen) for name in seen[0]}
+
+    def needed(layers: int) -> float:
+        return estimate(
+            shell,
+            config,
+            **largest,
+            bytes_per_value=how["dtype"].itemsize,
+            recompute=layers,
+            engine=how["engine"],
+            num_ranks=ranks.num,
+            optimizer=run.optim.optimizer,
+        )["total"]
+
+    free = torch.cuda.mem_get_info(ranks.device)[0] / 1e9
+    found = ranks.gather([layers_to_recompute(MEMORY_TO_USE * free, every, needed)])
+    return max(layers for of_rank in found for layers in of_rank)
 
 
 def _compiled(run: Run, engine: Parallel, ranks: Ranks) -> bool:

@@ -40,10 +40,10 @@ STRING = {"dtype": "string", "_type": "Value"}
 IMAGE = {"_type": "Image"}
 
 
-def picture(number: int, format: str = "PNG") -> bytes:
+def picture(number: int, format: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
     """A picture that no other number has."""
     buffer = io.BytesIO()
-    Image.new("RGB", (20, 16), (number % 256, number // 256, 77)).save(buffer, format)
+    Image.new("RGB", size, (number % 256, number // 256, 77)).save(buffer, format)
     return buffer.getvalue()
 
 

@@ -18,6 +18,8 @@ from types import ModuleType
 
 import pytest
 
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.loading import load_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,17 +49,43 @@ def test_both_languages_have_the_same_commands() -> None:
 
 
 @pytest.fixture(scope="module")
+def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that sees five hundred pairs of pictures of many crops in a minute or two."""
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    config = Phi3VConfig(
+        vocab_size=432,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1},
+        rope_scaling={"type": "su", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+        image_token_id=processor.image_token_id,
+        stop_token_ids=processor.stop_token_ids,
+        pad_token_id=processor.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    Phi3VForCausalLM(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def downloads(tmp_path_factory: pytest.TempPathFactory, published: ModuleType, make_video: Callable[..., Path]) -> Path:
-    """What PHI3V_DATA points to."""
+    """What PHI3V_DATA points to. Pictures are banners: 9 crops, where a square takes 17."""
+
+    def picture(number: int) -> bytes:
+        return published.picture(number, size=(177, 22))
+
     root = tmp_path_factory.mktemp("downloads")
     published.write_mini(root / "docvqa", train=20)
     texts = [("who?\nKeep it short and to the point.", "Ada."), ("when?\nOffer a terse response.", "1843.")]
-    published.write_cauldron(root / "docvqa", "docvqa", [([published.picture(n)], texts) for n in range(66)])
+    published.write_cauldron(root / "docvqa", "docvqa", [([picture(n)], texts) for n in range(66)])
     answers = ("Yes.", "No.")
-    memes = [([published.picture(n)], [("hateful?\nAnswer yes or no.", answers[n % 2])]) for n in range(ROWS)]
+    memes = [([picture(n)], [("hateful?\nAnswer yes or no.", answers[n % 2])]) for n in range(ROWS)]
     published.write_cauldron(root / "hateful_memes", "hateful_memes", memes)
     said = [("so? Answer yes or no.", "Yes."), ("and so? Answer yes or no.", "No.")]
-    pairs = [([published.picture(2 * n), published.picture(2 * n + 1)], said[: n % 2 + 1]) for n in range(ROWS)]
+    pairs = [([picture(2 * n), picture(2 * n + 1)], said[: n % 2 + 1]) for n in range(ROWS)]
     published.write_cauldron(root / "nlvr2", "nlvr2", pairs)
     clip = make_video(root / "clip.avi", 12)
     (root / "ucf101").mkdir()
@@ -114,7 +142,7 @@ def test_the_conversion_writes_the_tree_of_the_guide(converted: Path) -> None:
     ],
 )
 def test_a_command_of_the_guide_runs_to_the_end(
-    command: str, request: pytest.FixtureRequest, downloads: Path, tiny_model_dir: Path, tmp_path: Path
+    command: str, request: pytest.FixtureRequest, downloads: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     task = re.search(r"finetune_hf_trainer_(\w+)\.py", command)[1]  # type: ignore[index]
     command = re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", command)
@@ -128,7 +156,7 @@ def test_a_command_of_the_guide_runs_to_the_end(
         command = command.replace(placeholder, value)
     if "--output_dir" not in command:
         command += f" --output_dir {output}"  # or the checkout would get an output/
-    done = run(command, PHI3V_DATA=str(downloads), PHI3V_MODEL=str(tiny_model_dir))
+    done = run(command, PHI3V_DATA=str(downloads), PHI3V_MODEL=str(model_dir))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "fp32 instead" in done.stdout  # on a CPU
     scores = {"docvqa": "anls"}.get(task, "accuracy")

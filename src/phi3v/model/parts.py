@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from phi3v.model.phi3v import Phi3VForCausalLM
+from phi3v.model.phi3v import Phi3VForCausalLM, Phi3VModel
 from phi3v.model.quantization import compute_in
 
 EMBEDDER = "model.vision_embed_tokens."
@@ -73,6 +73,15 @@ def add_lora(
         target_modules=lora_targets(model, frozen),
     )
     return get_peft_model(model, config)
+
+
+def recompute_layers(model: Any, layers: int) -> None:
+    """The first `layers` layers, of the decoder and then of CLIP, keep their input and are computed again."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    decoder = next(module for module in model.modules() if isinstance(module, Phi3VModel))
+    decoder.recomputed_layers = min(layers, len(decoder.layers))
+    tower = decoder.vision_embed_tokens.img_processor.vision_model
+    tower.recomputed_layers = layers - decoder.recomputed_layers
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype, *, learning: torch.dtype = torch.float32) -> None:

@@ -112,6 +112,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = LongRope(config)
         self.gradient_checkpointing = False
+        self.recomputed_layers = config.num_hidden_layers  # with gradient checkpointing; the first ones
         self.always_embed_images = False  # for engines whose ranks must all do the same work
         self.post_init()
 
@@ -177,9 +178,10 @@ class Phi3VModel(Phi3VPreTrainedModel):
     def decode(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
         """All layers and the final norm: [..., H] -> [..., H], or [R, H] at the token indices `rows` [R]."""
         last = len(self.layers) - 1
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.layers):
             wanted = rows if number == last else None
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if recomputes and number < self.recomputed_layers:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rope, attend, wanted)
             else:
                 x = layer(x, rope, attend, wanted)
@@ -296,10 +298,10 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """
         if pack is not None:
             hidden = self.model.decode_layout(self.model.embed_pack(pack), pack.layout, pack.rows)
-            if learn:
-                loss = loss_of_rows(self.lm_head, hidden, pack.targets, pack.weights, self.loss_rows_per_chunk)
-                return CausalLMOutputWithPast(loss=loss)
-            return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())
+            if not learn:
+                return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())
+            of_rows = loss_of_rows(self.lm_head, hidden, pack.targets, pack.weights, self.loss_rows_per_chunk)
+            return CausalLMOutputWithPast(loss=of_rows)
         out = self.model(
             input_ids,
             attention_mask,

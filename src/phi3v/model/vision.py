@@ -112,13 +112,15 @@ class CLIPVisionTransformer(nn.Module):
         self.encoder = CLIPEncoder(sizes)
         self.post_layernorm = nn.LayerNorm(dim, eps=sizes["layer_norm_eps"])
         self.gradient_checkpointing = False
+        self.recomputed_layers = sizes["num_hidden_layers"] - 1  # with gradient checkpointing; the first ones
         self._gradient_checkpointing_func: Callable[..., Tensor] | None = None
 
     def forward(self, crops: Tensor) -> Tensor:
         """[C, 3, 336, 336] normalised -> patch features [C, 576, D]."""
         x = self.pre_layrnorm(self.embeddings(crops))
-        for layer in self.encoder.layers[:-1]:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for number, layer in enumerate(self.encoder.layers[:-1]):
+            if recomputes and number < self.recomputed_layers:
                 assert self._gradient_checkpointing_func is not None
                 x = self._gradient_checkpointing_func(layer.__call__, x)
             else:
