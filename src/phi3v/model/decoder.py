@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """What goes into attention and, `o_proj`, what comes out of it."""
+    """What goes into attention, `heads`, and what comes out of it, `o_proj`; it is never called as a whole."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=False)
         self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[..., H] -> q (only at `rows`), k, v [..., heads, D]; q and k are rotated."""
         q, k, v = self._project(x, rows)
         cos, sin = (table.to(q.dtype) for table in rope)
@@ -100,7 +100,7 @@ def before_attention(
     layer: Phi3VDecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[..., H] -> q, k, v [..., heads, D]."""
-    return layer.self_attn(layer.input_layernorm(x), rope, rows)
+    return layer.self_attn.heads(layer.input_layernorm(x), rope, rows)
 
 
 def after_attention(layer: Phi3VDecoderLayer, x: Tensor, attended: Tensor, rows: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from phi3v.data.pack import Pack
 from phi3v.errors import InputError
+from phi3v.model.decoder import Phi3VDecoderLayer
 from phi3v.model.parts import quantised_weights
 from phi3v.model.vision import CLIPEmbeddings
 from phi3v.parallel.engine import (
@@ -255,5 +256,5 @@ def _announce_borrowed_weights(deepspeed: Any, model: nn.Module) -> None:
         if isinstance(module, CLIPEmbeddings):
             deepspeed.zero.register_external_parameter(module, module.patch_embedding.weight)
             deepspeed.zero.register_external_parameter(module, module.position_embedding.weight)
-        elif type(getattr(module, "qkv_proj", None)) is nn.Linear:
-            deepspeed.zero.register_external_parameter(module, module.qkv_proj.weight)
+        elif isinstance(module, Phi3VDecoderLayer) and type(module.self_attn.qkv_proj) is nn.Linear:
+            deepspeed.zero.register_external_parameter(module, module.self_attn.qkv_proj.weight)
