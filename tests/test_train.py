@@ -731,3 +731,19 @@ def test_a_gpu_recomputes_as_little_as_its_free_memory_needs(
     assert room._recompute(run, config, data, ALONE, **how) == 0
     full = replace(run, tuning=replace(run.tuning, activation_memory="full"))
     assert room._recompute(full, config, data, ALONE, **how) == 4
+
+
+def test_a_full_gpu_is_told_what_takes_less(settings_for: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*unused: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(replicated.Replicated, "learn", full)
+    with pytest.raises(InputError) as caught:
+        train(settings_for(eval_before=False))
+    assert str(caught.value).startswith("step 1: out of GPU memory in a pack of ")
+    assert "--activation-memory full" in str(caught.value)
+    assert str(caught.value).endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+
+
+def test_any_seed_will_do(settings_for: Callable[..., Run]) -> None:
+    train(settings_for(seed=2**40, max_steps=1, eval_before=False))

@@ -12,7 +12,8 @@ import os
 import shlex
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,10 +27,11 @@ from phi3v.adamw import weight_dtype
 from phi3v.audit import GradientAudit
 from phi3v.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.config import Run
+from phi3v.data.pack import Pack
 from phi3v.data.plan import plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
-from phi3v.errors import InputError
+from phi3v.errors import InputError, RankError
 from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
@@ -221,7 +223,8 @@ def _learn(job: _Job, step: int) -> None:
         for micro in batch.packs():
             _meet(job, step)
             if step not in bad:
-                loss += engine.learn(micro.pack.to(ranks.device, non_blocking=True), last=micro.last)
+                with _memory(step, micro.pack):
+                    loss += engine.learn(micro.pack.to(ranks.device, non_blocking=True), last=micro.last)
         if step in bad:
             job.schedule.step()
             step += 1
@@ -485,7 +488,7 @@ def _say_how_to_resume(job: _Job) -> None:
 
 def _seed(seed: int, step: int, rank: int) -> None:
     """Dropout depends on step and rank alone: nothing random has to be saved."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
 def _meet(job: _Job, step: int) -> None:
@@ -496,6 +499,19 @@ def _meet(job: _Job, step: int) -> None:
         names = examples_of(job.run, job.data, job.ranks, step)
         its = "; ".join(f"examples of rank {rank}: {', '.join(names[rank]) or 'none'}" for rank in error.ranks)
         raise MissingRank(f"step {step + 1}: {error} ({its})", error.ranks) from error
+
+
+@contextmanager
+def _memory(step: int, pack: Pack) -> Iterator[None]:
+    """When the GPU's memory is full, what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RankError(
+            f"step {step + 1}: out of GPU memory in a pack of {pack.tokens:,} tokens, {pack.crops} crops. Less takes "
+            "--activation-memory full; smaller --max-tokens-per-pack and --max-crops-per-pack; --optimizer adamw-bf16; "
+            f"--freeze-vision-model; --lora; --qlora ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _trouble(loss: float, norm: float, skipped: bool, overflowed: bool) -> str | None:
