@@ -17,15 +17,10 @@ from phi3v.train import train
 LOG = Callable[..., list[dict[str, Any]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "where"),
-    [
-        ("ddp", "disk"),
-        pytest.param("ddp", "memory", marks=pytest.mark.slow),
-        pytest.param("fsdp2", "memory", marks=pytest.mark.slow),
-        pytest.param("zero1", "disk", marks=pytest.mark.slow),
-        pytest.param("zero2", "memory", marks=pytest.mark.slow),
-    ],
+    [("ddp", "disk"), ("ddp", "memory"), ("fsdp2", "memory"), ("zero1", "disk"), ("zero2", "memory")],
 )
 def test_two_ranks_with_a_cache_learn_what_one_does_without(
     engine: str, where: str, settings_for: Callable[..., Run], tmp_path: Path, log_of: LOG
