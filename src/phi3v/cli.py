@@ -17,6 +17,7 @@ from tyro.conf import UseAppendAction, arg, configure
 
 from phi3v.config import Run
 from phi3v.errors import InputError, RankError
+from phi3v.hardware import quiet_deepspeed
 from phi3v.runlog import speak
 
 DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
@@ -87,6 +88,7 @@ def _end(status: int) -> int:
 def _silence() -> None:
     """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
     speak(_rank() == 0)
+    quiet_deepspeed()
     if _rank() > 0:
         warnings.filterwarnings("ignore")
     transformers_logging.disable_progress_bar()

@@ -25,6 +25,12 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def quiet_deepspeed() -> None:
+    """On a CPU DeepSpeed, which other packages import where it is installed, would complain of having found no GPU."""
+    if pick_device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """`auto`: bf16 where the hardware computes it, else fp16 on CUDA, else fp32. A CPU computes in fp16, but slowly."""
     if wanted != "auto":

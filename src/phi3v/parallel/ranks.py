@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from phi3v.errors import InputError, RankError
-from phi3v.hardware import pick_device
+from phi3v.hardware import pick_device, quiet_deepspeed
 
 T = TypeVar("T")
 
@@ -152,8 +152,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     """This process's place in the job that `torchrun` started, or alone. Can be called again; `leave` undoes it."""
     num = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device()
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once it is imported, complains of finding none
+    quiet_deepspeed()
     if num == 1:
         return Ranks(timeout_s=timeout_s)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
