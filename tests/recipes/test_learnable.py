@@ -133,7 +133,7 @@ class Lesson:
 
 
 LESSONS = {
-    "docvqa": Lesson(docvqa, 1600, 1 / 4),
+    "docvqa": Lesson(docvqa, 2400, 1 / 4),
     "hateful-memes": Lesson(hateful_memes, 7200, 1 / 2, f"--eval-size {TESTED}"),
     "nlvr2": Lesson(nlvr2, 3200, 1 / 2),
     "ucf101": Lesson(ucf101, 1600, 1 / 4, "--num-frames 3"),
