@@ -29,14 +29,12 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
-from phi3v.feed import read_data
 from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VForCausalLM
-from phi3v.model.loading import load_config, load_model
+from phi3v.model.loading import load_model
 from phi3v.model.vision import ImageEmbedding
 from phi3v.parallel import replicated
 from phi3v.parallel.engine import StepResult
-from phi3v.parallel.ranks import ALONE, Ranks
 from phi3v.runlog import RunLog
 from phi3v.train import train
 
@@ -401,23 +399,6 @@ def test_dropout_differs_from_step_to_step(drops: bool, dropping: MAKE, settings
     assert len(losses) == (5 if drops else 1)
 
 
-@pytest.mark.parametrize(
-    ("device", "engine", "flags", "compiled"),
-    [
-        ("cuda", "ddp", {}, True),
-        ("cuda", "ddp", {"lora": True}, True),
-        ("cuda", "ddp", {"compile": "off"}, False),
-        ("cuda", "ddp", {"lora": True, "dora": True}, False),
-        ("cuda", "fsdp2", {}, False),
-        ("cpu", "ddp", {}, False),
-        ("cpu", "ddp", {"compile": "on"}, True),
-    ],
-)
-def test_layers_are_compiled_where_that_is_tested(device, engine, flags, compiled, settings_for, monkeypatch) -> None:
-    monkeypatch.setattr(room, "why_not_compile", lambda device: None)
-    assert room._compiled(settings_for(**flags), engine, Ranks(device=torch.device(device))) == compiled
-
-
 def test_the_seed_of_a_step_is_its_own() -> None:
     """Of every seed, step and rank another one, so that no two draw the same dropout."""
     drawn = set()
@@ -427,6 +408,10 @@ def test_the_seed_of_a_step_is_its_own() -> None:
         room._seed(seed, step, rank)
         assert float(torch.rand((), dtype=torch.float64)) in drawn
     assert len(drawn) == 4 * 5 * 3
+
+
+def test_any_seed_will_do(settings_for: MAKE) -> None:
+    train(settings_for(seed=2**40, max_steps=1, eval_before=False))
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(dropping: MAKE, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -701,6 +686,18 @@ def test_the_best_checkpoint_stays(settings_for: MAKE, tiny_data: Path, monkeypa
     assert {name: state["metric"] for name, state in found.items()} == {"step-000004": 0.6, "step-000010": None}
 
 
+def test_a_full_gpu_is_told_what_takes_less(settings_for: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*unused: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(replicated.Replicated, "learn", full)
+    with pytest.raises(InputError) as caught:
+        train(settings_for(eval_before=False))
+    assert str(caught.value).startswith("step 1: out of GPU memory in a pack of ")
+    assert "--activation-memory full" in str(caught.value)
+    assert str(caught.value).endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+
+
 # -- trackers -------------------------------------------------------------------------------------------------------
 
 
@@ -715,35 +712,3 @@ def test_a_tracker_receives_the_log(settings_for: MAKE, tiny_data: Path, log_of:
         [e["loss"] for e in log_of(run.keeping.out)]
     )
     assert len(events.Scalars("eval/accuracy")) == 2
-
-
-@pytest.mark.parametrize(("free_gb", "layers"), [(1.0, 0), (0.0, 4), (0.0071, 1), (0.0055, 3)])
-def test_a_gpu_recomputes_as_little_as_its_free_memory_needs(
-    free_gb: float, layers: int, settings_for: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = settings_for()
-    processor, config = Phi3VProcessor.from_pretrained(run.base.model), load_config(run.base.model)
-    data = read_data(run, processor, config, check_first=True, ranks=ALONE)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), 80 * 10**9))
-    card = Ranks(device=torch.device("cuda"))
-    how: dict[str, Any] = {"attention": "sdpa", "dtype": torch.float32, "engine": "ddp"}
-    assert room._recompute(run, config, data, card, **how) == layers
-    assert room._recompute(run, config, data, ALONE, **how) == 0
-    full = replace(run, tuning=replace(run.tuning, activation_memory="full"))
-    assert room._recompute(full, config, data, ALONE, **how) == 4
-
-
-def test_a_full_gpu_is_told_what_takes_less(settings_for: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*unused: Any, **more: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-
-    monkeypatch.setattr(replicated.Replicated, "learn", full)
-    with pytest.raises(InputError) as caught:
-        train(settings_for(eval_before=False))
-    assert str(caught.value).startswith("step 1: out of GPU memory in a pack of ")
-    assert "--activation-memory full" in str(caught.value)
-    assert str(caught.value).endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
-
-
-def test_any_seed_will_do(settings_for: Callable[..., Run]) -> None:
-    train(settings_for(seed=2**40, max_steps=1, eval_before=False))

@@ -25,38 +25,34 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.adamw import weight_dtype
 from phi3v.audit import GradientAudit
+from phi3v.build import build_model, check_attention, keep_features, pick_compile, pick_recompute, restore_frozen
 from phi3v.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.config import Run
 from phi3v.data.pack import Pack
-from phi3v.data.plan import plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
 from phi3v.errors import InputError, RankError
 from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
-from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype, why_not_compile
-from phi3v.memory import CacheRoom, estimate, layers_to_recompute
+from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype
+from phi3v.memory import CacheRoom
 from phi3v.metrics import baselines, label_tables, score
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.features import FeatureCache, digest_of_tower
-from phi3v.model.loading import load_config, load_model, save_model
-from phi3v.model.parts import add_lora, count_parameters, freeze, recompute_layers, set_precision, widen
-from phi3v.model.phi3v import Phi3VForCausalLM
-from phi3v.model.quantization import Quantization, quantize
+from phi3v.model.loading import load_config, save_model
+from phi3v.model.parts import set_precision, widen
 from phi3v.optim import build_optimizer, build_schedule, reach
-from phi3v.parallel import Engine, Parallel, build_engine, pick_engine
+from phi3v.parallel import Engine, build_engine, pick_engine
 from phi3v.parallel.engine import bare
 from phi3v.parallel.ranks import MissingRank, Ranks, join
 from phi3v.perf import Flops, achieved, device_peak_tflops, training_flops
 from phi3v.report import write_report
 from phi3v.runfolder import check_shared, claim, digests, locked
-from phi3v.runlog import RunLog, progress_bar, say, speak, start_trackers
+from phi3v.runlog import RunLog, say, speak, start_trackers
 from phi3v.stopping import Stopped, StopRequest
 
-# `--activation-memory auto`: steps whose packs are looked at, and the share of free memory that is planned with.
-STEPS_LOOKED_AT, MEMORY_TO_USE = 100, 0.9
 # A loss this many times the median of the last ones is complained of.
 SPIKE, SPIKE_WINDOW = 3.0, 50
 MAX_ROLLBACKS = 10
@@ -115,15 +111,15 @@ def train(run: Run) -> dict[str, Any]:
         processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
         config = load_config(run.base.model)
         attention = pick_attention(run.base.attention, ranks.device, dtype)
-        _check_attention(run, attention, config, ranks)
+        check_attention(run, attention, config, ranks)
         data = read_data(run, processor, config, check_first=not found.started, ranks=ranks)
         scoring = Scoring.of(run.evaluation.score, run.evaluation.labels, data.examples)
         total_steps = data.total_steps(run)
         name, why = pick_engine(
             run.scaling.parallel, ranks, adapters=run.tuning.adapters, optimizer=run.optim.optimizer
         )
-        recompute = _recompute(run, config, data, ranks, dtype=dtype, attention=attention, engine=name)
-        compiled = _compiled(run, name, ranks)
+        recompute = pick_recompute(run, config, data, ranks, dtype=dtype, attention=attention, engine=name)
+        compiled = pick_compile(run, name, ranks)
         about: dict[str, Any] = {
             "dtype": dtype,
             "attention": attention,
@@ -138,13 +134,13 @@ def train(run: Run) -> dict[str, Any]:
             ranks.all_do(about["cache"].check)
         if run.keeping.dry_run:
             list_settings(run)
-            shell = _build_model(run, attention, dtype, ranks, recompute, weights=False)
+            shell = build_model(run, attention, dtype, ranks, recompute, weights=False)
             set_precision(shell, dtype, learning=weight_dtype(run.optim.optimizer))
             describe(run, data, shell, config, **about)
             return {}
 
         torch.manual_seed(run.keeping.seed)
-        model = _build_model(run, attention, dtype, ranks, recompute)
+        model = build_model(run, attention, dtype, ranks, recompute)
         describe(run, data, model, config, **about)
         if why:
             say(f"[yellow]note[/]        {escape(why)}")
@@ -166,7 +162,7 @@ def train(run: Run) -> dict[str, Any]:
             holder = ranks.first_does(lambda: _open_folder(run, data, ranks, held))
         ranks.all_do(lambda: None if ranks.is_first else check_shared(folder, holder))
         step = _resume(run, ranks, engine, schedule) if found.started else 0
-        cache = ranks.all_do(lambda: _keep_features(run, tower, engine, dtype)) if tower else None
+        cache = ranks.all_do(lambda: keep_features(run, tower, engine, dtype)) if tower else None
         trackers = start_trackers(run.keeping.track, folder, run.to_dict()) if ranks.is_first else []
         log = RunLog(
             folder if ranks.is_first else None,
@@ -289,7 +285,7 @@ def _finish(job: _Job) -> dict[str, Any]:
     rounded = isinstance(job.config.dtype, torch.dtype) and not run.tuning.adapters
     model = job.engine.final(job.config.dtype if rounded else None)
     if rounded and torch.promote_types(job.config.dtype, job.dtype) != job.dtype:
-        _restore_frozen(model, run)
+        restore_frozen(model, run)
 
     def save() -> None:
         with written_whole(folder / "final") as final:
@@ -312,105 +308,6 @@ def _finish(job: _Job) -> dict[str, Any]:
 
     ranks.first_does(conclude)
     return result
-
-
-# -- model -----------------------------------------------------------------------------------------------------------
-
-
-def _build_model(
-    run: Run, attention: str, dtype: torch.dtype, ranks: Ranks, recompute: int, *, weights: bool = True
-) -> Any:
-    """The model with what learns and what does not, as loaded; without `weights`, an empty shell."""
-    tuning = run.tuning
-    if weights:
-        model, _ = load_model(run.base.model, attention=attention)
-    else:
-        with torch.device("meta"):
-            model = Phi3VForCausalLM(load_config(run.base.model))
-    freeze(model, tuning.frozen)
-    if tuning.qlora:
-        how = Quantization(double_quant=tuning.double_quant, parts=tuning.quantize)
-        total = count_parameters(model)["decoder"][1]
-        with progress_bar("quantising", total, "weights", show=run.keeping.progress and weights) as advance:
-            quantize(model, how, compute_dtype=dtype, device=ranks.device if weights else None, advance=advance)
-    if tuning.adapters:
-        model = add_lora(
-            model,
-            frozen=tuning.frozen,
-            rank=tuning.lora_rank,
-            alpha=tuning.alpha,
-            dropout=tuning.lora_dropout,
-            init=tuning.lora_init if weights else "default",
-            dora=tuning.dora,
-            rslora=tuning.rslora,
-        )
-    if recompute:
-        recompute_layers(model, recompute)
-    return model
-
-
-def _restore_frozen(model: Any, run: Run) -> None:
-    """What did not learn is what it was: to compute with, it has been rounded to a precision that holds less."""
-    base, _ = load_model(run.base.model)
-    freeze(base, run.tuning.frozen)
-    for name, parameter in base.named_parameters():
-        if not parameter.requires_grad:
-            weight = model.get_parameter(name)
-            weight.data = parameter.data.to(weight.device)
-
-
-def _recompute(run: Run, config: Phi3VConfig, data: TrainingData, ranks: Ranks, **how: Any) -> int:
-    """How many layers keep their input alone: as `--activation-memory` says, `auto` by what is free on the GPU."""
-    every = config.num_hidden_layers + config.clip["num_hidden_layers"] - 1
-    if run.tuning.activation_memory != "auto" or ranks.device.type != "cuda":
-        return every if run.tuning.activation_memory == "full" else 0
-    shell = _build_model(run, how["attention"], how["dtype"], ranks, 0, weights=False)
-    plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=0)
-    seen = [data.largest_pack(plan.packs(step, ranks.num)[1]) for step in range(min(len(plan), STEPS_LOOKED_AT))]
-    largest = {name: max(sizes[name] for sizes in seen) for name in seen[0]}
-
-    def needed(layers: int) -> float:
-        return estimate(
-            shell,
-            config,
-            **largest,
-            bytes_per_value=how["dtype"].itemsize,
-            recompute=layers,
-            engine=how["engine"],
-            num_ranks=ranks.num,
-            optimizer=run.optim.optimizer,
-        )["total"]
-
-    free = torch.cuda.mem_get_info(ranks.device)[0] / 1e9
-    found = ranks.gather([layers_to_recompute(MEMORY_TO_USE * free, every, needed)])
-    return max(layers for of_rank in found for layers in of_rank)
-
-
-def _compiled(run: Run, engine: Parallel, ranks: Ranks) -> bool:
-    """Whether the layers are compiled. Raises InputError where they are to be, but cannot be."""
-    reason = why_not_compile(ranks.device)
-    if run.tuning.dora:
-        reason = "PEFT's --dora cannot be compiled in one piece"
-    elif engine != "ddp":
-        reason = f"--parallel {engine} splits the weights"
-    if run.base.compile == "on" and reason:
-        raise InputError(f"--compile on: {reason}")
-    return run.base.compile == "on" or (run.base.compile == "auto" and ranks.device.type == "cuda" and not reason)
-
-
-def _keep_features(run: Run, tower: str, engine: Engine, dtype: torch.dtype) -> FeatureCache:
-    """Puts a cache in front of the vision tower, whose digest is given, for the packs of training."""
-    folder, full = run.vision_cache_folder, run.keeping.on_full_disk
-    cache = FeatureCache(tower, dtype, folder, on_full_disk=full, tell=lambda text: say(escape(text)))
-    bare(engine.model).model.vision_embed_tokens.cache = cache
-    return cache
-
-
-def _check_attention(run: Run, attention: str, config: Phi3VConfig, ranks: Ranks) -> None:
-    if attention == "flex_attention" and config.attention_dropout:
-        raise InputError(f"--attention flex_attention has no dropout, {run.base.model} asks for it: choose sdpa")
-    if attention == "flex_attention" and ranks.device.type == "cpu":
-        raise InputError("--attention flex_attention has no backward pass on a CPU: choose sdpa")
 
 
 # -- the run folder --------------------------------------------------------------------------------------------------
