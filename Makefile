@@ -23,7 +23,6 @@ test-oldest: .venv-oldest/.ready
 bench: .venv/.ready
 	$(BIN)/phi3v bench
 	$(BIN)/python benchmarks/plan.py
-	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/ranks.py --ranks 2
 
 check: .venv/.ready

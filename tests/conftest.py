@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from phi3v.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.vision import CLIPVisionTransformer
 from phi3v.train import train
 
 HERE = Path(__file__).parent
@@ -147,27 +148,36 @@ def tiny_checkpoint_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that trains in milliseconds: two decoder layers, num_crops 1, float32, fresh weights."""
-    folder = tmp_path_factory.mktemp("tiny_model")
-    processor = Phi3VProcessor.from_pretrained(tiny_processor_dir, num_crops=1)
+def fresh_model(processor: Phi3VProcessor, folder: Path, **sizes: Any) -> Path:
+    """`folder` with a model of hidden size 32 with fresh weights, and with its processor."""
+    factors = 16 // sizes["num_attention_heads"]
     config = Phi3VConfig(
         vocab_size=432,
         hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2},
-        rope_scaling={"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        rope_scaling={"type": "su", "short_factor": [1.0] * factors, "long_factor": [2.0] * factors},
         image_token_id=processor.image_token_id,
         stop_token_ids=processor.stop_token_ids,
         pad_token_id=processor.pad_token_id,
+        **sizes,
     )
     torch.manual_seed(0)
     Phi3VForCausalLM(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    return fresh_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that trains in milliseconds: two decoder layers, num_crops 1, float32, fresh weights."""
+    processor = Phi3VProcessor.from_pretrained(tiny_processor_dir, num_crops=1)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vision_config": tower}
+    return fresh_model(processor, tmp_path_factory.mktemp("tiny_model"), **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -327,3 +337,16 @@ def tiny_tokenizer() -> Tokenizer:
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
+
+
+@pytest.fixture
+def tower_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The crops of every call of the vision tower."""
+    seen, forward = list[int](), CLIPVisionTransformer.forward
+
+    def counted(self: Any, crops: torch.Tensor) -> torch.Tensor:
+        seen.append(len(crops))
+        return forward(self, crops)
+
+    monkeypatch.setattr(CLIPVisionTransformer, "forward", counted)
+    return seen

@@ -8,32 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import phi3v.memory
 from phi3v.config import Run
 from phi3v.errors import InputError
 from phi3v.memory import CacheRoom
-from phi3v.model.vision import CLIPVisionTransformer
 from phi3v.train import train
 
 MAKE = Callable[..., Run]
 LOG = Callable[..., list[dict[str, Any]]]
 EPOCH = 4  # steps
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The crops of every call of the tower."""
-    seen, forward = list[int](), CLIPVisionTransformer.forward
-
-    def counted(self: Any, crops: torch.Tensor) -> torch.Tensor:
-        seen.append(len(crops))
-        return forward(self, crops)
-
-    monkeypatch.setattr(CLIPVisionTransformer, "forward", counted)
-    return seen
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -44,12 +29,12 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_epochs_are_those_without_a_cache_and_go_on_with_any(
-    settings_for: MAKE, tmp_path: Path, log_of: LOG, calls: list[int], capsys: pytest.CaptureFixture
+    settings_for: MAKE, tmp_path: Path, log_of: LOG, tower_calls: list[int], capsys: pytest.CaptureFixture
 ) -> None:
     """Bit for bit: losses, norms and final weights; and again when the second epoch is done anew, in another way."""
 
     def did(out: Path, **flags: Any) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-        calls.clear()
+        tower_calls.clear()
         chosen = {"freeze": ("vision",), "epochs": 2.0, "save_every_steps": EPOCH, "max_tokens_per_pack": 700}
         train(settings_for(out=out, **{**chosen, **flags}))
         numbers = ("step", "loss", "grad_norm", "crops")
@@ -63,12 +48,12 @@ def test_two_epochs_are_those_without_a_cache_and_go_on_with_any(
         return out
 
     expected = did(tmp_path / "none")
-    assert len(calls) > 8, "every page in every epoch"
+    assert len(tower_calls) > 8, "every page in every epoch"
     assert not any("cached_crops" in entry for entry in log_of(tmp_path / "none"))
     assert " cache " not in capsys.readouterr().out
     for where in ("memory", "disk"):
         assert did(tmp_path / where, vision_cache=where) == expected
-        assert calls == [1] * 4, "every picture once"
+        assert tower_calls == [1] * 4, "every picture once"
         entries = log_of(tmp_path / where)
         assert entries[0]["cached_crops"] < entries[0]["crops"]
         assert all(entry["cached_crops"] == entry["crops"] for entry in entries[EPOCH:])
@@ -79,16 +64,18 @@ def test_two_epochs_are_those_without_a_cache_and_go_on_with_any(
 
     out = after_an_epoch("disk")
     assert did(out, vision_cache="disk", resume="auto") == expected
-    assert calls == [], "what was kept is found again"
+    assert tower_calls == [], "what was kept is found again"
     out = after_an_epoch("memory")
     assert did(out, vision_cache="memory", resume="auto") == expected
-    assert calls == [1] * 4
+    assert tower_calls == [1] * 4
     out = after_an_epoch("none")
     assert did(out, vision_cache="disk", vision_cache_dir=tmp_path / "disk/vision-cache", resume="auto") == expected
-    assert calls == [], "several runs may share a folder"
+    assert tower_calls == [], "several runs may share a folder"
 
 
-def test_adapters_learn_as_they_do_without(settings_for: MAKE, tmp_path: Path, log_of: LOG, calls: list[int]) -> None:
+def test_adapters_learn_as_they_do_without(
+    settings_for: MAKE, tmp_path: Path, log_of: LOG, tower_calls: list[int]
+) -> None:
     losses = []
     for where in ("none", "memory"):
         flags = {"lora": True, "lora_rank": 2, "freeze_vision_model": True, "max_steps": EPOCH + 1}

@@ -44,7 +44,8 @@ from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze, set_precision
 from phi3v.optim import build_optimizer
-from phi3v.perf import PATCHES, TOKENS_PER_CROP, training_flops
+from phi3v.parallel.engine import bare
+from phi3v.perf import Products, training_flops
 from phi3v.recipes.easy_vqa import build_tokenizer
 from phi3v.runlog import progress_bar, say
 
@@ -112,7 +113,7 @@ def variants(questions: int, *, ablation: bool) -> list[Variant]:
 
 def loss_of(model: Any, pack: Pack, savings: frozenset[str], num_crops: int) -> Tensor:
     """The pack's loss, a float32 scalar, the way `savings` say. `model` is plain or inside PEFT."""
-    inner: Phi3VForCausalLM = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Phi3VForCausalLM = bare(model)
     with nullcontext() if "crops" in savings else _wasteful(inner, pack, num_crops):
         x = inner.model.embed_pack(pack)
     hidden = inner.model.decode_layout(x, pack.layout, pack.rows if "rows" in savings else None)
@@ -156,31 +157,23 @@ def _wasteful(model: Phi3VForCausalLM, pack: Pack, num_crops: int) -> Iterator[N
 
 def hardware_flops(model: Any, config: Phi3VConfig, step: Step, savings: frozenset[str], shape: Shape) -> float:
     """Floating-point operations that a variant runs for a step, those that are run twice included."""
-    needed = training_flops(model, config)
-    hidden, clip = config.hidden_size, config.clip
-    queries, keys = hidden * hidden, hidden * config.num_key_value_heads * config.head_dim
-    at_row = 2 * queries + 3 * hidden * config.intermediate_size
-    head, dim = hidden * config.vocab_size, clip["hidden_size"]
-    times = needed.per_row / 2 / (at_row + head)  # 2 or 3: with or without gradients of the decoder's weights
-    pairs_of_a_layer = needed.per_pair * step.pairs / (config.num_hidden_layers - 1)
-    work = needed.of(step)
+    needed, one = training_flops(model, config), Products.of(config)
+    layers, clip_layers = config.num_hidden_layers, config.clip["num_hidden_layers"] - 1
+    times = needed.per_row / (one.rest + one.head)  # 2 for each pass: forward, and backward with or without weights
+    pairs, clip_layer = 2.0 * one.pair * step.pairs, 2.0 * (one.clip_layer + one.clip_pairs)
+    work, crops = needed.of(step), step.crops
     if "rows" not in savings:
-        work += 2 * times * at_row * (step.tokens - step.rows) + pairs_of_a_layer
+        work += times * one.rest * (step.tokens - step.rows) + 3 * pairs
         if "logits" not in savings:
-            work += 2 * times * head * (step.tokens - step.rows)
-    clip_layer = 2 * PATCHES * (4 * dim * dim + 2 * dim * clip["intermediate_size"] + 2 * PATCHES * dim)
-    projector = 2 * TOKENS_PER_CROP * (4 * dim * hidden + hidden * hidden)
-    layers = clip["num_hidden_layers"] - 1
-    crops = step.crops
+            work += times * one.head * (step.tokens - step.rows)
     if "crops" not in savings:
         crops = step.examples * shape.images * (shape.num_crops + 1)
         # Crops of zeros go through CLIP, forward and backward, but not through the projector; the last layer forward.
-        work += (crops - step.crops) * (needed.per_crop - projector * times) + crops * clip_layer
+        work += (crops - step.crops) * (needed.per_crop - times * sum(one.projector)) + crops * clip_layer
     if "recompute" not in savings:
-        layer = 2 * (at_row + 2 * keys) * step.tokens + pairs_of_a_layer / 3
-        work += layer * (config.num_hidden_layers - ("rows" in savings))
+        work += (2.0 * (one.keys + one.rest) * step.tokens + pairs) * (layers - ("rows" in savings))
         learns = any(p.requires_grad for name, p in model.named_parameters() if "img_processor" in name)
-        work += learns * crops * clip_layer * layers
+        work += learns * crops * clip_layer * clip_layers
     return work
 
 
@@ -272,7 +265,7 @@ class Timed:
 def run_step(model: Any, optimizer: torch.optim.Optimizer, timed: Timed, num_crops: int, dtype: torch.dtype) -> None:
     """One optimizer step of a variant, timed. The learning rate is zero: all variants see the same weights."""
     device = next(model.parameters()).device
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = bare(model)
     savings = timed.variant.savings
     if "recompute" in savings:
         inner.gradient_checkpointing_disable()
@@ -333,7 +326,7 @@ def measure(
             packs, step = packs_of(
                 [encode(example, processor) for example in examples], processor, variant.savings, limits
             )
-            flops = hardware_flops(model, _config_of(model), step, variant.savings, shape)
+            flops = hardware_flops(model, bare(model).config, step, variant.savings, shape)
             found.append(Timed(variant=variant, packs=packs, step=step, flops=flops))
     with progress_bar(f"{task}, {mode}", (rounds + 1) * len(found), "steps", show=progress, summary=False) as advance:
         for number in range(rounds + 1):
@@ -342,10 +335,6 @@ def measure(
                 run_step(model, optimizer, timed if number else warm_up, shape.num_crops, dtype)
                 advance(1)
     return found
-
-
-def _config_of(model: Any) -> Phi3VConfig:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
 
 
 def ratios(timed: Timed, original: Timed) -> list[float]:

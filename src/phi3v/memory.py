@@ -18,11 +18,8 @@ from phi3v.hardware import available_memory
 from phi3v.loss import ROWS_PER_CHUNK
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.features import feature_bytes
-from phi3v.model.vision import grid_of
+from phi3v.model.vision import PATCHES, grid_of
 from phi3v.parallel import Parallel
-
-PATCHES = 577  # per crop
-
 
 # What the ranks of an engine share out.
 SHARED: dict[Parallel, tuple[str, ...]] = {

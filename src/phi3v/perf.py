@@ -17,10 +17,7 @@ from torch import nn
 from phi3v.data.plan import Step
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import part_of
-
-PATCHES = 577  # per crop, with the class token
-PATCH_VALUES = 3 * 14 * 14
-TOKENS_PER_CROP = 144
+from phi3v.model.vision import MERGED, PATCH, PATCHES
 
 # TFLOP/s of dense bf16 (fp16 on cards without), accumulated in float32, from the makers' data sheets. The first name
 # that is part of a card's own name holds.
@@ -63,6 +60,44 @@ def device_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None
 
 
 @dataclass(frozen=True, kw_only=True)
+class Products:
+    """Multiplications of a forward pass, each with an addition, by the part of the model they are in."""
+
+    keys: int
+    """Key and value projections of a decoder layer, a token."""
+    rest: int
+    """Query and output projections and the MLP of a decoder layer, a token."""
+    pair: int
+    """Attention of a decoder layer, a query token and a key token that it sees."""
+    head: int
+    """Of a row."""
+    patches: int
+    """Patch embedding, a crop."""
+    clip_layer: int
+    """Weights of a CLIP layer, a crop."""
+    clip_pairs: int
+    """Attention of a CLIP layer, a crop."""
+    projector: tuple[int, int]
+    """Its two layers, a crop."""
+
+    @classmethod
+    def of(cls, config: Phi3VConfig) -> Products:
+        hidden, width, clip = config.hidden_size, config.head_dim, config.clip
+        dim, tokens = clip["hidden_size"], MERGED * MERGED
+        heads = config.num_attention_heads * width
+        return cls(
+            keys=2 * hidden * config.num_key_value_heads * width,
+            rest=2 * hidden * heads + 3 * hidden * config.intermediate_size,
+            pair=2 * heads,
+            head=hidden * config.vocab_size,
+            patches=PATCHES * 3 * PATCH * PATCH * dim,
+            clip_layer=PATCHES * (4 * dim * dim + 2 * dim * clip["intermediate_size"]),
+            clip_pairs=2 * PATCHES * PATCHES * dim,
+            projector=(tokens * 4 * dim * hidden, tokens * hidden * hidden),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flops:
     """Floating-point operations of training, forward and backward, by what they grow with."""
 
@@ -96,26 +131,18 @@ def training_flops(model: nn.Module, config: Phi3VConfig) -> Flops:
         """Forward; the gradient of the weights; and that of the input, if something learns there or before."""
         return 1 + (part in learns) + bool(reached & below)
 
-    hidden, layers, width = config.hidden_size, config.num_hidden_layers, config.head_dim
-    queries, keys = hidden * config.num_attention_heads * width, hidden * config.num_key_value_heads * width
-    at_row = 2 * queries + 3 * hidden * config.intermediate_size  # query and output projections, MLP
-    layer = at_row + 2 * keys
+    one, layers = Products.of(config), config.num_hidden_layers - 1
+    clip_layers = config.clip["num_hidden_layers"] - 1  # features are those before the last layer
     decoder = times("decoder", {"decoder", "embeddings", "projector", "vision"})
-
-    clip = config.clip
-    dim, clip_layers = clip["hidden_size"], clip["num_hidden_layers"] - 1  # features are those before the last layer
-    clip_layer = PATCHES * (4 * dim * dim + 2 * dim * clip["intermediate_size"])
-    vision = times("vision", {"vision"})
-    clip_pairs = 2 * PATCHES * PATCHES * dim * clip_layers
-    tower = vision * clip_layer * clip_layers + times("vision", set()) * PATCHES * PATCH_VALUES * dim
+    tower = times("vision", {"vision"}) * one.clip_layer * clip_layers + times("vision", set()) * one.patches
     # Attention has no weights: its backward pass is twice its forward, or is not run at all.
-    tower += (3 if "vision" in reached else 1) * clip_pairs
-    projector = times("projector", {"vision"}) * TOKENS_PER_CROP * 4 * dim * hidden
-    projector += times("projector", {"vision", "projector"}) * TOKENS_PER_CROP * hidden * hidden
+    tower += (3 if "vision" in reached else 1) * one.clip_pairs * clip_layers
+    first, second = one.projector
+    projector = times("projector", {"vision"}) * first + times("projector", {"vision", "projector"}) * second
     return Flops(
-        per_token=2.0 * decoder * ((layers - 1) * layer + 2 * keys),
-        per_pair=3 * 2.0 * 2 * config.num_attention_heads * width * (layers - 1),
-        per_row=2.0 * decoder * (at_row + hidden * config.vocab_size),
+        per_token=2.0 * decoder * (layers * (one.keys + one.rest) + one.keys),
+        per_pair=2.0 * 3 * layers * one.pair,
+        per_row=2.0 * decoder * (one.rest + one.head),
         per_crop=2.0 * (tower + projector),
         per_cached_crop=2.0 * projector,
     )

@@ -28,7 +28,6 @@ from phi3v.errors import InputError, RankError
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.features import FeatureCache, digest_of_tower
 from phi3v.model.parts import freeze, set_precision
-from phi3v.model.vision import CLIPVisionTransformer
 
 SIZES = {"square": (64, 64), "wide": (100, 40), "tall": (40, 90)}
 SEPARATORS = "model.vision_embed_tokens.sub_GN"
@@ -98,25 +97,17 @@ def cached(model: Phi3VForCausalLM, dtype: torch.dtype = torch.float32, folder: 
     return cache
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The crops of every call of the tower."""
-    seen, forward = list[int](), CLIPVisionTransformer.forward
-
-    def counted(self: Any, crops: torch.Tensor) -> torch.Tensor:
-        seen.append(len(crops))
-        return forward(self, crops)
-
-    monkeypatch.setattr(CLIPVisionTransformer, "forward", counted)
-    return seen
-
-
 # -- the same numbers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("where", "dtype"), [("memory", torch.float32), ("disk", torch.bfloat16)])
 def test_losses_and_gradients_are_those_without_a_cache(
-    where: str, dtype: torch.dtype, tiny_checkpoint_dir: Path, processor: Phi3VProcessor, pictures: Path, calls: Any
+    where: str,
+    dtype: torch.dtype,
+    tiny_checkpoint_dir: Path,
+    processor: Phi3VProcessor,
+    pictures: Path,
+    tower_calls: Any,
 ) -> None:
     """Bit for bit; in two epochs whose packs are others. In the second the tower is not run at all.
 
@@ -130,9 +121,9 @@ def test_losses_and_gradients_are_those_without_a_cache(
     cache = cached(model, dtype, pictures / "cache" if where == "disk" else None)
     for epoch, packs in enumerate(epochs):
         expected = learnt(plain, packs, dtype)
-        calls.clear()
+        tower_calls.clear()
         found = learnt(model, packs, dtype)
-        assert sorted(calls) == ([] if epoch else [1, 3, 3]), "every picture once, in a call of its own"
+        assert sorted(tower_calls) == ([] if epoch else [1, 3, 3]), "every picture once, in a call of its own"
         rounded = differ(found, expected)
         assert set(rounded) <= (set() if dtype == torch.float32 else {SEPARATORS})
         for name in rounded:
@@ -146,19 +137,19 @@ def test_losses_and_gradients_are_those_without_a_cache(
 
 
 def test_text_alone_and_prompts_go_without(
-    tiny_checkpoint_dir: Path, processor: Phi3VProcessor, pictures: Path, calls: Any
+    tiny_checkpoint_dir: Path, processor: Phi3VProcessor, pictures: Path, tower_calls: Any
 ) -> None:
     encoded = encoded_of(pictures, processor)
     model = model_of(tiny_checkpoint_dir)
     cached(model)
     learnt(model, packs_of([encoded[5]], processor))
-    assert calls == []
+    assert tower_calls == []
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops, digests=True)
     (batch,) = prompt_packs([encoded[0]], LIMITS, reading, max_new_tokens=1)
     assert batch.pack.digests == ()
     model.model.embed_pack(batch.pack)
     model.model.embed_pack(batch.pack)
-    assert calls == [1, 1]
+    assert tower_calls == [1, 1]
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -185,15 +176,15 @@ def test_a_digest_knows_the_shape() -> None:
 
 
 def test_another_tower_or_precision_finds_nothing(
-    tiny_checkpoint_dir: Path, processor: Phi3VProcessor, pictures: Path, calls: Any
+    tiny_checkpoint_dir: Path, processor: Phi3VProcessor, pictures: Path, tower_calls: Any
 ) -> None:
     packs, folder = packs_of(encoded_of(pictures, processor), processor), pictures / "cache"
 
     def computed(model: Phi3VForCausalLM, dtype: torch.dtype = torch.float32) -> bool:
         cached(model, dtype, folder)
-        calls.clear()
+        tower_calls.clear()
         learnt(model, packs)
-        return bool(calls)
+        return bool(tower_calls)
 
     model = model_of(tiny_checkpoint_dir)
     assert computed(model)
@@ -251,7 +242,7 @@ def test_a_damaged_file_is_made_anew(
     tiny_checkpoint_dir: Path,
     processor: Phi3VProcessor,
     pictures: Path,
-    calls: Any,
+    tower_calls: Any,
 ) -> None:
     packs, folder = packs_of(encoded_of(pictures, processor), processor), pictures / "cache"
     model = model_of(tiny_checkpoint_dir)
@@ -260,9 +251,9 @@ def test_a_damaged_file_is_made_anew(
     before = {file: file.read_bytes() for file in folder.iterdir()}
     damage(next(iter(before)))
     assert {file: file.read_bytes() for file in folder.iterdir()} != before
-    calls.clear()
+    tower_calls.clear()
     assert differ(learnt(model, packs), expected) == []
-    assert len(calls) == 1
+    assert len(tower_calls) == 1
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 

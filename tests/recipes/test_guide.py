@@ -19,7 +19,6 @@ from types import ModuleType
 import pytest
 
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.loading import load_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,25 +48,12 @@ def test_both_languages_have_the_same_commands() -> None:
 
 
 @pytest.fixture(scope="module")
-def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tiny_model_dir: Path, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that sees five hundred pairs of pictures of many crops in a minute or two."""
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "vision_config": tower}
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    config = Phi3VConfig(
-        vocab_size=432,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1},
-        rope_scaling={"type": "su", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
-        image_token_id=processor.image_token_id,
-        stop_token_ids=processor.stop_token_ids,
-        pad_token_id=processor.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    Phi3VForCausalLM(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return make_model(processor, tmp_path_factory.mktemp("model"), **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -96,21 +96,15 @@ def _torch_backward(
     )
 
 
+def _package_settings(q: Tensor, at: Segments) -> dict[str, Any]:
+    settings = {"cu_seqlens_q": at.cu_q, "cu_seqlens_k": at.cu_k, "max_seqlen_q": at.max_q, "max_seqlen_k": at.max_k}
+    return {**settings, "dropout_p": 0.0, "softmax_scale": q.shape[-1] ** -0.5, "causal": at.causal}
+
+
 def _package_forward(q: Tensor, k: Tensor, v: Tensor, at: Segments) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-    out, lse, *_ = _flash_attn_varlen_forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q=at.cu_q,
-        cu_seqlens_k=at.cu_k,
-        max_seqlen_q=at.max_q,
-        max_seqlen_k=at.max_k,
-        dropout_p=0.0,
-        softmax_scale=q.shape[-1] ** -0.5,
-        causal=at.causal,
-    )
+    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, **_package_settings(q, at))
     return out, lse
 
 
@@ -130,13 +124,7 @@ def _package_backward(
         dq,
         dk,
         dv,
-        cu_seqlens_q=at.cu_q,
-        cu_seqlens_k=at.cu_k,
-        max_seqlen_q=at.max_q,
-        max_seqlen_k=at.max_k,
-        dropout_p=0.0,
-        softmax_scale=q.shape[-1] ** -0.5,
-        causal=at.causal,
+        **_package_settings(q, at),
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,

@@ -13,8 +13,8 @@ Shapes: C crops, P patches (577 with the class token), D CLIP width, H decoder w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,9 @@ from phi3v.data.image import CROP, global_view, normalize
 from phi3v.errors import InputError
 from phi3v.model.configuration import Phi3VConfig
 
-if TYPE_CHECKING:
-    from phi3v.model.features import FeatureCache
-
 SIDE = 24  # patches along a crop
+PATCH = 14  # pixels along a patch
+PATCHES = SIDE * SIDE + 1  # of a crop, with the class token
 MERGED = 12  # rows and columns of a merged crop
 # Crops encoded at once by a frozen tower: enough to fill a device, and a bound on its memory.
 FROZEN_CROPS_PER_CALL = 64
@@ -37,14 +36,14 @@ class CLIPEmbeddings(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(dim))
-        self.patch_embedding = nn.Conv2d(3, dim, kernel_size=14, stride=14, bias=False)
+        self.patch_embedding = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH, bias=False)
         self.position_embedding = nn.Embedding(SIDE * SIDE + 1, dim)
 
     def forward(self, crops: Tensor) -> Tensor:
         """[C, 3, 336, 336] -> [C, P, D]. The convolution does not overlap, so it is a matrix product over patches."""
         count = crops.shape[0]
         weight = self.patch_embedding.weight
-        patches = crops.to(weight.dtype).view(count, 3, SIDE, 14, SIDE, 14).permute(0, 2, 4, 1, 3, 5)
+        patches = crops.to(weight.dtype).view(count, 3, SIDE, PATCH, SIDE, PATCH).permute(0, 2, 4, 1, 3, 5)
         x = F.linear(patches.reshape(count, SIDE * SIDE, -1), weight.flatten(1))
         x = torch.cat([self.class_embedding.to(x.dtype).expand(count, 1, -1), x], dim=1)
         return x + self.position_embedding.weight
@@ -136,6 +135,18 @@ class ImageProcessor(nn.Module):
         self.vision_model = CLIPVisionTransformer(sizes)
 
 
+class Cache(Protocol):
+    """What can stand in front of a frozen tower: `phi3v.model.features.FeatureCache`."""
+
+    def features(
+        self,
+        tiles: Tensor,
+        grids: Sequence[tuple[int, int]],
+        digests: Sequence[str],
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor: ...
+
+
 class ImageEmbedding(nn.Module):
     """`model.vision_embed_tokens`: crops of any number of images -> one row per image position."""
 
@@ -146,7 +157,7 @@ class ImageEmbedding(nn.Module):
         self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
         self.img_processor = ImageProcessor(config.clip)
         self.frozen_crops_per_call = FROZEN_CROPS_PER_CALL
-        self.cache: FeatureCache | None = None  # of a frozen tower; for packs that name their pictures
+        self.cache: Cache | None = None  # of a frozen tower; for packs that name their pictures
         self.img_projection = nn.Sequential(
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
