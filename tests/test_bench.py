@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import phi3v.bench as bench
-from phi3v.bench import SAVINGS, SHAPES, Shape, hardware_flops, loss_of, make_examples, packs_of, prepare, variants
+from phi3v.bench import (
+    SAVINGS,
+    SHAPES,
+    Mode,
+    Shape,
+    hardware_flops,
+    loss_of,
+    make_examples,
+    packs_of,
+    prepare,
+    variants,
+)
 from phi3v.cli import main
 from phi3v.data.chat import encode
 from phi3v.data.pack import Pack
@@ -57,10 +68,12 @@ def learnt(model: Any, packs: list[Pack], savings: frozenset[str]) -> tuple[floa
     return loss, gradients
 
 
-@pytest.mark.parametrize("mode", ["full", "frozen", "lora"])
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_all_variants_learn_the_same(
     mode: str, tiny_checkpoint_dir: Path, processor: Phi3VProcessor, tmp_path: Path
 ) -> None:
+    if mode == "qlora":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'phi3v[qlora]'")
     model = model_for(tiny_checkpoint_dir, mode)
     sides = dict.fromkeys(variant.savings for variant in variants(2, ablation=True))
     assert set.union(*map(set, sides)) == set(SAVINGS)
@@ -127,6 +140,7 @@ def test_the_command_writes_what_it_prints(
     for row in found["rows"]:
         assert row["times_as_fast"]["min"] <= row["times_as_fast"]["median"] <= row["times_as_fast"]["max"]
         assert row["peak_gb"] > 0
+        assert 0 < row["of_limit"] < row["gflops_per_s"] / found["peak_gflops_per_s"] * 1.001
     shared = found["rows"][names.index("phi3v, 3 questions a page")]
     assert shared["fewer_operations"] > 2
     assert shared["pages_per_s"] == pytest.approx(shared["questions_per_s"] / 3)

@@ -18,19 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from transformers import DynamicCache
 from tyro.conf import arg
 
 from phi3v.config import Optim
 from phi3v.data.chat import Encoded, Example, Turn, encode
 from phi3v.data.chat import questions as questions_of
-from phi3v.data.loader import Reading, training_packs
+from phi3v.data.loader import Reading, prompt_packs, training_packs
 from phi3v.data.pack import Pack
 from phi3v.data.plan import PlanSettings, Step, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
@@ -38,18 +39,19 @@ from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.evaluate import answer
 from phi3v.files import write_text
-from phi3v.hardware import environment, pick_device, pick_dtype
+from phi3v.hardware import environment, pick_device, pick_dtype, pick_tokens_per_pack
 from phi3v.labels import score_labels
 from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze, set_precision
+from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer
 from phi3v.parallel.engine import bare
-from phi3v.perf import Products, training_flops
+from phi3v.perf import Products, device_peak_tflops, training_flops
 from phi3v.recipes.easy_vqa import build_tokenizer
-from phi3v.runlog import progress_bar, say
+from phi3v.runlog import console, progress_bar, say
 
-Mode = Literal["full", "frozen", "lora"]
+Mode = Literal["full", "frozen", "lora", "qlora"]
 Task = Literal["docvqa", "nlvr2", "memes", "ucf101"]
 
 SAVINGS = {
@@ -205,8 +207,12 @@ def build_model(mode: Mode, processor: Phi3VProcessor, device: torch.device, dty
 
 
 def prepare(model: Any, mode: Mode, dtype: torch.dtype) -> Any:
-    """Sets what learns: all of it, all but the image embedder, or adapters everywhere."""
-    if mode == "lora":
+    """Sets what learns: all of it, all but the image embedder, or adapters everywhere, over 4-bit weights or not."""
+    if mode == "qlora":
+        where = next(model.parameters()).device
+        freeze(model, ())
+        quantize(model, Quantization(), compute_dtype=dtype, device=None if where.type == "meta" else where)
+    if mode in ("lora", "qlora"):
         model = add_lora(model, frozen=(), rank=64, alpha=256, dropout=0.0, init="default", dora=False, rslora=False)
     else:
         freeze(model, ("vision", "projector") if mode == "frozen" else ())
@@ -254,6 +260,9 @@ class Timed:
     packs: list[Pack]
     step: Step
     flops: float
+    """Operations that it runs."""
+    needed: float
+    """Operations that its step needs, however computed."""
     seconds: list[float] = field(default_factory=list)
     peak_gb: float = 0.0
     loss: float = 0.0
@@ -326,12 +335,16 @@ def measure(
             packs, step = packs_of(
                 [encode(example, processor) for example in examples], processor, variant.savings, limits
             )
-            flops = hardware_flops(model, bare(model).config, step, variant.savings, shape)
-            found.append(Timed(variant=variant, packs=packs, step=step, flops=flops))
-    with progress_bar(f"{task}, {mode}", (rounds + 1) * len(found), "steps", show=progress, summary=False) as advance:
+            config = bare(model).config
+            flops = hardware_flops(model, config, step, variant.savings, shape)
+            needed = training_flops(model, config).of(step)
+            found.append(Timed(variant=variant, packs=packs, step=step, flops=flops, needed=needed))
+    with progress_bar(f"{task}, {mode}", (rounds + 1) * len(found), "steps", show=progress) as advance:
         for number in range(rounds + 1):
+            if progress and not console.is_terminal:
+                say(f"{task}, {mode}: " + (f"round {number} of {rounds}" if number else "warming up"))
             for timed in found:
-                warm_up = Timed(variant=timed.variant, packs=timed.packs[:1], step=timed.step, flops=timed.flops)
+                warm_up = replace(timed, packs=timed.packs[:1], seconds=[])
                 run_step(model, optimizer, timed if number else warm_up, shape.num_crops, dtype)
                 advance(1)
     return found
@@ -351,8 +364,24 @@ def flops_of_the_real_model(mode: Mode, task: Task, found: Sequence[Timed]) -> l
     return [hardware_flops(model, config, t.step, t.variant.savings, shape) / t.step.examples for t in found]
 
 
-def rows_of(mode: Mode, task: Task, found: Sequence[Timed]) -> list[dict[str, Any]]:
-    """What is printed and written: a row a variant."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the device at its best: of a known card as its maker says, else of a large product here.
+
+    Busy machines are slow now and then, hence the best of many.
+    """
+    if (known := device_peak_tflops(device, dtype)) is not None:
+        return known * 1e12
+    size, seconds = 2048, []
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(20):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * size**3 / min(seconds)
+
+
+def rows_of(mode: Mode, task: Task, found: Sequence[Timed], peak: float) -> list[dict[str, Any]]:
+    """What is printed and written: a row a variant. `peak` is the device's, in operations a second."""
     original, real = found[0], flops_of_the_real_model(mode, task, found)
     rows = []
     for timed, real_flops in zip(found, real, strict=True):
@@ -369,6 +398,7 @@ def rows_of(mode: Mode, task: Task, found: Sequence[Timed]) -> list[dict[str, An
                 "pages_per_s": pace / timed.variant.questions,
                 "tokens_per_s": pace * timed.step.tokens / timed.step.examples,
                 "gflops_per_s": timed.flops / statistics.median(timed.seconds) / 1e9,
+                "of_limit": timed.needed / statistics.median(timed.seconds) / peak,
                 "peak_gb": timed.peak_gb,
                 "loss": timed.loss,
                 "times_as_fast": {"median": statistics.median(times), "min": min(times), "max": max(times)},
@@ -382,22 +412,57 @@ def rows_of(mode: Mode, task: Task, found: Sequence[Timed]) -> list[dict[str, An
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table of one task and mode."""
     say(f"\n[bold]{rows[0]['task']}, {rows[0]['mode']}[/]")
-    say(f"{'':<52}{'pages/s':>9}{'questions/s':>13}{'times as fast':>22}{'operations':>12}{'real size':>11}{'GB':>7}")
+    say(
+        f"{'':<50}{'pages/s':>8}{'questions/s':>12}{'times as fast':>19}"
+        f"{'operations':>11}{'real size':>10}{'of limit':>9}{'GB':>6}"
+    )
     for row in rows:
         times = row["times_as_fast"]
         spread = f"{times['median']:.2f} ({times['min']:.2f}-{times['max']:.2f})"
         say(
-            f"{row['variant']:<52}{row['pages_per_s']:>9.3f}{row['questions_per_s']:>13.3f}{spread:>22}"
-            f"{'1/' + format(row['fewer_operations'], '.2f'):>12}"
-            f"{'1/' + format(row['fewer_operations_real_size'], '.2f'):>11}{row['peak_gb']:>7.2f}"
+            f"{row['variant']:<50}{row['pages_per_s']:>8.3f}{row['questions_per_s']:>12.3f}{spread:>19}"
+            f"{'1/' + format(row['fewer_operations'], '.2f'):>11}"
+            f"{'1/' + format(row['fewer_operations_real_size'], '.2f'):>10}"
+            f"{row['of_limit']:>9.0%}{row['peak_gb']:>6.2f}"
         )
 
 
 # -- answering --------------------------------------------------------------------------------------------------------
 
-WAYS = ("question by question", "a page once for its questions", "labels scored instead of written")
+WAYS = ("original", "a page once for its questions", "labels scored instead of written")
 """The first two write answers; the third picks the likeliest of LABELS in one pass."""
 LABELS = (ANSWER, "nine eight seven")
+
+
+@torch.no_grad()
+def answer_as_the_original(
+    model: Any,
+    processor: Phi3VProcessor,
+    prompts: Sequence[Example],
+    *,
+    reading: Reading,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Greedy answers, question by question: each reads and encodes its page, padded, and makes all tokens' logits.
+
+    Every answer is `max_new_tokens` long.
+    """
+    encoded = [encode(prompt, processor) for prompt in prompts]
+    alone = PackLimits(max_tokens_per_pack=1, max_crops_per_pack=1, share_prefix=False, pack=False)
+    found = []
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        for batch in prompt_packs(encoded, alone, reading, max_new_tokens=max_new_tokens):
+            with _wasteful(model, batch.pack, processor.num_crops):
+                x = model.model.embed_pack(batch.pack.to(model.device))
+            kept = DynamicCache()
+            out = model(inputs_embeds=x[None], past_key_values=kept)
+            written = [int(out.logits[0, -1].argmax())]
+            while len(written) < max_new_tokens:
+                out = model(input_ids=torch.tensor([written[-1:]], device=model.device), past_key_values=kept)
+                written.append(int(out.logits[0, -1].argmax()))
+            found.append((batch.numbers[0], processor.decode(written, skip_special_tokens=True).strip()))
+    return [text for _, text in sorted(found)]
 
 
 def measure_answers(
@@ -410,14 +475,15 @@ def measure_answers(
     model = build_model("full", processor, device, dtype).eval()
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
     how: dict[str, Any] = {"reading": reading, "dtype": dtype, "progress": False}
-    alone = replace(limits, share_prefix=False, pack=False)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         examples = make_examples(Path(folder), shape, pages, questions)
         prompts = [question for example in examples for question in questions_of(example)]
         for _ in range(rounds):
             works: list[Callable[[], Any]] = [
-                lambda: answer(model, processor, prompts, limits=alone, max_new_tokens=new_tokens, **how),
+                lambda: answer_as_the_original(
+                    model, processor, prompts, reading=reading, max_new_tokens=new_tokens, dtype=dtype
+                ),
                 lambda: answer(model, processor, prompts, limits=limits, max_new_tokens=new_tokens, **how),
                 lambda: score_labels(model, processor, prompts, LABELS, limits=limits, **how),
             ]
@@ -426,8 +492,7 @@ def measure_answers(
                 started = time.perf_counter()
                 results.append(work())
                 seconds[way].append(time.perf_counter() - started)
-            same = [one["prediction"] == other["prediction"] for one, other in zip(*results[:2], strict=True)]
-            assert all(same) or dtype != torch.float32
+            assert results[0] == [found["prediction"] for found in results[1]] or dtype != torch.float32
     rows = []
     for way, took in seconds.items():
         times = [slow / fast for slow, fast in zip(seconds[WAYS[0]], took, strict=True)]
@@ -469,7 +534,7 @@ def bench(
     answering: bool = True,
     new_tokens: int = 8,
     full: bool = False,
-    max_tokens_per_pack: int = 8192,
+    max_tokens_per_pack: int | None = None,
     max_crops_per_pack: int = 64,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     json_file: Annotated[Path | None, arg(name="json")] = None,
@@ -479,11 +544,12 @@ def bench(
 
     The model is random and small, with the real one's proportions. "times as fast" is questions a second against the
     original in the same round (median, least and most); "operations" what arithmetic says for this model, "real size"
-    for the published one. Leave the machine alone meanwhile.
+    for the published one; "of limit" what the objective needs, as a share of what the hardware could compute in that
+    time. Leave the machine alone meanwhile.
 
     Args:
         tasks: Shapes of examples: a page, two photos, a meme, a video of eight frames.
-        modes: What learns: everything, all but the image embedder, or adapters.
+        modes: What learns: everything, all but the image embedder, or adapters, also over 4-bit weights.
         pages: Pages of an optimizer step.
         questions: Questions about each page, where a page is shared.
         rounds: How often each variant is timed.
@@ -491,7 +557,7 @@ def bench(
         answering: Time evaluation as well: question by question, page by page, and by scoring labels.
         new_tokens: Length of a written answer.
         full: All tasks, all modes, 64 examples a step.
-        max_tokens_per_pack: Tokens of one forward pass.
+        max_tokens_per_pack: Tokens of one forward pass. Default: 8192 on a GPU, 4096 on a CPU.
         max_crops_per_pack: 336x336 crops of one forward pass.
         dtype: Precision of the arithmetic.
         json_file: Write the figures here, with the environment.
@@ -501,12 +567,15 @@ def bench(
         if value < 1:
             raise InputError(f"--{name} is {value}, it must be at least 1")
     if full:
-        tasks, modes, pages = tuple(SHAPES), ("full", "frozen", "lora"), 64
+        tasks, modes, pages = tuple(SHAPES), get_args(Mode), 64
     device = pick_device()
     precision = pick_dtype(dtype, device)
-    limits = PackLimits(max_tokens_per_pack=max_tokens_per_pack, max_crops_per_pack=max_crops_per_pack)
+    limits = PackLimits(
+        max_tokens_per_pack=pick_tokens_per_pack(max_tokens_per_pack, device), max_crops_per_pack=max_crops_per_pack
+    )
+    peak = peak_flops(device, precision)
     content: dict[str, Any] = {"rows": [], "answering": [], "pages": pages, "rounds": rounds}
-    content["environment"] = environment(device)
+    content |= {"environment": environment(device), "peak_gflops_per_s": peak / 1e9}
     for task in tasks:
         for mode in modes:
             found = measure(
@@ -520,7 +589,7 @@ def bench(
                 dtype=precision,
                 progress=progress,
             )
-            show(own := rows_of(mode, task, found))
+            show(own := rows_of(mode, task, found, peak))
             content["rows"] += own
             _keep(json_file, content)
         if answering:

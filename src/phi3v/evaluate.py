@@ -24,7 +24,7 @@ from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import PackLimits
 from phi3v.errors import InputError
 from phi3v.files import make_folder, write_text
-from phi3v.hardware import pick_attention, pick_device, pick_dtype
+from phi3v.hardware import pick_attention, pick_device, pick_dtype, pick_tokens_per_pack
 from phi3v.labels import closed_answers, score_labels
 from phi3v.metrics import Prediction, accuracy, anls, label_tables
 from phi3v.metrics import score as scores_of
@@ -172,7 +172,7 @@ def evaluate(
     max_new_tokens: int = 64,
     score: Literal["generate", "labels", "both"] = "generate",
     labels: tuple[str, ...] = (),
-    max_tokens_per_pack: int = 8192,
+    max_tokens_per_pack: int | None = None,
     max_crops_per_pack: int = 64,
     dtype: Precision = "auto",
     attention: Attention = "auto",
@@ -193,7 +193,7 @@ def evaluate(
         max_new_tokens: Longest answer, in tokens.
         score: generate: what the model writes. labels: the most likely of a closed set. both: one beside the other.
         labels: The closed set. Default: the answers of the data, if they are few.
-        max_tokens_per_pack: Tokens of one forward pass. Larger is faster until memory runs out.
+        max_tokens_per_pack: Tokens of one forward pass. Default: 8192 on a GPU, 4096 on a CPU.
         max_crops_per_pack: 336x336 crops of one forward pass.
         dtype: Precision of the arithmetic.
         attention: How attention is computed. All choices compute the same.
@@ -223,7 +223,7 @@ def evaluate(
         prompts,
         scoring,
         limits=PackLimits(
-            max_tokens_per_pack=max_tokens_per_pack,
+            max_tokens_per_pack=pick_tokens_per_pack(max_tokens_per_pack, device),
             max_crops_per_pack=max_crops_per_pack,
             original_max=network.config.original_max_position_embeddings,
         ),

@@ -26,6 +26,7 @@ from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.evaluate import read_questions
 from phi3v.files import write_text
+from phi3v.hardware import pick_tokens_per_pack
 from phi3v.jsonfile import Rule, by_name, parse_object
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.parallel.ranks import Ranks
@@ -86,7 +87,7 @@ def read_data(
         questions=run.data.questions,
         weighting=run.data.weighting,
         limits=PackLimits(
-            max_tokens_per_pack=run.data.max_tokens_per_pack,
+            max_tokens_per_pack=pick_tokens_per_pack(run.data.max_tokens_per_pack, ranks.device),
             max_crops_per_pack=run.data.max_crops_per_pack,
             original_max=config.original_max_position_embeddings,
             share_prefix=run.data.share_prefix,

@@ -60,6 +60,11 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str
     return wanted
 
 
+def pick_tokens_per_pack(wanted: int | None, device: torch.device) -> int:
+    """Without a wish: several pages for a GPU, which one does not fill; for a CPU one, more only take memory."""
+    return wanted or (8192 if device.type == "cuda" else 4096)
+
+
 def name_attention(attention: str) -> str:
     """With the kernel behind it, where there are several."""
     kernel = flash.find_kernel() if attention == "flash_attention_2" else None
