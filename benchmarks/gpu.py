@@ -34,6 +34,7 @@ from phi3v.files import write_text
 from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_device, why_not_compile
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.compiling import compile_layers
+from phi3v.model.fp8 import learn_in_fp8
 from phi3v.model.parts import add_lora, freeze, recompute_layers
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.optim import build_optimizer
@@ -43,7 +44,7 @@ from phi3v.perf import achieved, device_peak_tflops, training_flops
 from phi3v.recipes.easy_vqa import build_tokenizer
 
 EVERYTHING: dict[str, Any] = {"questions": 4, "frozen": (), "adapters": False, "nf4": False, "recompute": False}
-EVERYTHING |= {"optimizer": "adamw-bf16", "attention": "auto", "compile": True}
+EVERYTHING |= {"optimizer": "adamw-bf16", "attention": "auto", "compile": True, "fp8": False}
 EMBEDDER = ("vision", "projector")
 
 # What differs from EVERYTHING, by row.
@@ -54,6 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "full, 8-bit moments, recomputing": {"optimizer": "adamw-8bit", "recompute": True},
     "full, float32 moments, recomputing": {"optimizer": "adamw", "recompute": True},
     "full, not compiled": {"compile": False},
+    "full, fp8": {"fp8": True},
     "full, sdpa": {"attention": "sdpa"},
     "full, flex_attention": {"attention": "flex_attention"},
     "full, flash_attention_2": {"attention": "flash_attention_2"},
@@ -85,6 +87,8 @@ def build(how: dict[str, Any], processor: Phi3VProcessor, dtype: torch.dtype, *,
     torch.set_default_dtype(before)
     model.config._attn_implementation = pick_attention(how["attention"], pick_device(), dtype)
     freeze(model, how["frozen"])
+    if how["fp8"]:
+        learn_in_fp8(model, emulate=tiny)
     if how["nf4"]:
         quantize(model, Quantization(), compute_dtype=dtype, device=pick_device())
     if how["adapters"]:

@@ -13,6 +13,7 @@ from phi3v.errors import InputError
 from phi3v.feed import TrainingData
 from phi3v.hardware import why_not_compile
 from phi3v.memory import estimate, layers_to_recompute
+from phi3v.model import fp8
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.features import FeatureCache
 from phi3v.model.loading import load_config, load_model
@@ -119,6 +120,15 @@ def pick_compile(run: Run, engine: Parallel, ranks: Ranks) -> bool:
     if run.base.compile == "on" and reason:
         raise InputError(f"--compile on: {reason}")
     return run.base.compile == "on" or (run.base.compile == "auto" and ranks.device.type == "cuda" and not reason)
+
+
+def check_fp8(dtype: torch.dtype, engine: Parallel, ranks: Ranks) -> None:
+    """Raises InputError where `--fp8` cannot be had."""
+    reason = fp8.why_not(ranks.device, dtype)
+    if engine != "ddp":
+        reason = f"--parallel {engine} splits the weights"
+    if reason:
+        raise InputError(f"--fp8: {reason}")
 
 
 def keep_features(run: Run, tower: str, engine: Engine, dtype: torch.dtype) -> FeatureCache:

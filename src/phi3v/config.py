@@ -43,6 +43,9 @@ class Base:
     """Compile the layers with torch.compile, which takes its time at the start: the same arithmetic in fewer kernels.
     auto: on for CUDA, unless the weights are split over processes or `--dora` is on."""
 
+    fp8: bool = False
+    """Multiply in fp8 in the decoder while it learns: approximate, faster on Hopper, Ada and later, needs torchao."""
+
     dtype: Precision = "auto"
     """Precision of the arithmetic. Trainable weights are kept in float32, frozen ones in this precision. auto: bf16
     where the hardware has it, else fp16 with loss scaling on CUDA, else fp32; with `--optimizer adamw-bf16` bf16."""
@@ -344,6 +347,8 @@ class Run:
                 raise InputError(f"--{name.replace('_', '-')} has no effect without --qlora")
         if self.tuning.qlora and self.tuning.lora_init in ("pissa", "olora"):
             raise InputError(f"--lora-init {self.tuning.lora_init} decomposes the weights, which --qlora has quantised")
+        if self.base.fp8 and self.tuning.adapters:
+            raise InputError("--fp8 is for weights that learn: leave it out with --lora and --qlora")
         optimizer, parallel = self.optim.optimizer, self.scaling.parallel
         cache = self.tuning.vision_cache
         if cache != "none" and "vision" not in self.tuning.frozen:

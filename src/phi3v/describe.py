@@ -51,6 +51,8 @@ def describe(
     _row("model", escape(run.base.model))
     kernel, crops = name_attention(attention), data.reading.num_crops
     _row("", f"{name_of(dtype)} on {ranks.device}, attention {kernel}, num_crops {crops}")
+    if run.base.fp8:
+        _row("", "the decoder learns with products in fp8 (--fp8), which is approximate")
     if compiled:
         _row("", "layers compiled (--compile off computes them as they are)")
     if ranks.num > 1:

@@ -25,7 +25,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.adamw import weight_dtype
 from phi3v.audit import GradientAudit
-from phi3v.build import build_model, check_attention, keep_features, pick_compile, pick_recompute, restore_frozen
+from phi3v.build import (
+    build_model,
+    check_attention,
+    check_fp8,
+    keep_features,
+    pick_compile,
+    pick_recompute,
+    restore_frozen,
+)
 from phi3v.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.config import Run
 from phi3v.data.pack import Pack
@@ -41,6 +49,7 @@ from phi3v.metrics import baselines, label_tables, score
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.features import FeatureCache, digest_of_tower
+from phi3v.model.fp8 import learn_in_fp8
 from phi3v.model.loading import load_config, save_model
 from phi3v.model.parts import set_precision, widen
 from phi3v.optim import build_optimizer, build_schedule, reach
@@ -120,6 +129,8 @@ def train(run: Run) -> dict[str, Any]:
         )
         recompute = pick_recompute(run, config, data, ranks, dtype=dtype, attention=attention, engine=name)
         compiled = pick_compile(run, name, ranks)
+        if run.base.fp8:
+            check_fp8(dtype, name, ranks)
         about: dict[str, Any] = {
             "dtype": dtype,
             "attention": attention,
@@ -146,6 +157,8 @@ def train(run: Run) -> dict[str, Any]:
             say(f"[yellow]note[/]        {escape(why)}")
         flops = training_flops(model, config)
         tower = digest_of_tower(bare(model)) if run.tuning.vision_cache != "none" else None
+        if run.base.fp8:
+            learn_in_fp8(model)
         if compiled:
             compile_layers(model)
         engine = build_engine(

@@ -32,6 +32,7 @@ from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VForCausalLM, flash
 from phi3v.model.attention import PackedAttention
 from phi3v.model.compiling import compile_layers
+from phi3v.model.fp8 import CAPABILITY, learn_in_fp8
 from phi3v.model.generation import generate_pack
 from phi3v.train import train
 
@@ -262,6 +263,22 @@ def test_compiled_layers_have_the_same_gradients(tiny_checkpoint_dir, processor,
         for name, wanted in results[2].items():
             mine, theirs = (float((result[name] - wanted).norm() / wanted.norm()) for result in results[:2])
             assert mine <= max(2 * theirs, floor), f"{name}: {mine:.1e}, not compiled {theirs:.1e}"
+
+
+def test_the_decoder_learns_in_fp8(tiny_checkpoint_dir, processor, examples):
+    """As close to exact as the same rounding in plain PyTorch, give or take the order of sums."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'phi3v[fp8]'")
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("this card does not multiply in fp8")
+    pack, found = pack_of([encode(example, processor) for example in examples], processor).to(CUDA), {}
+    for how in ("exact", "emulated", "fp8"):
+        model = Phi3VForCausalLM.from_pretrained(tiny_checkpoint_dir, dtype=torch.float32).train().to(CUDA)
+        if how != "exact":
+            learn_in_fp8(model, emulate=how == "emulated")
+        found[how] = gradients_of(model, pack, torch.float32 if how == "exact" else torch.bfloat16)
+    for name, wanted in found["exact"].items():
+        mine, theirs = (float((found[how][name] - wanted).norm() / wanted.norm()) for how in ("fp8", "emulated"))
+        assert mine <= max(2 * theirs, torch.finfo(torch.bfloat16).eps), f"{name}: {mine:.1e}, emulated {theirs:.1e}"
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
