@@ -21,7 +21,7 @@ from phi3v.errors import InputError
 __all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "prompt_text", "questions"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One exchange: what the user says, with the images (absolute paths) shown in it, and the answer.
 
@@ -33,7 +33,7 @@ class Turn:
     images: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     """One conversation. `where` is its origin, "train.jsonl:41"; `answers` are the last turn's accepted answers.
 
@@ -59,7 +59,7 @@ class Example:
         return tuple(image for turn in self.turns for image in turn.images)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
     """A conversation as token ids, one id per image.
 
