@@ -103,6 +103,9 @@ phi3v --completion bash|zsh|fish     a script that completes commands and flags
 phi3v --version"""
 HELP = {"-h", "--help", "--help-all"}
 SHELLS = ("bash", "zsh", "fish")
+BASH_FILES = """# tyro offers an empty word where it knows none; then it may be a file.
+_phi3v() { _tyro_phi3v "$@"; [ -n "${COMPREPLY[*]}" ] || COMPREPLY=(); }
+complete -o bashdefault -o default -F _phi3v phi3v"""
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,7 @@ def _run(given: list[str]) -> Any:
         _unknown(name)
 
     command, prog = COMMANDS[name], f"phi3v {name}"
-    with on_parse_error(usage.refuse(prog, command.examples[0], [])):
-        function, words = _function(name, words)
+    function, words = _function(name, words)
     parts = usage.parts_of(function)
     if HELP & set(words):
         common = () if "--help-all" in words else command.common
@@ -183,6 +185,8 @@ def _complete(shell: str = "bash") -> None:
     functions = {name: _function(name, [])[0] for name in COMMANDS}
     with contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(functions, prog="phi3v", args=["--tyro-write-completion", shell, "-"])
+    if shell == "bash":
+        print(BASH_FILES)
 
 
 def _rank() -> int:
@@ -248,7 +252,8 @@ def _take_recipe(words: list[str]) -> tuple[Any, list[str]]:
 def _training(module: Any, words: list[str]) -> tuple[Callable[..., Any], list[str]]:
     """`phi3v train` with the flags and defaults of a recipe: what the task is asked for decides the run's defaults."""
     options: Any = NoOptions if module is None else module.Options
-    asked, _ = tyro.cli(Flat[options], args=words, return_unknown_args=True, add_help=False)  # type: ignore[misc]
+    with on_parse_error(usage.refuse("phi3v train", "", list(usage.parts_of_dataclass(options, options())))):
+        asked, _ = tyro.cli(Flat[options], args=words, return_unknown_args=True, add_help=False)  # type: ignore[misc]
     default = Run() if module is None else module.settings(asked)
 
     def train(

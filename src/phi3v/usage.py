@@ -74,11 +74,12 @@ def parts_of(command: Callable[..., Any]) -> list[Part]:
     """The flags of a command: its own, then those of every dataclass among its parameters, in their order."""
     hints = typing.get_type_hints(command, include_extras=True)
     texts = _texts(docstring_parser.parse(inspect.getdoc(command) or ""))
-    own, groups = [], []
+    own: list[Flag] = []
+    groups: list[Part] = []
     for name, parameter in inspect.signature(command).parameters.items():
         hint, named = _bare(hints[name])
         if dataclasses.is_dataclass(hint):
-            groups += _groups(hint, parameter.default)
+            groups += parts_of_dataclass(hint, parameter.default)
         else:
             positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
             own.append(_flag(named or name, hint, texts.get(name, ""), parameter.default, positional))
@@ -88,20 +89,22 @@ def parts_of(command: Callable[..., Any]) -> list[Part]:
     return [part for part in parts if part.flags]
 
 
-def _groups(kind: Any, values: Any) -> Iterator[Part]:
+def parts_of_dataclass(kind: Any, values: Any) -> Iterator[Part]:
+    """A part for every dataclass in `kind` that has flags, with the defaults in `values`."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    texts = {}
+    texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):  # what a class inherits is explained where it comes from
         texts |= _texts(docstring_parser.parse_from_object(base))
     flags = []
     for field in dataclasses.fields(kind):
         hint, named = _bare(hints[field.name])
         if dataclasses.is_dataclass(hint):
-            yield from _groups(hint, getattr(values, field.name))
+            yield from parts_of_dataclass(hint, getattr(values, field.name))
         else:
             value = getattr(values, field.name)
             flags.append(_flag(named or field.name, hint, texts.get(field.name, ""), value, positional=False))
-    yield Part(title=(inspect.getdoc(kind) or "").partition("\n")[0].rstrip("."), flags=tuple(flags))
+    if flags:
+        yield Part(title=(inspect.getdoc(kind) or "").partition("\n")[0].rstrip("."), flags=tuple(flags))
 
 
 def _texts(docstring: docstring_parser.Docstring) -> dict[str, str]:
@@ -118,7 +121,7 @@ def _bare(hint: Any) -> tuple[Any, str]:
 
 
 def _flag(name: str, hint: Any, text: str, default: Any, positional: bool) -> Flag:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     kind = next(option for option in options if option is not type(None))
     many = typing.get_origin(kind) is tuple
     kind = typing.get_args(kind)[0] if many else kind
@@ -199,8 +202,9 @@ def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
 
 def refuse(prog: str, example: str, parts: Sequence[Part]) -> Callable[[events.ParseErrorEvent], None]:
     """A hook for tyro that raises InputError, in our words, for what a command's flags cannot be."""
-    values = {flag.name: flag.value for part in parts for flag in part.flags if not flag.positional}
-    names = [*values, *(f"--no-{name[2:]}" for name, value in values.items() if not value)]
+    flags = {flag.name: flag for part in parts for flag in part.flags}
+    names = [name for name in flags if name.startswith("-")]
+    names += [f"--no-{name[2:]}" for name in names if not flags[name].value]
 
     def unknown(word: str) -> NoReturn:
         name = word.partition("=")[0]
@@ -213,26 +217,26 @@ def refuse(prog: str, example: str, parts: Sequence[Part]) -> Callable[[events.P
         if isinstance(event, events.UnrecognizedArgs):
             unknown(event.tokens[0])
         if isinstance(event, events.MissingArgs):
-            if wrong := [word for word in event.unrecognized_tokens if word.startswith("-")]:
-                unknown(wrong[0])
+            if strange := [word for word in event.unrecognized_tokens if word.startswith("-")]:
+                unknown(strange[0])
             missing = ", ".join(_name(one.arg) for one in event.missing_arguments)
             raise InputError(f"{prog}: {missing} is missing; for example: {example}")
         if isinstance(event, events.InvalidChoice):
             if event.argument.is_positional():
                 unknown(event.value)
-            listed = ", ".join(event.choices)
-            hint = nearest(event.value, event.choices, "")
-            hint = f"{hint} ({listed})" if hint else f"it must be {listed}"
-            raise InputError(f"{_name(event.argument)} {event.value}: {hint}")
+            name = _name(event.argument)
+            listed = ", ".join(flags[name].choices)
+            hint = nearest(event.value, flags[name].choices, "")
+            raise InputError(f"{name} {event.value}: {f'{hint} ({listed})' if hint else f'it must be {listed}'}")
         if isinstance(event, events.BadValue):
             if event.argument.is_positional():
                 raise InputError(f"{prog}: {_name(event.argument)} is missing; for example: {example}")
             given = "takes no value" if event.reason == "fixed" else "needs a value"
             raise InputError(f"{_name(event.argument)} {given}")
         if isinstance(event, events.InstantiationFailure) and event.argument is not None:
-            name, given = _name(event.argument), re.findall("'(.*)'", event.message)
-            if given and (kind := NUMBERS.get(values.get(name, ""))):
-                raise InputError(f"{name} {given[0]}: it must be {kind}")
+            name, wrong = _name(event.argument), re.findall("'(.*)'", event.message)
+            if wrong and name in flags and (kind := NUMBERS.get(flags[name].value)):
+                raise InputError(f"{name} {wrong[0]}: it must be {kind}")
             raise InputError(f"{name}: {event.message}")
 
     return hook
