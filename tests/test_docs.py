@@ -157,7 +157,7 @@ CONVERSIONS = [
     (page.name, sample, command)
     for page in COMING_FROM
     for sample, command in re.findall(
-        r"^```json\n(.*?)^```\s+(?:^(?!    ).*\s)*?^    phi3v (convert .+)",
+        r"^```json\n(.*?)^```\s+(?:^(?!    ).*\s)*?^    phi3v (convert [^\n]+)",
         page.read_text(encoding="utf-8"),
         re.MULTILINE | re.DOTALL,
     )
@@ -204,24 +204,37 @@ def test_quoted_messages_occur_in_the_sources() -> None:
         assert re.search(written, sources), message
 
 
-# -- the way of a newcomer -------------------------------------------------------------------------------------------
+# -- the README ------------------------------------------------------------------------------------------------------
 
 
-def test_from_a_folder_of_pictures_to_an_answer(
+def test_both_readmes_have_the_same_commands() -> None:
+    assert commands(REPOSITORY / "README.md") == commands(REPOSITORY / "README.es.md")
+    for page in ("README.md", "README.es.md"):
+        assert len((REPOSITORY / page).read_text(encoding="utf-8").splitlines()) <= 150, "three screens"
+
+
+def test_the_commands_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of the first page run as they stand, on pictures in folders of classes; training is cut short."""
+    """One after the other, as they stand, from pictures in folders of classes to a merged model.
+
+    Training is cut short, and what would be the published model is the tiny one.
+    """
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("blue", "red")):
         Path("photos", name).mkdir(parents=True)
         for shade in range(12):
             Image.new("RGB", (40, 40), (200 * number + shade, 0, 200 - 200 * number)).save(f"photos/{name}/{shade}.png")
-    short = ["--max-steps", "2", "--batch-size", "4", "--no-progress", "--dtype", "fp32"]
-    way = [command for page, command in EVERY_COMMAND if page == "index.md" and not command.startswith("-")]
-    assert [command.split()[0] for command in way] == ["convert", "check", "train", "chat"]
-    for command in way:
-        words = shlex.split(command)
-        assert main([*words, *(short if words[0] == "train" else [])]) == 0, capsys.readouterr().err
+    way = [shlex.split(command, comments=True) for command in commands(REPOSITORY / "README.md")]
+    for words in way:
+        if words[0] == "train":
+            if "--batch-size" in words:
+                del words[(at := words.index("--batch-size")) : at + 2]
+            words += ["--max-steps", "2", "--batch-size", "4", "--dtype", "fp32"]
+            words += [] if words[1] == "tiny" else ["--model", "data/tiny-model"]
+        if "data/test.jsonl" in words:
+            shutil.copyfile("data/val.jsonl", "data/test.jsonl")
+        assert main(words) == 0, capsys.readouterr().err
     assert Path("runs/tiny/report.html").is_file()
-    assert Path("data/tiny-model/config.json").is_file()
-    shutil.rmtree("runs")
+    assert Path("models/mine/config.json").is_file()
+    assert {words[0] for words in way} >= {"convert", "check", "train", "chat", "evaluate", "report", "merge"}

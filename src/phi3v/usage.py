@@ -32,13 +32,13 @@ NAME_WIDTH = 34  # of the column of flags; a list of choices that does not fit i
 
 
 class Flag(NamedTuple):
-    """Of a command, or a word that stands for itself."""
+    """A flag of a command, or a word without one, like the folder in `phi3v report FOLDER`."""
 
     name: str
-    """`--batch-size`, or `MODEL` for a word without a flag."""
+    """`--batch-size`, or `MODEL` of a word."""
 
     value: str
-    """What is written behind it: nothing for a switch."""
+    """What is written behind it, nothing for a switch; of a word, the word."""
 
     choices: tuple[str, ...]
 
@@ -54,9 +54,11 @@ class Flag(NamedTuple):
 
     @property
     def shown(self) -> str:
+        """As the help writes it."""
+        if self.positional:
+            return self.value if self.default is inspect.Parameter.empty else f"[{self.value}]"
         name = f"--[no-]{self.name[2:]}" if self.default is True else self.name
-        value = f"[{self.name}]" if self.default is None and self.positional else self.value
-        return value if self.positional else f"{name} {value}".rstrip()
+        return f"{name} {self.value}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ def _flag(name: str, hint: Any, text: str, default: Any, positional: bool) -> Fl
     listed = "|".join(choices)
     value = "" if kind is bool else VALUES.get(kind, "WORD")
     if positional:
-        return Flag(name.upper(), name.upper(), choices, text, default)
+        return Flag(name.upper(), f"{name.upper()} ..." if many else name.upper(), choices, text, default)
     name = f"--{name.replace('_', '-')}"
     if choices and len(f"{name} {listed}") + 4 * many <= NAME_WIDTH:
         value = listed
