@@ -1,6 +1,6 @@
 """A tiny model on data of your own: the whole way from pictures to answers, on any computer.
 
-    phi3v convert imagefolder photos --out data --val-fraction 0.2
+    phi3v convert imagefolder photos --question "What is this?" --out data --val-fraction 0.2
     phi3v train tiny --train data/train.jsonl --eval data/val.jsonl --out runs/tiny
 
 Task      whatever the data asks, in few words: it is for trying out, not for use
