@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,7 @@ def commands(page: Path) -> list[str]:
         r"^    (.+)", code, re.MULTILINE
     )
     lines = [line.strip() for block in blocks for line in block.splitlines()]
-    return [found[2] for line in lines if (found := re.match(r"(torchrun .*-m |python -m )?phi3v (.+)", line))]
+    return [found[1] for line in lines if (found := re.match(r"(?:.* -m )?phi3v (.+)", line))]
 
 
 EVERY_COMMAND = [(page.name, command) for page in PAGES for command in commands(page)]
@@ -107,17 +109,16 @@ def test_commands_parse(
     if "--recipe" in words:
         at = words.index("--recipe")
         del words[at : at + 2]  # a file of the reader's own
-    ran = []
+    ran: list[object] = []
     monkeypatch.setattr(cli, "_quietly", lambda function: _noting(function, ran))
     assert main(words) == 0, capsys.readouterr().err
     assert ran or {"--help", "--help-all"} & set(words)
 
 
-def _noting(function: object, ran: list[object]) -> object:
+def _noting(function: Callable[..., object], ran: list[object]) -> Callable[..., None]:
     """The function's signature, without what it does."""
-    import functools
 
-    @functools.wraps(function)  # type: ignore[arg-type]
+    @functools.wraps(function)
     def noted(*words: object, **flags: object) -> None:
         ran.append(function)
 
