@@ -5,7 +5,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-oldest bench check format clean
+.PHONY: quickstart test test-slow test-oldest bench check docs format clean
 
 quickstart: .venv/.ready
 	$(BIN)/phi3v train easy-vqa --out runs/easy-vqa --resume auto
@@ -29,6 +29,10 @@ check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in site/. A link that leads nowhere, also within a page, is an error.
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: .venv/.ready
 	$(BIN)/ruff format .

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from phi3v import checkpoint
-from phi3v.cli import main
+from phi3v import __version__, checkpoint
+from phi3v.cli import COMMANDS, main
+from phi3v.config import Run
 from phi3v.model.loading import load_model
-
-COMMANDS = ["train", "evaluate", "check", "merge", "chat", "report"]
 
 
 @pytest.fixture
@@ -63,22 +66,71 @@ def files(folder: Path) -> dict[str, bytes]:
 # -- what goes well --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_works(command: str | None, capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"] if command else ["--help"])
-    assert stopped.value.code == 0
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
-    assert all(one in said for one in (COMMANDS if command is None else [f"usage: phi3v {command}"]))
+    lines = said.splitlines()
+    assert lines[0].startswith(f"phi3v {command} ")
+    assert COMMANDS[command].purpose in said
+    assert f"    {COMMANDS[command].examples[0]}" in lines
+    assert len(lines) <= 50
+    assert all(len(line) <= 100 for line in lines)
 
 
-def test_every_flag_is_explained(capsys) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+def test_all_commands_are_listed(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert main([]) == 0
+    assert capsys.readouterr().out == listed
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^{name} +{re.escape(command.purpose)}", listed, re.MULTILINE)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"phi3v {__version__}\n"
+
+
+def test_every_flag_is_explained_and_the_common_ones_first(capsys) -> None:
+    shown = {}
+    for help in ("--help", "--help-all"):
+        assert main(["train", help]) == 0
+        shown[help] = capsys.readouterr().out
+    fields = [field for group in vars(Run()).values() for field in dataclasses.fields(group)]
+    for field in fields:
+        flag = rf"^  --(\[no-\])?{field.name.replace('_', '-')}\b(?!-)"
+        assert re.search(flag, shown["--help-all"], re.MULTILINE), field.name
+        common = field.name.replace("_", "-") in COMMANDS["train"].common
+        assert bool(re.search(flag, shown["--help"], re.MULTILINE)) == common, field.name
+    assert "Checkpoint every so many steps. One is always written at the end." in " ".join(shown["--help-all"].split())
+    left_out = int(re.findall(r"explains (\d+) more", shown["--help"])[0])
+    assert left_out == len(fields) - shown["--help"].count("\n  --")
+
+
+def test_a_recipe_brings_flags_and_defaults_into_the_help(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["train", "docvqa", "--mode", "lora", "--help"]) == 0
     said = capsys.readouterr().out
-    for flag in ("--freeze", "--lora-rank", "--eval-every-steps", "--max-crops-per-pack", "--resume", "--dry-run"):
-        assert flag in said
-    assert "Checkpoint every so many steps." in said
+    assert "--full-train" in said
+    assert re.search(r"--learning-rate X .*\(0.0002\)", said)
+    assert re.search(r"--out PATH .*\(runs/docvqa\)", said)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["check", "--help"], ["train", "--nosuch"], ["fly"]]
+)
+def test_help_and_typing_errors_do_not_wait_for_torch(words: list[str]) -> None:
+    code = "import sys; from phi3v.cli import main; main(sys.argv[1:]); print(*sys.modules)"
+    code = f"import sys; sys.argv[0] = 'phi3v'; {code}"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert "phi3v.usage" in done.stdout.split()
+    assert not {"torch", "transformers", "numpy"} & set(done.stdout.split())
+
+
+def test_importing_the_package_registers_the_architecture() -> None:
+    """Also of a script whose name is not ours, and before or after transformers."""
+    code = "import phi3v; from transformers import AutoConfig; print(AutoConfig.for_model('phi3_v').model_type)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "phi3_v\n"
 
 
 def test_from_the_command_line_to_a_report_with_nothing_said_in_between(
@@ -316,12 +368,73 @@ def test_an_unknown_recipe(fails) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--no-such-flag"], ["fly"], ["evaluate", "x"], ["train", "--dtype", "int4"]]
+    ("words", "message"),
+    [
+        ("trian", "phi3v has no command trian: did you mean train?"),
+        ("fly", "phi3v has no command fly: phi3v --help lists them"),
+        ("--verson", "phi3v has no command --verson: did you mean --version?"),
+        ("docvqa", "docvqa is a recipe: phi3v train docvqa"),
+        ("train --learnin-rate 1", "phi3v train has no flag --learnin-rate: did you mean --learning-rate?"),
+        ("train --learnin_rate=1", "phi3v train has no flag --learnin_rate: did you mean --learning-rate?"),
+        ("train --no-packs", "phi3v train has no flag --no-packs: did you mean --no-pack?"),
+        ("train --qqq", "phi3v train has no flag --qqq: phi3v train --help-all lists them"),
+        ("train -x", "phi3v train has no flag -x: phi3v train --help-all lists them"),
+        ("train --dtype fp61", "--dtype fp61: did you mean fp16? (auto, bf16, fp16, fp32)"),
+        ("train --dtype int4", "--dtype int4: it must be auto, bf16, fp16, fp32"),
+        ("train --freeze vison", "--freeze vison: did you mean vision? (vision, projector, embeddings)"),
+        ("train --batch-size many", "--batch-size many: it must be a whole number"),
+        ("train --epochs two", "--epochs two: it must be a number"),
+        ("train --batch-size", "--batch-size needs a value"),
+        ("train --out runs/a lora", "phi3v train: lora is one word too many: did you mean --lora?"),
+        ("train --out runs/a b", "phi3v train: b is one word too many: see phi3v train --help"),
+        ("train --lora docvqa", "the recipe comes first: phi3v train docvqa ..."),
+        ("train docvqa --mode lra", "--mode lra: did you mean lora? (full, frozen, lora, qlora)"),
+        ("train docvqa --full-trian", "phi3v train has no flag --full-trian: did you mean --full-train?"),
+        (
+            "evaluate x",
+            "phi3v evaluate: --data is missing; for example: phi3v evaluate runs/mine --data data/test.jsonl",
+        ),
+        ("evaluate x --dta y", "phi3v evaluate has no flag --dta: did you mean --data?"),
+        ("report", "phi3v report: RUN is missing; for example: phi3v report runs/mine"),
+        ("--completion tcsh", "--completion tcsh: it must be bash, zsh, fish"),
+    ],
 )
-def test_a_flag_that_does_not_exist(arguments: list[str], capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
+def test_a_typing_error_names_the_nearest_right_word(words: str, message: str, fails) -> None:
+    assert fails(*words.split()) == message
+
+
+def test_completion_in_a_real_bash(tmp_path: Path) -> None:
+    """As `source <(phi3v --completion bash)` does it."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash here")
+    script = tmp_path / "phi3v.bash"
+    script.write_text(
+        subprocess.run([sys.executable, "-m", "phi3v", "--completion", "bash"], capture_output=True, text=True).stdout
+    )
+
+    def offered(line: str) -> list[str]:
+        """What a tab at the end of the line offers."""
+        words = line.split(" ")
+        typed = " ".join(f"'{word}'" for word in words)
+        code = (
+            f"source {script}; set -- $(complete -p phi3v); while [ $# -gt 2 ] && [ $1 != -F ]; do shift; done; "
+            f"COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; COMP_LINE='{line}'; COMP_POINT={len(line)}; "
+            f"$2 phi3v '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        done = subprocess.run([bash, "--norc", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert set(offered("phi3v ")) >= {*COMMANDS}
+    assert offered("phi3v ev") == ["evaluate"]
+    assert offered("phi3v train --learning") == ["--learning-rate"]
+    assert offered("phi3v train --dtype b") == ["bf16"]
+    assert offered("phi3v check pict") == []  # bash offers files then, which -o default asks for
+    registered = subprocess.run(
+        [bash, "--norc", "-c", f"source {script}; complete -p phi3v"], capture_output=True, text=True
+    )
+    assert "-o default" in registered.stdout
 
 
 def test_a_finished_run_is_never_touched(training, fails, tmp_path: Path, capsys) -> None:

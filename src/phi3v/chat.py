@@ -9,6 +9,7 @@ import torch
 from rich.markup import escape
 from rich.prompt import Prompt
 from transformers import TextStreamer
+from tyro.conf import UseAppendAction
 
 from phi3v.config import check_numbers
 from phi3v.data.chat import Example, Turn, prompt_text
@@ -28,7 +29,7 @@ def chat(
     question: str | None = None,
     /,
     *,
-    image: tuple[Path, ...] = (),
+    image: UseAppendAction[tuple[Path, ...]] = (),  # or it would swallow the question
     num_crops: int | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,

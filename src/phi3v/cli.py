@@ -1,31 +1,111 @@
-"""The roof: the commands, their flags from dataclasses and signatures, and nothing else."""
+"""The roof: the commands, their flags from dataclasses and signatures, and nothing else.
 
+A command is a line of COMMANDS: nothing but the room of the one that was asked for is imported.
+"""
+
+import contextlib
+import functools
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from transformers.utils import logging as transformers_logging
+from tyro._errors import on_parse_error
 from tyro.conf import OmitArgPrefixes as Flat
-from tyro.conf import UseAppendAction, arg, configure
+from tyro.conf import arg
 
+from phi3v import __version__, usage
 from phi3v.config import Run
 from phi3v.errors import InputError, RankError
-from phi3v.hardware import quiet_deepspeed
-from phi3v.runlog import speak
+from phi3v.recipes import RECIPES, find_recipe, load_recipe
 
-DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
 
-    phi3v train --train train.jsonl --eval test.jsonl --out runs/mine
-    phi3v train easy-vqa         a recipe brings data and settings; flags override
-    phi3v COMMAND --help         all flags
-"""
+@dataclass(frozen=True)
+class Command:
+    """What `phi3v NAME` does."""
+
+    function: str
+    """Its room and its name there: the signature has the flags, the docstring their texts."""
+
+    purpose: str
+    """In a line."""
+
+    examples: tuple[str, ...]
+
+    common: tuple[str, ...] = ()
+    """Flags that `--help` shows, of a command that has too many for a screen. `--help-all` shows all."""
+
+
+COMMANDS = {
+    "train": Command(
+        "phi3v.train:train",
+        "Fine-tune a model: checks the data, trains, evaluates, saves, reports.",
+        (
+            "phi3v train --train data/train.jsonl --eval data/val.jsonl --out runs/mine --lora",
+            "phi3v train docvqa --data-dir docvqa --mode lora       a recipe: phi3v recipes lists them",
+        ),
+        common=(
+            *("mode", "data-dir", "full-train", "prompts", "turns"),
+            *("model", "num-crops", "dtype", "train", "eval", "batch-size", "questions"),
+            *("freeze-vision-model", "lora", "qlora", "lora-rank", "optimizer", "epochs", "learning-rate"),
+            *("parallel", "eval-every-steps", "score", "out", "save-every-steps", "resume", "track", "dry-run"),
+        ),
+    ),
+    "recipes": Command(
+        "phi3v.cli:recipes",
+        "List the recipes, or show one: its data, its settings mode by mode, its published scores.",
+        ("phi3v recipes docvqa", "phi3v recipes forkme > my_task.py       the template of your own"),
+    ),
+    "convert": Command(
+        "phi3v.convert:convert",
+        "Turn data of another layout into jsonl to train on.",
+        ("phi3v convert imagefolder photos --out data --val-fraction 0.1",),
+    ),
+    "check": Command(
+        "phi3v.cli:check",
+        "Find everything that is wrong with a data file before a run, and show its statistics.",
+        ("phi3v check data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
+    ),
+    "evaluate": Command(
+        "phi3v.evaluate:evaluate",
+        "Answer every question of a data file and score the answers.",
+        ("phi3v evaluate runs/mine --data data/test.jsonl",),
+    ),
+    "report": Command(
+        "phi3v.cli:report", "Write the report of a run anew, as one HTML page.", ("phi3v report runs/mine",)
+    ),
+    "chat": Command(
+        "phi3v.chat:chat",
+        "Ask one question about some pictures or, without a question, hold a conversation.",
+        ('phi3v chat runs/mine --image page.png "What is the total?"',),
+    ),
+    "merge": Command(
+        "phi3v.merge:merge",
+        "Merge the adapter of a LoRA or QLoRA run into its base model.",
+        ("phi3v merge runs/mine --out models/mine",),
+    ),
+    "bench": Command(
+        "phi3v.bench:bench",
+        "Time training against the original recipe's way, and what each saving is worth.",
+        ("phi3v bench --tasks memes nlvr2 --modes lora --questions 1",),
+    ),
+}
+
+NOTES = """phi3v COMMAND --help                 flags, and an example
+phi3v --completion bash|zsh|fish     a script that completes commands and flags
+phi3v --version"""
+HELP = {"-h", "--help", "--help-all"}
+SHELLS = ("bash", "zsh", "fish")
+BASH_FILES = """# tyro offers an empty word where it knows none; then it may be a file.
+_phi3v() { _tyro_phi3v "$@"; [ -n "${COMPREPLY[*]}" ] || COMPREPLY=(); }
+complete -o bashdefault -o default -F _phi3v phi3v"""
 
 
 @dataclass(frozen=True)
@@ -39,12 +119,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns about ev
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the status is that of `status_of`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return status_of(lambda: _run(given))
+    return _status(lambda: _run(given))
 
 
 def status_of(work: Callable[[], Any]) -> int:
     """0 when all went well, 2 when the user can mend what went wrong (one line says what), 130 after Ctrl-C."""
     _silence()
+    return _status(work)
+
+
+def _status(work: Callable[[], Any]) -> int:
     try:
         status = work()
     except InputError as error:
@@ -66,10 +150,43 @@ def status_of(work: Callable[[], Any]) -> int:
 
 
 def _run(given: list[str]) -> Any:
-    recipe, given = _take_recipe(given)
-    return tyro.extras.subcommand_cli_from_dict(
-        _commands(recipe, given[1:]), prog="phi3v", description=DESCRIPTION, args=given
-    )
+    name, *words = given or ["--help"]
+    if name in HELP:
+        purposes = {name: command.purpose for name, command in COMMANDS.items()}
+        return usage.show(usage.overview("Fine-tune Phi-3.5-vision, score it, and talk to it.", purposes, NOTES))
+    if name == "--version":
+        return print(f"phi3v {__version__}")
+    if name == "--completion":
+        return _complete(*words[:1])
+    if name not in COMMANDS:
+        _unknown(name)
+
+    command, prog = COMMANDS[name], f"phi3v {name}"
+    function, words = _function(name, words)
+    parts = usage.parts_of(function)
+    if HELP & set(words):
+        common = () if "--help-all" in words else command.common
+        return usage.show(usage.explain(prog, command.purpose, command.examples, parts, common))
+    with on_parse_error(usage.refuse(prog, command.examples[0], parts)):
+        return tyro.cli(_quietly(function), prog=prog, args=words)
+
+
+def _unknown(name: str) -> NoReturn:
+    if name in RECIPES:
+        raise InputError(f"{name} is a recipe: phi3v train {name}")
+    words = [*COMMANDS, "--help", "--version", "--completion"]
+    raise InputError(f"phi3v has no command {name}: {usage.nearest(name, words, 'phi3v --help lists them')}")
+
+
+def _complete(shell: str = "bash") -> None:
+    """Prints a script that completes what may follow `phi3v`."""
+    if shell not in SHELLS:
+        raise InputError(f"--completion {shell}: it must be {', '.join(SHELLS)}")
+    functions = {name: _function(name, [])[0] for name in COMMANDS}
+    with contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(functions, prog="phi3v", args=["--tyro-write-completion", shell, "-"])
+    if shell == "bash":
+        print(BASH_FILES)
 
 
 def _rank() -> int:
@@ -85,8 +202,24 @@ def _end(status: int) -> int:
     return status
 
 
+def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Silent only once the flags are right: who mistyped one need not wait for torch."""
+
+    @functools.wraps(function)
+    def quiet(*words: Any, **flags: Any) -> Any:
+        _silence()
+        return function(*words, **flags)
+
+    return quiet
+
+
 def _silence() -> None:
     """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
+    from transformers.utils import logging as transformers_logging
+
+    from phi3v.hardware import quiet_deepspeed
+    from phi3v.runlog import speak
+
     speak(_rank() == 0)
     quiet_deepspeed()
     if _rank() > 0:
@@ -96,107 +229,107 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _take_recipe(given: list[str]) -> tuple[Any, list[str]]:
-    """`train NAME ...` or `train --recipe FILE ...` -> the recipe's module and `train ...`."""
-    if len(given) < 2 or given[0] != "train":
-        return None, given
-    from phi3v.recipes import find_recipe, load_recipe
+def _function(name: str, words: list[str]) -> tuple[Callable[..., Any], list[str]]:
+    """What a command calls, and the words that are left for it."""
+    if name == "train":
+        return _training(*_take_recipe(words))
+    room, _, function = COMMANDS[name].function.partition(":")
+    return getattr(importlib.import_module(room), function), words
 
-    if not given[1].startswith("-"):
-        return find_recipe(given[1]), [given[0], *given[2:]]
-    for at, word in enumerate(given):
-        if word == "--recipe" and at + 1 < len(given):
-            return load_recipe(Path(given[at + 1])), [*given[:at], *given[at + 2 :]]
+
+def _take_recipe(words: list[str]) -> tuple[Any, list[str]]:
+    """`NAME ...` or `--recipe FILE ...` -> the recipe's module and the rest."""
+    if words and not words[0].startswith("-"):
+        return find_recipe(words[0]), words[1:]
+    for at, word in enumerate(words):
+        if word == "--recipe" and at + 1 < len(words):
+            return load_recipe(Path(words[at + 1])), [*words[:at], *words[at + 2 :]]
         if word.startswith("--recipe="):
-            return load_recipe(Path(word.partition("=")[2])), [*given[:at], *given[at + 1 :]]
-    return None, given
+            return load_recipe(Path(word.partition("=")[2])), [*words[:at], *words[at + 1 :]]
+    return None, words
 
 
-def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
-    from phi3v.bench import bench
-    from phi3v.chat import chat
-    from phi3v.convert import convert
-    from phi3v.evaluate import evaluate
-    from phi3v.merge import merge
-
-    # What the task is asked for decides what the run's defaults are.
-    options: Any = NoOptions if recipe is None else recipe.Options
-    asked, _ = tyro.cli(Flat[options], args=flags, return_unknown_args=True, add_help=False)  # type: ignore[misc]
-    default = Run() if recipe is None else recipe.settings(asked)
+def _training(module: Any, words: list[str]) -> tuple[Callable[..., Any], list[str]]:
+    """`phi3v train` with the flags and defaults of a recipe: what the task is asked for decides the run's defaults."""
+    options: Any = NoOptions if module is None else module.Options
+    with on_parse_error(usage.refuse("phi3v train", "", list(usage.parts_of_dataclass(options, options())))):
+        asked, _ = tyro.cli(Flat[options], args=words, return_unknown_args=True, add_help=False)  # type: ignore[misc]
+    default = Run() if module is None else module.settings(asked)
 
     def train(
+        recipe: Literal[RECIPES] | None = None,  # type: ignore[valid-type]
+        /,
+        *,
         task: Flat[Annotated[options, arg(name="")]] = asked,
         run: Flat[Annotated[Run, arg(name="")]] = default,
     ) -> None:
-        """Fine-tune a model: checks the data, trains, evaluates, saves, reports.
+        """Fine-tune a model.
 
-        With the name of a recipe (`phi3v recipes`) in front of the flags, or --recipe FILE with one of your own, its
-        data and settings are the defaults.
+        Args:
+            recipe: One of `phi3v recipes`, whose data and settings are the defaults; or --recipe FILE, your own.
         """
         from phi3v import train as room
 
-        room.train(run if recipe is None else recipe.prepare(run, task))
+        if recipe is not None:  # the first word would have been taken
+            raise InputError(f"the recipe comes first: phi3v train {recipe} ...")
+        room.train(run if module is None else module.prepare(run, task))
 
-    def recipes(name: str | None = None, /) -> None:
-        """List the recipes, or show what one is, its settings mode by mode, and the scores that were published.
+    return train, words
 
-        Args:
-            name: A recipe, or `forkme` for the template of your own.
-        """
-        from phi3v.recipes.table import show
 
-        show(name)
+# -- commands that only call on another room ---------------------------------------------------------------------------
 
-    def check(
-        data: Path,
-        /,
-        *,
-        image_root: Path | None = None,
-        model: str | None = None,
-        num_crops: int = 4,
-        max_tokens: int | None = None,
-        num_workers: int | None = None,
-    ) -> int:
-        """Find everything that is wrong with a data file before a run, and show its statistics.
 
-        Args:
-            data: Conversations, one JSON object a line.
-            image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
-            model: Count tokens with this model's tokenizer and num_crops.
-            num_crops: Tiles an image may be cut into, without a model.
-            max_tokens: More in one example are a problem.
-            num_workers: Processes that read images. Default: one per core.
-        """
-        from phi3v.data import check as room
-        from phi3v.data.processor import Phi3VProcessor
-        from phi3v.runlog import console
+def recipes(name: str | None = None, /) -> None:
+    """List the recipes, or show one.
 
-        processor = Phi3VProcessor.from_pretrained(model) if model else None
-        findings = room.check(
-            data, image_root, processor, num_crops=num_crops, max_tokens=max_tokens, num_workers=num_workers
-        )
-        room.render(findings, console)
-        return 0 if findings.ok else 2
+    Args:
+        name: A recipe, or `forkme` for the template of your own.
+    """
+    from phi3v.recipes.table import show
 
-    def report(run: Path, /) -> None:
-        """Write report.html of a run folder anew.
+    show(name)
 
-        Args:
-            run: A run folder.
-        """
-        from phi3v.report import write_report
-        from phi3v.runlog import say
 
-        say(f"report  {write_report(run)}")
+def check(
+    data: Path,
+    /,
+    *,
+    image_root: Path | None = None,
+    model: str | None = None,
+    num_crops: int = 4,
+    max_tokens: int | None = None,
+    num_workers: int | None = None,
+) -> int:
+    """Find everything that is wrong with a data file before a run, and show its statistics.
 
-    return {
-        "train": train,
-        "recipes": recipes,
-        "convert": convert,
-        "evaluate": evaluate,
-        "check": check,
-        "merge": merge,
-        "chat": configure(UseAppendAction)(chat),  # or --image would swallow the question
-        "report": report,
-        "bench": bench,
-    }
+    Args:
+        data: Conversations, one JSON object a line.
+        image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
+        model: Count tokens with this model's tokenizer and num_crops.
+        num_crops: Tiles an image may be cut into, without a model.
+        max_tokens: More in one example are a problem.
+        num_workers: Processes that read images. Default: one per core.
+    """
+    from phi3v.data import check as room
+    from phi3v.data.processor import Phi3VProcessor
+    from phi3v.runlog import console
+
+    processor = Phi3VProcessor.from_pretrained(model) if model else None
+    findings = room.check(
+        data, image_root, processor, num_crops=num_crops, max_tokens=max_tokens, num_workers=num_workers
+    )
+    room.render(findings, console)
+    return 0 if findings.ok else 2
+
+
+def report(run: Path, /) -> None:
+    """Write report.html of a run folder anew.
+
+    Args:
+        run: A run folder.
+    """
+    from phi3v.report import write_report
+    from phi3v.runlog import say
+
+    say(f"report  {write_report(run)}")

@@ -64,7 +64,7 @@ def convert(
     Pictures are linked where possible, else copied, and not yet decoded: that is what `phi3v check` is for.
 
     Args:
-        format: llava, sharegpt, messages: JSON, an array or an object a line, whose texts hold <image> tags or are
+        format: llava, sharegpt, messages: JSON, an array or an object a line, whose texts hold `<image>` tags or are
             lists of parts. csv: columns image, question, answer and perhaps id. imagefolder, video-folder: a folder of
             pictures or videos for every class.
         source: The file, or the folder that holds the folders.

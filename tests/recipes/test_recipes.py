@@ -47,7 +47,7 @@ def test_every_recipe_is_listed() -> None:
     ("name", "message"),
     [
         ("docvqua", "no recipe docvqua: did you mean docvqa?"),
-        ("x", "no recipe x: the recipes are easy-vqa, docvqa, hateful-memes, nlvr2, ucf101"),
+        ("x", "no recipe x: the recipes are easy-vqa, tiny, docvqa, hateful-memes, nlvr2, ucf101"),
         ("train.jsonl", "no recipe train.jsonl: did you mean --train train.jsonl?"),
         ("my_task.py", "no recipe my_task.py: did you mean --recipe my_task.py?"),
         ("table", "no recipe table"),
@@ -63,7 +63,7 @@ def test_the_same_parts_in_the_same_order(name: str) -> None:
     file = Path(forkme.__file__).with_name(f"{name.replace('-', '_')}.py")
     names = re.findall(r"^(?:class |def )?(TABLE|Options|settings|prepare)\b", file.read_text(), re.MULTILINE)
     parts = ["TABLE", "Options", "settings", "prepare"]
-    assert names == (parts if name != "easy-vqa" else parts[1:])
+    assert names == (parts if name not in ("easy-vqa", "tiny") else parts[1:])
 
 
 def test_a_recipe_of_one_s_own(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Recipes: one file per task, each with the same functions in the same order.
 
-    TABLE                                 what was published, mode by mode (none for easy-VQA)
+    TABLE                                 what was published, mode by mode (none for easy-VQA and tiny)
     Options                               what the task can be asked for besides the flags of a run
     settings(options) -> Run              the run that learns the task; touches no file
     prepare(run, options) -> Run          makes what the run still needs (idempotent), and returns it as it is trained
@@ -21,7 +21,7 @@ from types import ModuleType
 
 from phi3v.errors import InputError
 
-RECIPES = ("easy-vqa", "docvqa", "hateful-memes", "nlvr2", "ucf101")
+RECIPES = ("easy-vqa", "tiny", "docvqa", "hateful-memes", "nlvr2", "ucf101")
 PARTS = ("Options", "settings", "prepare")
 
 
