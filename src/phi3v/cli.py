@@ -117,7 +117,9 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
     from phi3v.chat import chat
     from phi3v.convert import convert
     from phi3v.evaluate import evaluate
+    from phi3v.export import export
     from phi3v.merge import merge
+    from phi3v.predict import predict
 
     # What the task is asked for decides what the run's defaults are.
     options: Any = NoOptions if recipe is None else recipe.Options
@@ -196,6 +198,8 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
         "evaluate": evaluate,
         "check": check,
         "merge": merge,
+        "export": export,
+        "predict": predict,
         "chat": configure(UseAppendAction)(chat),  # or --image would swallow the question
         "report": report,
         "bench": bench,
