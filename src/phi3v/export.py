@@ -151,7 +151,7 @@ def self_test(folder: Path, expected: Tensor, own: Tensor, device: torch.device)
             f"self-test: generation_config.json stops at {stops}, answers end at {list(processor.stop_token_ids)}; "
             "nothing was kept"
         )
-    num_crops = read_object(folder / "preprocessor_config.json").get("num_crops")
+    num_crops = read_object(folder / "preprocessor_config.json")["num_crops"]
     if wrong := miscounted(processor, num_crops, SIZES):
         (width, height), counted, published = wrong[0]
         raise InputError(

@@ -304,7 +304,7 @@ class AnswerFile:
         self._stream.truncate(len(whole))
         for number, text in enumerate(whole.split(b"\n")[:-1], start=1):
             line = parse_object(text, f"{self.path}:{number}")
-            key = (line.get("line"), line.get("id"))
+            key: Any = (line.get("line"), line.get("id"))
             if key not in self._keys or key in self.done:
                 raise InputError(f"{self.path}:{number}: no line that was written here: choose another file")
             self.done[key] = line

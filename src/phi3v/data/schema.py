@@ -132,7 +132,7 @@ def parse(
     for number, turn in enumerate(record["conversations"], start=1):
         name, optional = f"turn {number}: ", OPTIONAL_KEYS
         if prompts and number == len(record["conversations"]) and _waits(turn):
-            turn, optional = {key: turn[key] for key in turn if key != "assistant"}, {*OPTIONAL_KEYS, "assistant"}
+            turn, optional = {key: turn[key] for key in turn if key != "assistant"}, OPTIONAL_KEYS | {"assistant"}
         if _has_keys(turn, name, TURN_KEYS, notes, optional):
             turns.append(_turn(turn, name, resolve, notes))
     answers = record.get("answers", [])
