@@ -91,7 +91,7 @@ def test_questions_of_a_page_are_answered_together_wherever_they_stand(
     asked = ["what is the color", "is this red", "is it light"]
     data = write(*([{"images": [name], "user": text}] for text in asked for name in ("red.png", "blue.png")))
     out = predict(str(finished_run), data, out=tmp_path / "out.jsonl", **FLAGS)
-    assert tower_calls == [2, 2]  # a local and a global crop of each page, once
+    assert tower_calls == [1, 1], "each page is seen once"  # in one crop, which is the picture as a whole, too
     assert [line["line"] for line in lines_of(out)] == [1, 2, 3, 4, 5, 6]
     assert [line["prediction"] for line in lines_of(out)][:4] == ["red", "blue", "yes", "no"]
 
@@ -207,10 +207,9 @@ room.predict({str(finished_run)!r}, Path({str(tiny_data)!r}), out=Path({str(out)
 # -- what is not gone on with ----------------------------------------------------------------------------------------
 
 
-def test_a_file_is_never_made_in_two_ways(
-    finished_run: Path, tiny_data: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    out = predict(str(finished_run), tiny_data, out=tmp_path / "out.jsonl", limit=2, **FLAGS)
+def test_a_file_is_never_made_in_two_ways(finished_run: Path, write, tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = write(*([{"images": ["red.png"], "user": text}] for text in ("what is the color", "is this red", "why")))
+    out = predict(str(finished_run), data, out=tmp_path / "out.jsonl", limit=2, **FLAGS)
     before = out.read_bytes()
     for changed, message in (
         ({"max_new_tokens": 7}, r"out\.jsonl was begun otherwise: --max-new-tokens was 6, now 7"),
@@ -218,13 +217,12 @@ def test_a_file_is_never_made_in_two_ways(
         ({"labels": ("red", "blue")}, r"--labels was \[\], now \['red', 'blue'\]"),
     ):
         with pytest.raises(InputError, match=message):
-            predict(str(finished_run), tiny_data, out=out, **{"limit": 2, **FLAGS, **changed})
+            predict(str(finished_run), data, out=out, **{"limit": 2, **FLAGS, **changed})
     with pytest.raises(InputError, match=r"MODEL was .*finished, now .*tiny_model"):
-        predict(str(tiny_model_dir), tiny_data, out=out, limit=2, **FLAGS)
-    other = tmp_path / "other.jsonl"
-    other.write_bytes(tiny_data.read_bytes() + b"\n")
+        predict(str(tiny_model_dir), data, out=out, limit=2, **FLAGS)
+    data.write_bytes(data.read_bytes() + b"\n")
     with pytest.raises(InputError, match="the data has changed since"):
-        predict(str(finished_run), other, out=out, image_root=None, limit=2, **FLAGS)
+        predict(str(finished_run), data, out=out, limit=2, **FLAGS)
     assert out.read_bytes() == before
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from phi3v.card import write_card
+from phi3v.config import load_run
 from phi3v.data.image import CROP
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
@@ -78,15 +79,16 @@ def export(
     device = pick_device()
     if (folder / ADAPTER_CONFIG).is_file():
         model, processor, base, own, expected = merge_adapter(folder, device)
+        name = base
     else:
-        base = str(folder)
+        base, name = str(folder), _started_from(Path(run))
         model, processor = load_model(folder)
         precision = model.dtype
         own = expected = probe(model, processor, device)
         set_precision(model.requires_grad_(False), precision)
     model.generation_config.eos_token_id = list(processor.stop_token_ids)
     model.generation_config.pad_token_id = processor.pad_token_id
-    base_model = base_model or _name_on_hub(Path(run), base)
+    base_model = base_model or _name_on_hub(name)
     with written_whole(out) as temporary:
         save_model(model, processor, temporary)
         del model  # the other one needs its room
@@ -204,11 +206,13 @@ def published_tokens(width: int, height: int, num_crops: int) -> int | None:
 # -- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def _name_on_hub(run: Path, base: str) -> str | None:
-    """Of the base model, if that is how the run, or the adapter, names it."""
-    config = run / "config.json"
-    said = read_object(config).get("base") if config.is_file() else None
-    name = str(said["model"]) if isinstance(said, dict) and "model" in said else base
+def _started_from(run: Path) -> str:
+    """The model that a run was started from, as it was named there; "" for a folder that is no run's."""
+    return load_run(run).base.model if (run / "final").is_dir() else ""
+
+
+def _name_on_hub(name: str) -> str | None:
+    """The name, if it is one of the Hub and not of a folder."""
     return None if Path(name).exists() or Path(name).is_absolute() or name.count("/") != 1 else name
 
 
