@@ -65,8 +65,7 @@ def export(
     Args:
         run: A run folder, or a model or adapter folder, whose card says less.
         out: Where it goes. It must not exist.
-        base_model: Name on the Hub of the model that was tuned, for the card. Default: the run's, if it has such a
-            name.
+        base_model: Name on the Hub of the model that was tuned, for the card. Default: the run's, if it is one.
         dataset: Names of its data sets on the Hub, for the card.
         push: Upload it to the Hub under this name, owner/model.
         private: With --push: only the owner can see it.

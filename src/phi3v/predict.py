@@ -75,8 +75,7 @@ def predict(
         num_crops: Tiles an image may be cut into. Default: the checkpoint's own.
         max_new_tokens: Longest answer, in tokens.
         labels: A closed set: the prediction is the most likely of these, and the log-probabilities of all stand beside.
-        on_bad_example: A question whose image cannot be read or whose text cannot be used. stop: end, naming it. skip:
-            its line has an `error` instead of a prediction.
+        on_bad_example: When an image or a text cannot be used. stop: end, naming it. skip: its line says the `error`.
         max_tokens_per_pack: Tokens of one forward pass. Larger is faster until memory runs out.
         max_crops_per_pack: 336x336 crops of one forward pass.
         dtype: Precision of the arithmetic.
