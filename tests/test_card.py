@@ -63,6 +63,7 @@ def test_the_text_says_how_it_was_made_and_how_good_it_is(card_of, finished_run:
         "`--max-model-len 4096`",
     ):
         assert words in text
+    assert "| base model | `tiny_model" in text
     assert "lora" not in text.lower()
     assert str(finished_run.parent) not in text
     assert "--epochs" not in text, "the run was measured in steps"

@@ -92,7 +92,7 @@ def answer(
 
 def read_predictions(file: Path) -> list[Prediction]:
     """What `write_predictions` wrote."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]  # a text may hold U+2028
 
 
 class Scoring(NamedTuple):
