@@ -120,6 +120,19 @@ def test_the_cards_own_example_answers_as_the_run_did(exported: Path, finished_r
     assert said == [first["prediction"]] == ["red"]
 
 
+def test_the_readmes_example_answers_as_the_run_did(exported: Path, tiny_data: Path) -> None:
+    """The Python in the README, word for word but for the model, the picture, the question, and what they need."""
+    (example,) = (text for text in python_in((DOCS.parent / "README.md").read_text()) if "from_pretrained" in text)
+    example = re.sub(r'from_pretrained\(("[^"]+"|\w+)', f"from_pretrained({str(exported)!r}", example)
+    example = example.replace('"page.png"', repr(str(tiny_data.parent / "images/red.png"))).replace(
+        ", num_crops=16", ""
+    )
+    example = example.replace("What is the total?", "what is the color").replace('"bfloat16"', '"float32"')
+    said: list[str] = []
+    exec(example, {"print": said.append})
+    assert said == ["red"]
+
+
 def test_the_docs_example_answers_as_predict_does(
     exported: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
