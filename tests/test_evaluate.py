@@ -12,7 +12,7 @@ from PIL import Image
 
 from phi3v.data.schema import read_jsonl
 from phi3v.errors import InputError
-from phi3v.evaluate import evaluate, evenly, model_folder, read_questions
+from phi3v.evaluate import evaluate, evenly, model_folder, read_predictions, read_questions, write_predictions
 from phi3v.model.loading import load_model
 
 
@@ -100,6 +100,12 @@ def test_a_run_is_not_written_over(finished_run: Path, tiny_data: Path) -> None:
 def test_flags_are_checked(flags: dict, message: str, finished_run: Path, tiny_data: Path) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(str(finished_run), data=tiny_data, **flags)
+
+
+def test_a_text_may_hold_any_line_separator(finished_run: Path, tmp_path: Path) -> None:
+    lines = [{**record, "prediction": "one\u2028two\x85three"} for record in records(finished_run)[:2]]
+    write_predictions(tmp_path / "predictions.jsonl", lines)  # type: ignore[arg-type]
+    assert read_predictions(tmp_path / "predictions.jsonl") == lines
 
 
 def test_an_unfinished_run_has_no_model_to_evaluate(tmp_path: Path) -> None:

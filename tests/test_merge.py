@@ -113,8 +113,8 @@ def test_an_adapter_of_a_quantised_base_goes_into_the_whole_one(
 
     plain, _ = load_model(out, dtype=torch.float32)
     trained, _ = load_model(tmp_path / "adapter", dtype=torch.float32)
-    expected = room._distance(
-        room._probe(plain, processor, torch.device("cpu")), room._probe(trained, processor, torch.device("cpu"))
+    expected = room.distance(
+        room.probe(plain, processor, torch.device("cpu")), room.probe(trained, processor, torch.device("cpu"))
     )
     assert expected > 0.05
     said = capsys.readouterr().out
@@ -134,13 +134,13 @@ def test_what_cannot_be_merged_is_refused(lora_run: Path, finished_run: Path, tm
 
 
 def test_a_merge_that_changed_the_model_is_not_written(lora_run: Path, tmp_path: Path, monkeypatch) -> None:
-    probe, calls = room._probe, []
+    probe, calls = room.probe, []
 
     def off(*arguments: Any) -> torch.Tensor:
         calls.append(1)
         return probe(*arguments) * (1 if len(calls) == 1 else 1.01)
 
-    monkeypatch.setattr(room, "_probe", off)
+    monkeypatch.setattr(room, "probe", off)
     with pytest.raises(
         InputError, match=r"merging changed the model, its logits differ by 1\.0e-02; nothing was written"
     ):

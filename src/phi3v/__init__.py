@@ -1,6 +1,6 @@
 """phi3v: fine-tune Phi-3.5-vision natively, exactly and resumably.
 
-Importing it registers the architecture, so that `AutoConfig`, `AutoModelForCausalLM` and
+Importing it registers the architecture, so that `AutoConfig`, `AutoProcessor`, `AutoModelForCausalLM` and
 `AutoModelForImageTextToText` load published checkpoints without remote code.
 """
 

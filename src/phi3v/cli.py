@@ -86,6 +86,16 @@ COMMANDS = {
         "Ask one question about some pictures or, without a question, hold a conversation.",
         ('phi3v chat runs/mine --image page.png "What is the total?"',),
     ),
+    "predict": Command(
+        "phi3v.predict:predict",
+        "Answer every question of a data file, to a file: resumable, for work of hours.",
+        ("phi3v predict runs/mine data/questions.jsonl --out answers.jsonl",),
+    ),
+    "export": Command(
+        "phi3v.export:export",
+        "Make of a run a folder to publish or to serve: merged, with a model card, and tested.",
+        ("phi3v export runs/mine --out models/mine",),
+    ),
     "merge": Command(
         "phi3v.merge:merge",
         "Merge the adapter of a LoRA or QLoRA run into its base model.",

@@ -92,7 +92,7 @@ def answer(
 
 def read_predictions(file: Path) -> list[Prediction]:
     """What `write_predictions` wrote."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]  # a text may hold U+2028
 
 
 class Scoring(NamedTuple):
@@ -154,6 +154,55 @@ def _prediction(prompt: Example, text: str, num_tokens: int) -> Prediction:
     return found
 
 
+class Answering(NamedTuple):
+    """A model that is ready to answer, and how it does."""
+
+    model: Any
+    processor: Phi3VProcessor
+    limits: PackLimits
+    reading: Reading
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        folder: str | Path,
+        *,
+        num_crops: int | None,
+        dtype: Precision,
+        attention: Attention,
+        num_workers: int,
+        max_tokens_per_pack: int | None,
+        max_crops_per_pack: int,
+    ) -> Answering:
+        """Loads the model in `folder` (see `model_folder`) for this machine; the rest is as the flags have it."""
+        device = pick_device()
+        precision = pick_dtype(dtype, device)
+        if (how := read_quantization(Path(folder))) is not None:
+            say(f"  base            in {how}, as it was trained on")
+        backend = pick_attention(attention, device, precision)
+        model, processor = load_model(folder, attention=backend, num_crops=num_crops, device=device)
+        widen(model, precision)
+        return cls(
+            model=model.to(device).eval(),
+            processor=processor,
+            limits=PackLimits(
+                max_tokens_per_pack=pick_tokens_per_pack(max_tokens_per_pack, device),
+                max_crops_per_pack=max_crops_per_pack,
+                original_max=model.config.original_max_position_embeddings,
+            ),
+            reading=Reading(
+                image_token_id=processor.image_token_id, num_crops=processor.num_crops, num_workers=num_workers
+            ),
+            dtype=precision,
+        )
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """For `predict`."""
+        return {"limits": self.limits, "reading": self.reading, "dtype": self.dtype}
+
+
 def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
     """One question a line."""
     lines = (json.dumps(prediction, ensure_ascii=False) for prediction in predictions)
@@ -202,37 +251,31 @@ def evaluate(
     """
     check_numbers(locals())
     folder = model_folder(model)
-    device = pick_device()
-    precision = pick_dtype(dtype, device)
     target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / Path(data).stem
     if (target / "config.json").exists():
         raise InputError(f"--out {target} holds a run or a model: choose another folder")
     prompts = read_questions(data, image_root, limit)
     scoring = Scoring.of(score, labels, read_jsonl(data, image_root))
     make_folder(target)
-    if (how := read_quantization(Path(folder))) is not None:
-        say(f"  base            in {how}, as it was trained on")
-    backend = pick_attention(attention, device, precision)
-    network, processor = load_model(folder, attention=backend, num_crops=num_crops, device=device)
-    widen(network, precision)
+    answering = Answering.of(
+        folder,
+        num_crops=num_crops,
+        dtype=dtype,
+        attention=attention,
+        num_workers=num_workers,
+        max_tokens_per_pack=max_tokens_per_pack,
+        max_crops_per_pack=max_crops_per_pack,
+    )
     if scoring.labels:
         say(f"  labels          {', '.join(scoring.labels)}")
     predictions = predict(
-        network.to(device).eval(),
-        processor,
+        answering.model,
+        answering.processor,
         prompts,
         scoring,
-        limits=PackLimits(
-            max_tokens_per_pack=pick_tokens_per_pack(max_tokens_per_pack, device),
-            max_crops_per_pack=max_crops_per_pack,
-            original_max=network.config.original_max_position_embeddings,
-        ),
-        reading=Reading(
-            image_token_id=processor.image_token_id, num_crops=processor.num_crops, num_workers=num_workers
-        ),
         max_new_tokens=max_new_tokens,
-        dtype=precision,
         progress=progress,
+        **answering.how,
     )
     write_predictions(target / "predictions.jsonl", predictions)
     metrics = scores_of(predictions)

@@ -75,11 +75,11 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity as the original recipe has it: case counts, and half wrong is wrong.
 
     With NL = levenshtein / length of the longer text: 1 - NL where NL < 0.5, else 0 (Biten et al. 2019,
-    arXiv:1907.00490, tau = 0.5). An empty prediction scores 0.
+    arXiv:1907.00490, tau = 0.5). An empty prediction scores 0, and so does every one where no answer is known.
     """
     text = clean(prediction)
     distances = [levenshtein(text, answer) / max(len(text), len(answer), 1) for answer in answers] if text else [1.0]
-    best = min(distances)
+    best = min(distances, default=1.0)
     return 1 - best if best < 0.5 else 0.0
 
 

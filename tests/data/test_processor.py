@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, expand
 from phi3v.errors import InputError
@@ -290,3 +290,13 @@ def test_expand() -> None:
     assert expand([1, 3], 7, []).tolist() == [1, 3]
     with pytest.raises(ValueError):
         expand([1, 7, 7], 7, [2, 2, 2])
+
+
+def test_auto_processor_finds_it_and_runs_no_code(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "processing_phi3_v.py").write_text("raise SystemExit('remote code was run')")
+    for options in ({}, {"trust_remote_code": False}, {"num_crops": 3}):
+        found = AutoProcessor.from_pretrained(folder, **options)
+        assert type(found) is Phi3VProcessor
+        assert found.num_crops == options.get("num_crops", 1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,31 @@ def test_line_ends_and_byte_order_mark(data: Path) -> None:
     data.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n{text}".encode())
     assert [example.source for example in read_jsonl(data)] == ["a\u2028b"] * 2
     assert len(list(lines(data))) == 2
+
+
+@pytest.mark.parametrize(
+    "last", [{"user": "and"}, {"user": "and", "assistant": None}, {"user": "and", "assistant": " "}]
+)
+def test_a_prompt_s_last_turn_waits_for_its_answer(data: Path, last: dict[str, object]) -> None:
+    line = {"id": "1", "conversations": [turn(), last]}
+    write(data, line, {**line, "answers": ["no"]}, GOOD)
+    asked, known, answered = read_jsonl(data, prompts=True)
+    assert asked.turns == (Turn(user="what", assistant="red"), Turn(user="and", assistant=None))
+    assert (asked.answers, known.answers, answered.answers) == ((), ("no",), ("red",))
+    with pytest.raises(InputError, match=r"train\.jsonl:1: turn 2: .*(missing|null|empty)"):
+        read_jsonl(data)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"user": "what"}, turn()], "turn 1: assistant is missing"),
+        ([{"user": "what", "asistant": "red"}], "turn 1: unknown key 'asistant': did you mean 'assistant'?"),
+        ([{"user": "what", "assistant": 5}], "turn 1: assistant must be a string, not a number"),
+        (["what"], "turn 1: must be an object, not a string"),
+    ],
+)
+def test_a_prompt_is_checked_as_everything_else(data: Path, turns: list[object], message: str) -> None:
+    write(data, {"id": "1", "conversations": turns})
+    with pytest.raises(InputError, match=re.escape(f"train.jsonl:1: {message}")):
+        read_jsonl(data, prompts=True)

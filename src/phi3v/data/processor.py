@@ -109,6 +109,8 @@ class Phi3VProcessor:
         `num_crops` replaces the checkpoint's own (4 for Phi-3.5-vision, 16 for Phi-3-vision). No code of the checkpoint
         is run. Raises InputError, naming the file, when something is missing or unreadable.
         """
+        for word in ("trust_remote_code", "_from_auto"):  # AutoProcessor's; there is none here that could be trusted
+            hub.pop(word, None)
         folder = _folder(name, hub)
         files = {path.name: jsonfile.read_bytes(path) for file in FILES if (path := folder / file).is_file()}
         if "tokenizer.json" not in files:

@@ -7,6 +7,8 @@ turn; `group`, the name of examples that count as right only together; and `clos
 with `<s>` and ends with `<|endoftext|>`, not just the whole conversation (as in the original recipe for NLVR2). Image
 paths are relative to the image root, by default the folder `images` beside the file, and must not lead out of it. A
 line either becomes an `Example` or is named with everything that is wrong with it.
+
+Where answers are still to be found (`prompts`), the last turn may be without `assistant`, or with null or a blank text.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +33,7 @@ EXAMPLE_KEYS: dict[str, type] = {
     "closed_turns": bool,
 }
 TURN_KEYS: dict[str, type] = {"images": list, "user": str, "assistant": str}
-OPTIONAL_KEYS = {"source", "answers", "group", "closed_turns", "images"}
+OPTIONAL_KEYS = frozenset({"source", "answers", "group", "closed_turns", "images"})
 
 MAX_LINE_BYTES = 2**22
 """Longest line: a context of 131,072 tokens has 0.6 MB of English, and 1 MB of Chinese written as \\uXXXX."""
@@ -48,16 +50,17 @@ class Notes:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
+def read_jsonl(path: str | Path, image_root: str | Path | None = None, *, prompts: bool = False) -> list[Example]:
     """The examples of a file. Raises InputError, "file:line: what is wrong", on the first problem.
 
-    Images are resolved to absolute paths inside the image root but neither opened nor looked for.
+    With `prompts` the last turn of each may wait for its answer. Images are resolved to absolute paths inside the image
+    root but neither opened nor looked for.
     """
     resolve = image_resolver(path, image_root)
     examples = []
     for where, line in lines(path):
         notes = Notes()
-        example = parse(line, where, resolve, notes)
+        example = parse(line, where, resolve, notes, prompts=prompts)
         if example is None or notes.problems:
             raise InputError(f"{where}: {notes.problems[0]}")
         examples.append(example)
@@ -104,8 +107,13 @@ def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[
     return resolve
 
 
-def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) -> Example | None:
-    """The example on a line, or None if it holds none. With problems in `notes`, some of its images may be ""."""
+def parse(
+    line: bytes, where: str, resolve: Callable[[str], str], notes: Notes, *, prompts: bool = False
+) -> Example | None:
+    """The example on a line, or None if it holds none. With problems in `notes`, some of its images may be "".
+
+    With `prompts` its last turn may wait for its answer.
+    """
     try:
         record = jsonfile.parse(line)
     except InputError as error:
@@ -122,8 +130,11 @@ def parse(line: bytes, where: str, resolve: Callable[[str], str], notes: Notes) 
         notes.problems.append("conversations is empty")
     turns = []
     for number, turn in enumerate(record["conversations"], start=1):
-        if _has_keys(turn, f"turn {number}: ", TURN_KEYS, notes):
-            turns.append(_turn(turn, f"turn {number}: ", resolve, notes))
+        name, optional = f"turn {number}: ", OPTIONAL_KEYS
+        if prompts and number == len(record["conversations"]) and _waits(turn):
+            turn, optional = {key: turn[key] for key in turn if key != "assistant"}, OPTIONAL_KEYS | {"assistant"}
+        if _has_keys(turn, name, TURN_KEYS, notes, optional):
+            turns.append(_turn(turn, name, resolve, notes))
     answers = record.get("answers", [])
     if "answers" in record and not (answers and all(isinstance(answer, str) and answer.strip() for answer in answers)):
         notes.problems.append("answers must be a list of one or more texts that are not empty")
@@ -152,13 +163,21 @@ def _turn(turn: Mapping[str, object], name: str, resolve: Callable[[str], str], 
             images[-1] = resolve(image)
         except InputError as error:
             notes.problems.append(f"{name}{error}")
-    user, assistant = str(turn["user"]), str(turn["assistant"])
-    if not assistant.strip():
+    user, assistant = str(turn["user"]), str(turn["assistant"]) if "assistant" in turn else None
+    if assistant is not None and not assistant.strip():
         notes.problems.append(f"{name}the answer is empty")
     return Turn(user=user, assistant=assistant, images=tuple(images))
 
 
-def _has_keys(record: object, name: str, keys: Mapping[str, type], notes: Notes) -> bool:
+def _waits(turn: object) -> bool:
+    """Whether a turn has no answer."""
+    answer = turn.get("assistant") if isinstance(turn, dict) else ...
+    return answer is None or (isinstance(answer, str) and not answer.strip())
+
+
+def _has_keys(
+    record: object, name: str, keys: Mapping[str, type], notes: Notes, optional: Set[str] = OPTIONAL_KEYS
+) -> bool:
     """Whether a JSON object has the keys it needs with values of the right types; what is wrong goes to `notes`.
 
     An unknown key is ignored with a warning, unless it looks like a known one misspelt.
@@ -177,7 +196,7 @@ def _has_keys(record: object, name: str, keys: Mapping[str, type], notes: Notes)
         if key in record:
             if not isinstance(record[key], kind):
                 notes.problems.append(f"{name}{key} must be {jsonfile.KINDS[kind]}, not {_kind(record[key])}")
-        elif key not in OPTIONAL_KEYS:
+        elif key not in optional:
             llava = " (from and value are LLaVA's keys; here a turn is user and assistant)" if "from" in record else ""
             notes.problems.append(f"{name}{key} is missing{llava}")
     return len(notes.problems) == before
