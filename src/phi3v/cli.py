@@ -118,6 +118,7 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
     from phi3v.convert import convert
     from phi3v.evaluate import evaluate
     from phi3v.merge import merge
+    from phi3v.plan import plan
 
     # What the task is asked for decides what the run's defaults are.
     options: Any = NoOptions if recipe is None else recipe.Options
@@ -190,6 +191,7 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
         say(f"report  {write_report(run)}")
 
     return {
+        "plan": plan,
         "train": train,
         "recipes": recipes,
         "convert": convert,

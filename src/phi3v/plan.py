@@ -1,0 +1,740 @@
+"""`phi3v plan`: what of the model can learn on which cards, how long that takes, and the command that does it.
+
+Arithmetic alone: lengths of the data (`data.plan`), memory by part (`memory.estimate`), operations (`perf`), and the
+cards' data sheets (`cards`). Nothing is loaded or downloaded. Invariant: a row is a whole `Run`, and its command parses
+to exactly that run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from json import dumps
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from phi3v.build import MEMORY_TO_USE, STEPS_LOOKED_AT, build_model
+from phi3v.cards import CARDS, GIB, Card, card_of_device, find_card
+from phi3v.config import Keeping, Optimizer, Run, check_numbers
+from phi3v.data.chat import encode
+from phi3v.data.image import hd_size, num_image_tokens, num_tiles, read_size
+from phi3v.data.plan import PlanSettings, Step, plan_epoch
+from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor
+from phi3v.data.schema import read_jsonl
+from phi3v.data.tree import Lengths, PackLimits
+from phi3v.errors import InputError
+from phi3v.files import write_text
+from phi3v.hardware import available_memory, name_of, pick_dtype
+from phi3v.launch import PAGES, Job, azure_job, command, create_cluster, find_machine, quota, sky_task, slurm_script
+from phi3v.memory import estimate, layers_to_recompute
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.loading import load_config
+from phi3v.parallel import Parallel
+from phi3v.parallel.ranks import ALONE
+from phi3v.perf import Flops, recomputing_flops, training_flops
+from phi3v.recipes import easy_vqa, find_recipe, forkme
+from phi3v.recipes.table import MODES, Mode, with_mode
+from phi3v.runlog import console, say
+
+PUBLISHED = ("microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
+"""Models whose sizes are the configuration's defaults, and need not be looked up."""
+
+USED = {"flash_attention_2": 0.4, "sdpa": 0.25, "cpu": 0.5}
+"""Share of a card's peak that is assumed, by its attention; of a CPU's, as measured. Good trainers of models of this
+size reach 45 to 60 % on A100 and H100, the guide's own runs 35 %, and 24 % on V100 (docs/plan.md)."""
+NF4_SPEED = 0.87
+"""Of 4-bit weights, which must be widened before they are multiplied: what the guide's QLoRA reaches of its LoRA."""
+
+PACKS = (8192, 4096)
+"""Tokens of a pack that are tried. Crops go along: one for every 128 tokens."""
+TOKENS_PER_CROP = 128
+
+RANKED: tuple[Mode, ...] = ("full", "frozen", "lora", "qlora")
+"""By the scores they reach (the guide's tables): the first that fits is recommended."""
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a run is planned for. All devices are alike."""
+
+    name: str
+    card: Card | None
+    """None: a CPU."""
+    memory_gb: float
+    """Of a device."""
+    tflops: float | None
+    """Of a device at its best; None if unknown."""
+    num_gpus: int
+    """Of a node; 1 for a CPU."""
+    nodes: int
+    here: bool
+    """Whether that is this machine."""
+
+    @property
+    def devices(self) -> int:
+        return self.num_gpus * self.nodes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return pick_dtype("auto", torch.device("cpu")) if self.card is None else self.card.dtype
+
+    @property
+    def attention(self) -> str:
+        return "sdpa" if self.card is None else self.card.attention
+
+    @property
+    def share_used(self) -> float:
+        return USED["cpu" if self.card is None else self.attention]
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} nodes of " if self.nodes > 1 else ""
+        number = f"{self.num_gpus} x " if self.num_gpus > 1 else ""
+        return f"{nodes}{number}{self.name}, {self.memory_gb:.0f} GB" + (" each" if self.devices > 1 else "")
+
+
+def find_hardware(gpu: str | None, num_gpus: int | None, nodes: int) -> Hardware:
+    """The cards of that name, else those of this machine, else its CPU."""
+    if gpu is not None:
+        card = find_card(gpu)
+        return Hardware(
+            name=card.name,
+            card=card,
+            memory_gb=card.memory_gb,
+            tflops=card.tflops,
+            num_gpus=num_gpus or 1,
+            nodes=nodes,
+            here=False,
+        )
+    if not torch.cuda.is_available():
+        if num_gpus is not None or nodes > 1:
+            raise InputError("--num-gpus and --nodes need --gpu: this machine has no GPU to go by")
+        return Hardware(
+            name=f"CPU with {len(os.sched_getaffinity(0))} cores",
+            card=None,
+            memory_gb=available_memory() / 1e9,
+            tflops=cpu_tflops(pick_dtype("auto", torch.device("cpu"))),
+            num_gpus=1,
+            nodes=1,
+            here=True,
+        )
+    about = torch.cuda.get_device_properties(0)
+    known = card_of_device(about.name)
+    memory = about.total_memory / 1e9
+    card = Card(about.name, memory / GIB, known.tflops if known else 0.0, (about.major, about.minor), ())
+    return Hardware(
+        name=about.name,
+        card=card,
+        memory_gb=memory,
+        tflops=known.tflops if known else None,
+        num_gpus=num_gpus or torch.cuda.device_count(),
+        nodes=nodes,
+        here=True,
+    )
+
+
+def cpu_tflops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """What a product of matrices reaches here, in a moment."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a @ b
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ b
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - started) / 1e12
+
+
+# -- the work ----------------------------------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """What a recipe's data is like, without having it. Texts are the recipe's prompt and an answer, as tokenised."""
+
+    pages: int
+    examples: int
+    images: int
+    """Of a page."""
+    size: tuple[int, int]
+    """(width, height) of an image."""
+    before: int
+    """Tokens before and between the images."""
+    after: int
+    """Tokens of a question and its answer."""
+    supervised: int
+    source: str
+
+
+KNOWN = {
+    "easy-vqa": Known(4000, 38575, 1, (64, 64), 4, 22, 4, "as published"),
+    "docvqa": Known(1000, 1000, 1, (1275, 1650), 4, 31, 11, "the mini set; pages taken for letters"),
+    "docvqa-full": Known(10194, 39463, 1, (1275, 1650), 4, 31, 11, "as published; pages taken for letters"),
+    "hateful-memes": Known(8000, 8000, 1, (800, 600), 4, 27, 6, "pictures taken for 4:3"),
+    "nlvr2": Known(49900, 49900, 2, (1024, 768), 5, 61, 6, "about as many pairs; pictures taken for 4:3"),
+    "ucf101": Known(300, 300, 8, (320, 240), 11, 72, 8, "the subset of ten classes, eight frames a video"),
+}
+
+
+def known_lengths(known: Known, num_crops: int) -> Lengths:
+    h, w = hd_size(*known.size, num_crops)
+    prefix = known.before + known.images * num_image_tokens(h, w)
+    page = np.arange(known.examples, dtype=np.int64) * known.pages // known.examples  # questions, evenly
+    of_all = {
+        "tokens": prefix + known.after,
+        "prefix": prefix,
+        "crops": known.images * (num_tiles(h, w) + 1),
+        "supervised": known.supervised,
+    }
+    return Lengths(page=page, **{name: np.full(known.examples, value) for name, value in of_all.items()})
+
+
+LETTERS_PER_TOKEN = 4
+
+
+class FourLetters:
+    """Stands in for a processor whose tokenizer is not here: four letters are a token."""
+
+    image_token_id, bos_token_id, end_of_text_id = 0, 1, 2
+
+    def __init__(self, num_crops: int) -> None:
+        self.num_crops = num_crops
+
+    def token_ids(self, text: str) -> list[int]:
+        first, *rest = IMAGE_TAG.split(text)[::2]
+        ids = [3] * math.ceil(len(first) / LETTERS_PER_TOKEN)
+        for chunk in rest:
+            ids += [self.image_token_id, self.bos_token_id, *[3] * math.ceil(len(chunk) / LETTERS_PER_TOKEN)]
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be learnt, by which model."""
+
+    lengths: Lengths
+    config: Phi3VConfig
+    num_crops: int
+    source: str
+    """Where the lengths come from, in words."""
+
+
+def find_work(
+    recipe: ModuleType | None, base: Run, name: str, num_crops: int | None, train: Path | None, image_root: Path | None
+) -> Work:
+    """Lengths of the data and sizes of the model. Raises InputError for what cannot be read."""
+    config = find_config(base.base.model)
+    if train is None:
+        assert recipe is not None
+        known = KNOWN[name]
+        crops = num_crops or base.base.num_crops or easy_vqa.NUM_CROPS
+        return Work(lengths=known_lengths(known, crops), config=config, num_crops=crops, source=known.source)
+    processor = find_processor(base.base.model, num_crops or base.base.num_crops)
+    encoded = [encode(example, processor, read_size) for example in read_jsonl(train, image_root)]
+    if not encoded:
+        raise InputError(f"{train}: no examples")
+    counted = "every picture and text measured"
+    if isinstance(processor, FourLetters):
+        counted = f"every picture measured; texts at {LETTERS_PER_TOKEN} letters a token, as the tokenizer is not here"
+    return Work(lengths=Lengths.of(encoded), config=config, num_crops=processor.num_crops, source=counted)
+
+
+def find_config(model: str) -> Phi3VConfig:
+    """The sizes of a model. Those of the published ones, and of the one that easy-VQA makes, are known."""
+    if Path(model).is_dir():
+        return load_config(model)
+    if model in PUBLISHED:
+        return Phi3VConfig()
+    if model == str(easy_vqa.MODEL):
+        return Phi3VConfig(**easy_vqa.DECODER, vision_config=easy_vqa.CLIP, vocab_size=448)
+    return load_config(model)
+
+
+def find_processor(model: str, num_crops: int | None) -> Any:
+    """Of a model that is here, or was once downloaded; else a stand-in."""
+    if Path(model).is_dir():
+        return Phi3VProcessor.from_pretrained(model, num_crops=num_crops)
+    try:
+        return Phi3VProcessor.from_pretrained(model, num_crops=num_crops, local_files_only=True)
+    except InputError:
+        return FourLetters(num_crops or (16 if model == PUBLISHED[1] else 4))
+
+
+# -- the rows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to train: what of the model learns, and how."""
+
+    mode: Mode
+    run: Run
+    words: tuple[str, ...]
+    """`phi3v train` and its flags: what `run` is made by."""
+    fits: bool
+    memory: dict[str, float]
+    """GB of a device by part, and their `total`."""
+    dtype: str
+    attention: str
+    engine: Parallel
+    recompute: int
+    """Layers whose activations are computed again."""
+    layers: int
+    """That there are."""
+    flops_per_example: float
+    """Of the objective, without what is computed again."""
+    examples_per_s: float | None
+    """None where the hardware's peak is not known."""
+    hours_per_epoch: float | None
+    num_gpus: int
+    nodes: int
+    extras: tuple[str, ...]
+
+    @property
+    def how(self) -> str:
+        engine = [self.engine] if self.num_gpus * self.nodes > 1 else []
+        packs = f"packs of {self.run.data.max_tokens_per_pack:,} tokens"
+        return ", ".join([self.dtype, self.attention, *engine, self.run.optim.optimizer, packs])
+
+    @property
+    def command(self) -> str:
+        """As a shell takes it."""
+        return command(self.words, self.num_gpus, self.nodes)
+
+
+def settings_of(
+    mode: Mode, recipe: ModuleType | None, base: Run, lengths: Lengths, options: Sequence[str]
+) -> tuple[Run, Run, list[str]]:
+    """The run that a mode is, the run that its flags are told from, and the words that make the latter."""
+    pristine, words = Run(), ["phi3v", "train"]
+    if recipe is not None:
+        pristine = recipe.settings()
+        words += [recipe.__name__.rpartition(".")[2].replace("_", "-"), *options]
+    if (table := getattr(recipe, "TABLE", None)) is not None:
+        words += ["--mode", mode]
+        run, pristine = with_mode(base, table, mode), with_mode(pristine, table, mode)
+    else:
+        run = with_mode(base, forkme.TABLE, mode)
+        if run.tuning.adapters:
+            run = replace(run, tuning=replace(run.tuning, lora_alpha=None))  # the default: twice the rank
+        elif recipe is not None:  # easy-VQA has settings of its own, for all weights
+            run = replace(base, tuning=run.tuning)
+    units = len(lengths) if run.data.questions == "all" else lengths.num_pages
+    return replace(run, data=replace(run.data, batch_size=min(run.data.batch_size, units))), pristine, words
+
+
+def flags_of(run: Run, default: Run) -> Iterator[str]:
+    """The flags that make `run` of `default`."""
+    for group in dataclasses.fields(Run):
+        ours, theirs = getattr(run, group.name), getattr(default, group.name)
+        for field in dataclasses.fields(ours):
+            value, flag = getattr(ours, field.name), field.name.replace("_", "-")
+            if value == getattr(theirs, field.name):
+                continue
+            if isinstance(value, bool):
+                yield f"--{flag}" if value else f"--no-{flag}"
+            elif isinstance(value, tuple):
+                yield from (f"--{flag}", *map(str, value))
+            else:
+                yield from (f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def ways(mode: Mode, hardware: Hardware) -> Iterator[tuple[Parallel, Optimizer]]:
+    """Engines and optimizers, the better first: exact ones, then those that keep less."""
+    if MODES[mode].keys() & {"lora", "qlora"}:
+        yield "ddp", "adamw"
+        return
+    if hardware.devices > 1:
+        yield from (("zero2", "adamw"), ("fsdp2", "adamw"))
+    else:
+        yield "ddp", "adamw"
+    if hardware.card is not None and hardware.dtype == torch.bfloat16:
+        yield "ddp", "adamw-bf16"
+    if hardware.card is not None:
+        yield "ddp", "adamw-8bit"
+
+
+class Way(NamedTuple):
+    """How a mode could be computed."""
+
+    fits: bool
+    operations: float
+    """Of the steps that were looked at, with what is computed again."""
+    run: Run
+    engine: Parallel
+    recompute: int
+    memory: dict[str, float]
+    steps: list[Step]
+    steps_per_epoch: int
+
+
+def plan_row(mode: Mode, work: Work, hardware: Hardware, base: Run, recipe: ModuleType | None, options: Any) -> Row:
+    """The best way to train in a mode: the first that fits, with the packs that make it fastest; else the smallest."""
+    run, default, words = settings_of(mode, recipe, base, work.lengths, options)
+    shell = build_model(run, "sdpa", hardware.dtype, ALONE, 0, shell=work.config)
+    flops = training_flops(shell, work.config)
+    found: list[Way] = []
+    for engine, optimizer in ways(mode, hardware):
+        found += [
+            find_way(replace(run, data=replace(run.data, **packs)), engine, optimizer, work, hardware, shell, flops)
+            for packs in packs_to_try(run)
+        ]
+        if any(way.fits for way in found):
+            break
+    fitting = [way for way in found if way.fits]
+    way = min(fitting, key=lambda way: way.operations) if fitting else min(found, key=lambda way: way.memory["total"])
+    examples, per_s = sum(step.examples for step in way.steps), None
+    if hardware.tflops is not None:
+        speed = hardware.devices * hardware.tflops * 1e12 * hardware.share_used * (NF4_SPEED if mode == "qlora" else 1)
+        per_s = examples * speed / way.operations
+    each_epoch = examples / len(way.steps) * way.steps_per_epoch
+    optimizer = way.run.optim.optimizer
+    extras = ["deepspeed"] if way.engine.startswith("zero") else []
+    extras += ["qlora"] if mode == "qlora" or optimizer == "adamw-8bit" else []
+    return Row(
+        mode=mode,
+        run=way.run,
+        words=(*words, *flags_of(way.run, default)),
+        fits=way.fits,
+        memory=way.memory,
+        dtype=name_of(hardware.dtype),
+        attention=hardware.attention,
+        engine=way.engine,
+        recompute=way.recompute,
+        layers=every_layer(work.config),
+        flops_per_example=sum(map(flops.of, way.steps)) / examples,
+        examples_per_s=per_s,
+        hours_per_epoch=None if per_s is None else each_epoch / per_s / 3600,
+        num_gpus=hardware.num_gpus,
+        nodes=hardware.nodes,
+        extras=tuple(extras),
+    )
+
+
+def find_way(
+    run: Run,
+    engine: Parallel,
+    optimizer: Optimizer,
+    work: Work,
+    hardware: Hardware,
+    shell: Any,
+    flops: Flops,
+) -> Way:
+    """With as few layers computed again as the memory needs: on a GPU as `--activation-memory auto` will find it."""
+    steps, largest, per_epoch = look_at(work, run, hardware.devices)
+    every, budget = every_layer(work.config), MEMORY_TO_USE * hardware.memory_gb
+
+    def needed(layers: int) -> dict[str, float]:
+        return estimate(
+            shell,
+            work.config,
+            **largest,
+            bytes_per_value=hardware.dtype.itemsize,
+            recompute=layers,
+            engine=engine,
+            num_ranks=hardware.devices,
+            optimizer=optimizer,
+        )
+
+    tuning = run.tuning
+    if hardware.card is not None:
+        recompute = layers_to_recompute(budget, every, lambda layers: needed(layers)["total"])
+    else:
+        recompute = 0 if needed(0)["total"] <= budget else every
+        tuning = replace(tuning, activation_memory="full" if recompute else "auto")
+    memory = needed(recompute)
+    return Way(
+        fits=memory["total"] <= budget,
+        operations=sum(flops.of(s) + recomputing_flops(shell, work.config, s, recompute) for s in steps),
+        run=replace(
+            run,
+            tuning=tuning,
+            optim=replace(run.optim, optimizer=optimizer),
+            scaling=replace(run.scaling, parallel="auto" if engine == "ddp" else engine),
+        ),
+        engine=engine,
+        recompute=recompute,
+        memory=memory,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+    )
+
+
+def every_layer(config: Phi3VConfig) -> int:
+    """Layers that can be computed again: the decoder's and those of CLIP that run."""
+    return config.num_hidden_layers + config.clip["num_hidden_layers"] - 1
+
+
+def packs_to_try(run: Run) -> list[dict[str, int]]:
+    """What the run says itself, and smaller packs."""
+    own = {"max_tokens_per_pack": run.data.max_tokens_per_pack, "max_crops_per_pack": run.data.max_crops_per_pack}
+    others = [{"max_tokens_per_pack": n, "max_crops_per_pack": n // TOKENS_PER_CROP} for n in PACKS]
+    return [own, *(packs for packs in others if packs["max_tokens_per_pack"] < own["max_tokens_per_pack"])]
+
+
+def look_at(work: Work, run: Run, num_ranks: int) -> tuple[list[Step], dict[str, int], int]:
+    """Steps of an epoch, the most of anything that a pack of theirs holds, and how many steps an epoch has."""
+    limits = PackLimits(
+        max_tokens_per_pack=run.data.max_tokens_per_pack,
+        max_crops_per_pack=run.data.max_crops_per_pack,
+        original_max=work.config.original_max_position_embeddings,
+    )
+    settings = PlanSettings(batch_size=run.data.batch_size, questions=run.data.questions, limits=limits)
+    plan = plan_epoch(work.lengths, settings, seed=run.keeping.seed, epoch=0)
+    steps, most = [], {"tokens": 0, "crops": 0, "rows": 0}
+    for number in range(min(len(plan), STEPS_LOOKED_AT)):
+        step, ranks = plan.packs(number, num_ranks)
+        steps.append(step)
+        for pack in (pack for of_rank in ranks for pack in of_rank):
+            rows = sum(int(work.lengths.supervised[i]) for tree in pack for i in tree.examples)
+            sizes = (sum(tree.tokens for tree in pack), sum(tree.crops for tree in pack), rows)
+            most = {name: max(most[name], size) for name, size in zip(most, sizes, strict=True)}
+    return steps, most, len(plan)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+
+
+def show(rows: Sequence[Row], work: Work, hardware: Hardware, model: str) -> Group:
+    """Tables of what fits and how, the commands, and what all of it rests on."""
+    lengths = work.lengths
+    about = Grid.grid(padding=(0, 2))
+    about.add_row("[bold]hardware", escape(f"{hardware}{'' if hardware.here else ' (from the table of cards)'}"))
+    about.add_row("[bold]model", escape(model))
+    about.add_row("[bold]data", f"{len(lengths):,} examples on {lengths.num_pages:,} pages ({work.source})")
+    sizes = f"{lengths.tokens.mean():,.0f} tokens and {lengths.crops.mean():.1f} crops on average"
+    about.add_row("", f"{sizes}, {lengths.tokens.max():,} tokens at most (num_crops {work.num_crops})")
+    memory = _grid("GB of memory on each device", "", "mode", "fits", "GB", *PARTS)
+    speed = _grid("how, and how fast", "", "mode", "examples/s", "hours/epoch", "recomputed", "")
+    for number, row in enumerate(rows):
+        mark = "[green]→[/]" if number == 0 and row.fits else ""
+        fits = "[green]yes[/]" if row.fits else "[red]no[/]"
+        memory.add_row(mark, row.mode, fits, *(f"{row.memory[part]:.1f}" for part in ("total", *PARTS)))
+        if row.fits:
+            again = f"{row.recompute} of {row.layers} layers" if row.recompute else "nothing"
+            speed.add_row(mark, row.mode, _amount(row.examples_per_s), _amount(row.hours_per_epoch), again, row.how)
+    fitting = [row for row in rows if row.fits]
+    shown: list[Any] = [about, memory]
+    shown += [speed] if fitting else []
+    shown += ["", *(f"[dim]{line}[/]" for line in assumptions(hardware))]
+    for number, row in enumerate(fitting):
+        needs = escape(f" (pip install 'phi3v[{','.join(row.extras)}]')") if row.extras else ""
+        shown += [
+            f"\n[bold]{row.mode}[/]{' [green]recommended[/]' * (number == 0)}[dim]{needs}[/]",
+            escape(row.command),
+        ]
+    if not fitting:
+        least = min(rows, key=lambda row: row.memory["total"])
+        shown.append(
+            f"\n[bold red]nothing fits[/]: {least.mode} needs least, {least.memory['total']:.1f} GB. Fewer crops "
+            "(--num-crops) are fewer tokens, and more GPUs (--num-gpus) share out what learns"
+        )
+    if hardware.card is None:
+        shown.append(f"\n[dim]For GPUs name them: --gpu {escape(' | '.join(card.name for card in CARDS))}[/]")
+    return Group(*shown)
+
+
+def assumptions(hardware: Hardware) -> list[str]:
+    """What the figures rest on."""
+    budget = f"{MEMORY_TO_USE * hardware.memory_gb:.1f} GB, {MEMORY_TO_USE:.0%} of a device's memory"
+    lines = [f"fits: what is estimated is within {budget}"]
+    if hardware.tflops is None:
+        return [*lines, "speed: not said, for this card's peak is not in the table"]
+    peak = f"{hardware.tflops:,.0f} TFLOP/s" if hardware.card else f"{1000 * hardware.tflops:,.0f} GFLOP/s"
+    whence = "the data sheet's" if hardware.card else "a product of matrices, just now:"
+    lines.append(f"speed: arithmetic; assumes that {hardware.share_used:.0%} of {whence} {peak} are reached")
+    lines.append("       nothing was measured on a GPU; evaluations, loading and compiling come on top")
+    return lines
+
+
+def _grid(title: str, *columns: str) -> Grid:
+    grid = Grid(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+    )
+    for name in columns:
+        numeric = name == "GB" or name in PARTS or "/" in name
+        grid.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    return grid
+
+
+def _amount(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def as_json(rows: Sequence[Row], work: Work, hardware: Hardware, model: str) -> dict[str, Any]:
+    """The same for programs."""
+    lengths = work.lengths
+    return {
+        "hardware": {
+            "name": hardware.name,
+            "memory_gb": hardware.memory_gb,
+            "tflops": hardware.tflops,
+            "num_gpus": hardware.num_gpus,
+            "nodes": hardware.nodes,
+            "share_used": hardware.share_used,
+        },
+        "model": model,
+        "data": {
+            "examples": len(lengths),
+            "pages": lengths.num_pages,
+            "mean_tokens": float(lengths.tokens.mean()),
+            "max_tokens": int(lengths.tokens.max()),
+            "mean_crops": float(lengths.crops.mean()),
+            "num_crops": work.num_crops,
+            "source": work.source,
+        },
+        "rows": [
+            {
+                "mode": row.mode,
+                "recommended": number == 0 and row.fits,
+                "fits": row.fits,
+                "memory_gb": row.memory,
+                "dtype": row.dtype,
+                "attention": row.attention,
+                "engine": row.engine,
+                "optimizer": row.run.optim.optimizer,
+                "max_tokens_per_pack": row.run.data.max_tokens_per_pack,
+                "recomputed_layers": row.recompute,
+                "tflop_per_example": row.flops_per_example / 1e12,
+                "examples_per_s": row.examples_per_s,
+                "hours_per_epoch": row.hours_per_epoch,
+                "command": row.command,
+            }
+            for number, row in enumerate(rows)
+        ],
+    }
+
+
+def job_of(row: Row, hardware: Hardware, data: Path | None) -> Job:
+    """A row on its way to other machines."""
+    assert hardware.card is not None
+    return Job(
+        name=row.run.keeping.out.name,
+        words=row.words,
+        card=hardware.card,
+        num_gpus=hardware.num_gpus,
+        nodes=hardware.nodes,
+        extras=row.extras,
+        hours=24.0 if row.hours_per_epoch is None else row.hours_per_epoch * row.run.optim.epochs,
+        out=row.run.keeping.out,
+        data=data,
+    )
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    recipe: str | None = None,
+    /,
+    *,
+    train: Path | None = None,
+    eval: Path | None = None,
+    image_root: Path | None = None,
+    model: str | None = None,
+    num_crops: int | None = None,
+    full_train: bool = False,
+    gpu: str | None = None,
+    num_gpus: int | None = None,
+    nodes: int = 1,
+    mode: Mode | None = None,
+    out: Path | None = None,
+    azure: Path | None = None,
+    skypilot: Path | None = None,
+    slurm: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Say what fits on which GPUs, how long it takes, and the command to run; the recommended one first.
+
+    Arithmetic on the sizes of the model and the lengths of the data: nothing is loaded, downloaded or trained. With
+    --azure, --skypilot or --slurm the recommended command becomes a job file for other machines as well.
+
+    Args:
+        recipe: A recipe (`phi3v recipes`), whose data is known by size. Or give --train.
+        train: Your conversations, one JSON object a line: their pictures and texts are measured.
+        eval: Conversations to be evaluated on, for the commands.
+        image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
+        model: A folder with config.json, or one of the published models' names.
+        num_crops: Tiles an image may be cut into. Default: the recipe's or the checkpoint's own.
+        full_train: All of DocVQA instead of the mini set.
+        gpu: A card, such as A100-80GB or 4090. Default: the GPUs of this machine, or its CPU.
+        num_gpus: GPUs of a node. Default: 1, or as many as there are here.
+        nodes: Machines.
+        mode: Plan for this one only, or put it into the job file.
+        out: The run folder. Default: the recipe's, or runs/plan.
+        azure: Write a command job for Azure ML here, and say which quota to ask for.
+        skypilot: Write a task for SkyPilot here.
+        slurm: Write a batch script for SLURM here.
+        json: Print JSON instead of tables.
+    """
+    check_numbers({"num_crops": num_crops, "num_gpus": num_gpus, "nodes": nodes})
+    if recipe is None and train is None:
+        raise InputError("what is to be learnt? Name a recipe (phi3v plan docvqa), or give --train DATA.jsonl")
+    if full_train and recipe != "docvqa":
+        raise InputError("--full-train is for docvqa")
+    module = None if recipe is None else find_recipe(recipe)
+    name = "" if recipe is None else recipe.replace("_", "-") + "-full" * full_train
+    options = ["--full-train"] if full_train else []
+    base = module.settings() if module else Run(keeping=Keeping(out=Path("runs/plan")))
+    changed = {"train": train or base.data.train, "eval": eval or base.data.eval, "image_root": image_root}
+    base = replace(
+        base,
+        base=replace(base.base, model=model or base.base.model, num_crops=num_crops or base.base.num_crops),
+        data=replace(base.data, **changed),
+        keeping=replace(base.keeping, out=out or base.keeping.out),
+    )
+    machine = None
+    if azure is not None:
+        if gpu is None:
+            raise InputError("--azure needs --gpu: which cards are the machines to have?")
+        machine = find_machine(find_card(gpu), num_gpus)
+        num_gpus = machine.gpus
+    hardware = find_hardware(gpu, num_gpus, nodes)
+    work = find_work(module, base, name, num_crops, train, image_root)
+    rows = [plan_row(each, work, hardware, base, module, options) for each in ([mode] if mode else RANKED)]
+    rows.sort(key=lambda row: not row.fits)  # stable: by what they reach
+    if json:
+        print(dumps(as_json(rows, work, hardware, base.base.model), indent=1))
+    else:
+        console.print(show(rows, work, hardware, base.base.model), soft_wrap=True)
+    files = {file: kind for kind, file in (("azure", azure), ("skypilot", skypilot), ("slurm", slurm)) if file}
+    if not files:
+        return
+    if hardware.card is None:
+        raise InputError(f"--{next(iter(files.values()))} needs --gpu: a job file is for machines with GPUs")
+    if not rows[0].fits:
+        raise InputError("nothing fits these GPUs: no job file is written")
+    job = job_of(rows[0], hardware, None if train is None else train.parent)
+    for file, kind in files.items():
+        if kind == "azure":
+            assert machine is not None
+            write_text(file, azure_job(job, machine))
+        else:
+            write_text(file, sky_task(job) if kind == "skypilot" else slurm_script(job))
+    if json:
+        return
+    say("")
+    for file, kind in files.items():
+        say(f"[bold]{kind:<9}[/] {escape(str(file))} starts {rows[0].mode}")
+    if machine is not None:
+        holds = f"{machine.gpus} x {machine.card}, {machine.vcpus} vCPUs, {machine.memory_gib} GiB"
+        say(f"[bold]machine[/]   {machine.size} ({machine.series}): {holds}; {machine.interconnect}")
+        say(f"[bold]quota[/]     {escape(quota(machine, nodes))}")
+        say(f"[bold]cluster[/]   {escape(create_cluster(machine, nodes))}")
+        say(f"[bold]page[/]      {PAGES}{machine.page}")
+        if machine.note:
+            say(f"[yellow]note[/]      {machine.note}")
