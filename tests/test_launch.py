@@ -129,7 +129,7 @@ def test_azure_ml_loads_the_job_and_finds_nothing_wrong(job: Job, tmp_path: Path
         assert checked.passed, checked.error_messages
         assert loaded.resources.instance_count == each.nodes
         assert loaded.distribution.process_count_per_instance == 1
-        assert loaded.compute == f"azureml:{compute_name(find_machine(A100, each.num_gpus))}"
+        assert loaded.compute == compute_name(find_machine(A100, each.num_gpus))
 
 
 def test_azure_ml_would_find_a_mistake(job: Job, tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_azures_job_runs_the_planned_command_with_its_own_paths(job: Job) -> Non
     install, _, start = content["command"].partition(" && ")
     assert install == "pip install --quiet '.[deepspeed]'"
     assert start.startswith("torchrun --nproc_per_node=8 --nnodes=2 --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR")
-    assert "--train ${{inputs.data}}/train.jsonl --eval ${{inputs.data}}/val.jsonl --lora" in start
-    assert "--out ${{outputs.runs}}/b --resume auto" in start
+    assert '--train "${{inputs.data}}/train.jsonl" --eval "${{inputs.data}}/val.jsonl" --lora' in start
+    assert '--out "${{outputs.runs}}/b" --resume auto' in start
     assert content["inputs"]["data"]["path"] == str(job.data)
     assert content["limits"]["timeout"] == 8 * 3600
 
@@ -230,10 +230,10 @@ def test_the_batch_script_starts_the_command_and_queues_itself_until_done(job: J
         subprocess.run(["bash", str(script)], check=True, env=environment, cwd=tmp_path)
         return said.read_text().splitlines()
 
-    first = lines()
-    assert "--rdzv_endpoint=node1:29500" in first[1]
-    assert "--rdzv_id=7" in first[1]
-    assert first[-1] == "requeue 7"
+    *_, started, last = lines()
+    assert "--rdzv_endpoint=node1:29500" in started
+    assert "--rdzv_id=7" in started
+    assert last == "requeue 7"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.json").touch()
     assert not any("requeue" in line for line in lines())

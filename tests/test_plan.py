@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from phi3v import plan as room
 from phi3v import train as training
+from phi3v.cards import find_hardware
 from phi3v.cli import main
 from phi3v.config import Run
 from phi3v.errors import InputError
-from phi3v.plan import KNOWN, Row, find_hardware, find_work, known_lengths, plan_row
+from phi3v.plan import Row, plan_row
 from phi3v.recipes import RECIPES, find_recipe
+from phi3v.workload import KNOWN, find_work, known_lengths
 
 MODES = ("full", "frozen", "lora", "qlora")
 

@@ -1,4 +1,4 @@
-"""Graphics cards: how much they hold and how fast they compute, from the makers' data sheets.
+"""Graphics cards: how much they hold and how fast they compute, from the makers' data sheets; and machines of them.
 
 One table for everybody: what `phi3v plan` can plan for, and the peak that `mfu` is a share of.
 """
@@ -6,12 +6,16 @@ One table for everybody: what `phi3v plan` can plan for, and the peak that `mfu`
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from phi3v.errors import InputError
+from phi3v.hardware import available_memory, pick_dtype
 
 GIB = 2**30 / 1e9
 """GB in a GiB: cards are sold, and tell their memory, in the latter; we count in the former."""
@@ -43,6 +47,10 @@ class Card(NamedTuple):
         """What `--attention auto` takes: flash attention from Ampere on, else sdpa."""
         return "flash_attention_2" if self.capability >= (8, 0) else "sdpa"
 
+
+USED = {"flash_attention_2": 0.4, "sdpa": 0.25, "cpu": 0.5}
+"""Share of a card's peak that is assumed, by its attention; of a CPU's, as measured. Good trainers of models of this
+size reach 45 to 60 % on A100 and H100, the guide's own runs 35 %, and 24 % on V100 (docs/plan.md)."""
 
 # The first whose words are all in a device's name is that device's.
 CARDS = (
@@ -97,3 +105,96 @@ def _plain(name: str) -> str:
     """Without what makers put around it: capitals, hyphens, brands."""
     words = re.sub(r"nvidia|geforce|tesla|quadro|rtx|sxm\d?", " ", name.lower())
     return re.sub(r"[^a-z0-9]", "", words)
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a run is planned for. All devices are alike."""
+
+    name: str
+    card: Card | None
+    """None: a CPU."""
+    memory_gb: float
+    """Of a device."""
+    tflops: float | None
+    """Of a device at its best; None if unknown."""
+    num_gpus: int
+    """Of a node; 1 for a CPU."""
+    nodes: int
+    here: bool
+    """Whether that is this machine."""
+
+    @property
+    def devices(self) -> int:
+        return self.num_gpus * self.nodes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return pick_dtype("auto", torch.device("cpu")) if self.card is None else self.card.dtype
+
+    @property
+    def attention(self) -> str:
+        return "sdpa" if self.card is None else self.card.attention
+
+    @property
+    def share_used(self) -> float:
+        return USED["cpu" if self.card is None else self.attention]
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} nodes of " if self.nodes > 1 else ""
+        number = f"{self.num_gpus} x " if self.num_gpus > 1 else ""
+        return f"{nodes}{number}{self.name}, {self.memory_gb:.0f} GB" + (" each" if self.devices > 1 else "")
+
+
+def find_hardware(gpu: str | None, num_gpus: int | None, nodes: int) -> Hardware:
+    """The cards of that name, else those of this machine, else its CPU."""
+    if gpu is not None:
+        card = find_card(gpu)
+        return Hardware(
+            name=card.name,
+            card=card,
+            memory_gb=card.memory_gb,
+            tflops=card.tflops,
+            num_gpus=num_gpus or 1,
+            nodes=nodes,
+            here=False,
+        )
+    if not torch.cuda.is_available():
+        if num_gpus is not None or nodes > 1:
+            raise InputError("--num-gpus and --nodes need --gpu: this machine has no GPU to go by")
+        return Hardware(
+            name=f"CPU with {len(os.sched_getaffinity(0))} cores",
+            card=None,
+            memory_gb=available_memory() / 1e9,
+            tflops=cpu_tflops(pick_dtype("auto", torch.device("cpu"))),
+            num_gpus=1,
+            nodes=1,
+            here=True,
+        )
+    about = torch.cuda.get_device_properties(0)
+    known = card_of_device(about.name)
+    memory = about.total_memory / 1e9
+    card = Card(about.name, memory / GIB, known.tflops if known else 0.0, (about.major, about.minor), ())
+    return Hardware(
+        name=about.name,
+        card=card,
+        memory_gb=memory,
+        tflops=known.tflops if known else None,
+        num_gpus=num_gpus or torch.cuda.device_count(),
+        nodes=nodes,
+        here=True,
+    )
+
+
+def cpu_tflops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """What a product of matrices reaches here, in a moment."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a @ b
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ b
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - started) / 1e12

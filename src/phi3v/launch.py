@@ -7,6 +7,7 @@ itself, so that the command that runs is the command that was planned. Nothing h
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,9 +140,9 @@ def _replaced(words: Sequence[str], values: Mapping[str, str]) -> list[str]:
     return [*found, *(word for pair in missing.items() for word in pair)]
 
 
-def _unquoted(text: str) -> str:
-    """A shell's command with the placeholders of Azure ML, and variables, as they are meant."""
-    return text.replace("'${{", "${{").replace("}}'", "}}")
+def _with_placeholders(text: str) -> str:
+    """A shell's command in which Azure ML can see its placeholders: in double quotes, not in single ones."""
+    return re.sub(r"'(\$\{\{[^']+)'", r'"\1"', text)
 
 
 # -- Azure -----------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def azure_job(job: Job, machine: Machine) -> str:
                 values[flag] = "${{inputs.data}}" if relative == "." else f"${{{{inputs.data}}}}/{relative}"
     rendezvous = "--node_rank=$NODE_RANK --master_addr=$MASTER_ADDR --master_port=$MASTER_PORT"
     words = _replaced(job.words, values)
-    start = _unquoted(command(words, job.num_gpus, job.nodes, rendezvous))
+    start = _with_placeholders(command(words, job.num_gpus, job.nodes, rendezvous))
     content: dict[str, Any] = {
         "$schema": "https://azuremlschemas.azureedge.net/latest/commandJob.schema.json",
         "type": "command",

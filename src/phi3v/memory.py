@@ -23,8 +23,8 @@ from phi3v.model.vision import PATCHES, grid_of
 from phi3v.parallel import Parallel
 
 BUCKET, DEEPSPEED_BUFFERS = 5e8, 9
-"""Weights that DeepSpeed sends at once (`parallel.zero`), and how often it holds as many: by its documentation 4.5 times
-each for gradients and weights, with overlapping communication."""
+"""Weights that DeepSpeed sends at once (`parallel.zero`), and how often it holds as many: by its documentation, with
+overlapping communication, 4.5 times for gradients and 4.5 for weights."""
 
 # What the ranks of an engine share out.
 SHARED: dict[Parallel, tuple[str, ...]] = {
@@ -74,11 +74,16 @@ def estimate(
     decoder, tower = _kept_by(
         config, bytes_per_value, stream=stream, norms=any(name.endswith("layernorm.weight") for name in names)
     )
-    kept = _kept(config.num_hidden_layers, recompute, decoder * tokens, stream * config.hidden_size * tokens)
-    in_clip = max(0, recompute - config.num_hidden_layers)
+    in_decoder = min(recompute, config.num_hidden_layers)
     clip_layers = clip["num_hidden_layers"] - 1 if "vision" in learns else 0
-    patches = crops * PATCHES
-    kept += _kept(clip_layers, in_clip, tower * patches, 4 * clip["hidden_size"] * patches)
+    in_clip, patches = min(recompute - in_decoder, clip_layers), crops * PATCHES
+    kept = (config.num_hidden_layers - in_decoder) * decoder * tokens + (clip_layers - in_clip) * tower * patches
+    kept += in_decoder * stream * config.hidden_size * tokens + in_clip * 4 * clip["hidden_size"] * patches
+    # A layer that is computed again finds what later ones held free. Where there are none, it needs room of its own,
+    # and for the gradients that go through it; decoder and CLIP one after the other.
+    again = [decoder * tokens] if in_decoder == config.num_hidden_layers else []
+    again += [tower * patches] if 0 < in_clip == clip_layers else []
+    kept += 2 * max(again, default=0.0)
     # Autocast keeps a copy, in the precision of the arithmetic, of every wider weight it has met.
     copies = bytes_per_value if engine == "ddp" and bytes_per_value < each.weight else 0
     parts = {
@@ -111,16 +116,6 @@ def _kept_by(config: Phi3VConfig, size: int, *, stream: int, norms: bool) -> tup
     decoder = (2 * (4 + norms * stream + size) + 7 * size) * config.hidden_size + 4 * size * config.intermediate_size
     clip = config.clip
     return decoder, (16 + 4 * size) * clip["hidden_size"] + 3 * size * clip["intermediate_size"]
-
-
-def _kept(layers: int, recompute: int, whole: float, at_start: float) -> float:
-    """Bytes held at the end of the forward pass, when memory is fullest.
-
-    When the first layers are computed again, all that later ones held is free; if there are none, it needs room of its
-    own, and for the gradients that go through it.
-    """
-    again = min(layers, recompute)
-    return (layers - again) * whole + again * at_start + (2 * whole if 0 < layers == again else 0)
 
 
 def layers_to_recompute(free_gb: float, most: int, needed: Callable[[int], float]) -> int:

@@ -1,16 +1,12 @@
 """`phi3v plan`: what of the model can learn on which cards, how long that takes, and the command that does it.
 
-Arithmetic alone: lengths of the data (`data.plan`), memory by part (`memory.estimate`), operations (`perf`), and the
-cards' data sheets (`cards`). Nothing is loaded or downloaded. Invariant: a row is a whole `Run`, and its command parses
-to exactly that run.
+Arithmetic alone: lengths of the data (`workload`), memory by part (`memory`), operations (`perf`) and data sheets
+(`cards`). Nothing is loaded or downloaded. Invariant: a row is a whole `Run`, and its command parses to exactly that.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from json import dumps
@@ -18,41 +14,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table as Grid
 
 from phi3v.build import MEMORY_TO_USE, STEPS_LOOKED_AT, build_model
-from phi3v.cards import CARDS, GIB, Card, card_of_device, find_card
+from phi3v.cards import CARDS, Hardware, find_card, find_hardware
 from phi3v.config import Keeping, Optimizer, Run, check_numbers
-from phi3v.data.chat import encode
-from phi3v.data.image import hd_size, num_image_tokens, num_tiles, read_size
 from phi3v.data.plan import PlanSettings, Step, plan_epoch
-from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor
-from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.files import write_text
-from phi3v.hardware import available_memory, name_of, pick_dtype
+from phi3v.hardware import name_of
 from phi3v.launch import PAGES, Job, azure_job, command, create_cluster, find_machine, quota, sky_task, slurm_script
 from phi3v.memory import estimate, layers_to_recompute
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.loading import load_config
 from phi3v.parallel import Parallel
 from phi3v.parallel.ranks import ALONE
 from phi3v.perf import Flops, recomputing_flops, training_flops
-from phi3v.recipes import easy_vqa, find_recipe, forkme
+from phi3v.recipes import find_recipe, forkme
 from phi3v.recipes.table import MODES, Mode, with_mode
 from phi3v.runlog import console, say
+from phi3v.workload import Work, find_work
 
-PUBLISHED = ("microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
-"""Models whose sizes are the configuration's defaults, and need not be looked up."""
-
-USED = {"flash_attention_2": 0.4, "sdpa": 0.25, "cpu": 0.5}
-"""Share of a card's peak that is assumed, by its attention; of a CPU's, as measured. Good trainers of models of this
-size reach 45 to 60 % on A100 and H100, the guide's own runs 35 %, and 24 % on V100 (docs/plan.md)."""
 NF4_SPEED = 0.87
 """Of 4-bit weights, which must be widened before they are multiplied: what the guide's QLoRA reaches of its LoRA."""
 
@@ -62,213 +47,6 @@ TOKENS_PER_CROP = 128
 
 RANKED: tuple[Mode, ...] = ("full", "frozen", "lora", "qlora")
 """By the scores they reach (the guide's tables): the first that fits is recommended."""
-
-
-# -- the machine -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """What a run is planned for. All devices are alike."""
-
-    name: str
-    card: Card | None
-    """None: a CPU."""
-    memory_gb: float
-    """Of a device."""
-    tflops: float | None
-    """Of a device at its best; None if unknown."""
-    num_gpus: int
-    """Of a node; 1 for a CPU."""
-    nodes: int
-    here: bool
-    """Whether that is this machine."""
-
-    @property
-    def devices(self) -> int:
-        return self.num_gpus * self.nodes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return pick_dtype("auto", torch.device("cpu")) if self.card is None else self.card.dtype
-
-    @property
-    def attention(self) -> str:
-        return "sdpa" if self.card is None else self.card.attention
-
-    @property
-    def share_used(self) -> float:
-        return USED["cpu" if self.card is None else self.attention]
-
-    def __str__(self) -> str:
-        nodes = f"{self.nodes} nodes of " if self.nodes > 1 else ""
-        number = f"{self.num_gpus} x " if self.num_gpus > 1 else ""
-        return f"{nodes}{number}{self.name}, {self.memory_gb:.0f} GB" + (" each" if self.devices > 1 else "")
-
-
-def find_hardware(gpu: str | None, num_gpus: int | None, nodes: int) -> Hardware:
-    """The cards of that name, else those of this machine, else its CPU."""
-    if gpu is not None:
-        card = find_card(gpu)
-        return Hardware(
-            name=card.name,
-            card=card,
-            memory_gb=card.memory_gb,
-            tflops=card.tflops,
-            num_gpus=num_gpus or 1,
-            nodes=nodes,
-            here=False,
-        )
-    if not torch.cuda.is_available():
-        if num_gpus is not None or nodes > 1:
-            raise InputError("--num-gpus and --nodes need --gpu: this machine has no GPU to go by")
-        return Hardware(
-            name=f"CPU with {len(os.sched_getaffinity(0))} cores",
-            card=None,
-            memory_gb=available_memory() / 1e9,
-            tflops=cpu_tflops(pick_dtype("auto", torch.device("cpu"))),
-            num_gpus=1,
-            nodes=1,
-            here=True,
-        )
-    about = torch.cuda.get_device_properties(0)
-    known = card_of_device(about.name)
-    memory = about.total_memory / 1e9
-    card = Card(about.name, memory / GIB, known.tflops if known else 0.0, (about.major, about.minor), ())
-    return Hardware(
-        name=about.name,
-        card=card,
-        memory_gb=memory,
-        tflops=known.tflops if known else None,
-        num_gpus=num_gpus or torch.cuda.device_count(),
-        nodes=nodes,
-        here=True,
-    )
-
-
-def cpu_tflops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """What a product of matrices reaches here, in a moment."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    a @ b
-    started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        a @ b
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - started) / 1e12
-
-
-# -- the work ----------------------------------------------------------------------------------------------------------
-
-
-class Known(NamedTuple):
-    """What a recipe's data is like, without having it. Texts are the recipe's prompt and an answer, as tokenised."""
-
-    pages: int
-    examples: int
-    images: int
-    """Of a page."""
-    size: tuple[int, int]
-    """(width, height) of an image."""
-    before: int
-    """Tokens before and between the images."""
-    after: int
-    """Tokens of a question and its answer."""
-    supervised: int
-    source: str
-
-
-KNOWN = {
-    "easy-vqa": Known(4000, 38575, 1, (64, 64), 4, 22, 4, "as published"),
-    "docvqa": Known(1000, 1000, 1, (1275, 1650), 4, 31, 11, "the mini set; pages taken for letters"),
-    "docvqa-full": Known(10194, 39463, 1, (1275, 1650), 4, 31, 11, "as published; pages taken for letters"),
-    "hateful-memes": Known(8000, 8000, 1, (800, 600), 4, 27, 6, "pictures taken for 4:3"),
-    "nlvr2": Known(49900, 49900, 2, (1024, 768), 5, 61, 6, "about as many pairs; pictures taken for 4:3"),
-    "ucf101": Known(300, 300, 8, (320, 240), 11, 72, 8, "the subset of ten classes, eight frames a video"),
-}
-
-
-def known_lengths(known: Known, num_crops: int) -> Lengths:
-    h, w = hd_size(*known.size, num_crops)
-    prefix = known.before + known.images * num_image_tokens(h, w)
-    page = np.arange(known.examples, dtype=np.int64) * known.pages // known.examples  # questions, evenly
-    of_all = {
-        "tokens": prefix + known.after,
-        "prefix": prefix,
-        "crops": known.images * (num_tiles(h, w) + 1),
-        "supervised": known.supervised,
-    }
-    return Lengths(page=page, **{name: np.full(known.examples, value) for name, value in of_all.items()})
-
-
-LETTERS_PER_TOKEN = 4
-
-
-class FourLetters:
-    """Stands in for a processor whose tokenizer is not here: four letters are a token."""
-
-    image_token_id, bos_token_id, end_of_text_id = 0, 1, 2
-
-    def __init__(self, num_crops: int) -> None:
-        self.num_crops = num_crops
-
-    def token_ids(self, text: str) -> list[int]:
-        first, *rest = IMAGE_TAG.split(text)[::2]
-        ids = [3] * math.ceil(len(first) / LETTERS_PER_TOKEN)
-        for chunk in rest:
-            ids += [self.image_token_id, self.bos_token_id, *[3] * math.ceil(len(chunk) / LETTERS_PER_TOKEN)]
-        return ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is to be learnt, by which model."""
-
-    lengths: Lengths
-    config: Phi3VConfig
-    num_crops: int
-    source: str
-    """Where the lengths come from, in words."""
-
-
-def find_work(
-    recipe: ModuleType | None, base: Run, name: str, num_crops: int | None, train: Path | None, image_root: Path | None
-) -> Work:
-    """Lengths of the data and sizes of the model. Raises InputError for what cannot be read."""
-    config = find_config(base.base.model)
-    if train is None:
-        assert recipe is not None
-        known = KNOWN[name]
-        crops = num_crops or base.base.num_crops or easy_vqa.NUM_CROPS
-        return Work(lengths=known_lengths(known, crops), config=config, num_crops=crops, source=known.source)
-    processor = find_processor(base.base.model, num_crops or base.base.num_crops)
-    encoded = [encode(example, processor, read_size) for example in read_jsonl(train, image_root)]
-    if not encoded:
-        raise InputError(f"{train}: no examples")
-    counted = "every picture and text measured"
-    if isinstance(processor, FourLetters):
-        counted = f"every picture measured; texts at {LETTERS_PER_TOKEN} letters a token, as the tokenizer is not here"
-    return Work(lengths=Lengths.of(encoded), config=config, num_crops=processor.num_crops, source=counted)
-
-
-def find_config(model: str) -> Phi3VConfig:
-    """The sizes of a model. Those of the published ones, and of the one that easy-VQA makes, are known."""
-    if Path(model).is_dir():
-        return load_config(model)
-    if model in PUBLISHED:
-        return Phi3VConfig()
-    if model == str(easy_vqa.MODEL):
-        return Phi3VConfig(**easy_vqa.DECODER, vision_config=easy_vqa.CLIP, vocab_size=448)
-    return load_config(model)
-
-
-def find_processor(model: str, num_crops: int | None) -> Any:
-    """Of a model that is here, or was once downloaded; else a stand-in."""
-    if Path(model).is_dir():
-        return Phi3VProcessor.from_pretrained(model, num_crops=num_crops)
-    try:
-        return Phi3VProcessor.from_pretrained(model, num_crops=num_crops, local_files_only=True)
-    except InputError:
-        return FourLetters(num_crops or (16 if model == PUBLISHED[1] else 4))
 
 
 # -- the rows ----------------------------------------------------------------------------------------------------------
@@ -388,7 +166,7 @@ def plan_row(mode: Mode, work: Work, hardware: Hardware, base: Run, recipe: Modu
     for engine, optimizer in ways(mode, hardware):
         found += [
             find_way(replace(run, data=replace(run.data, **packs)), engine, optimizer, work, hardware, shell, flops)
-            for packs in packs_to_try(run)
+            for packs in packs_to_try(run, hardware)
         ]
         if any(way.fits for way in found):
             break
@@ -476,11 +254,12 @@ def every_layer(config: Phi3VConfig) -> int:
     return config.num_hidden_layers + config.clip["num_hidden_layers"] - 1
 
 
-def packs_to_try(run: Run) -> list[dict[str, int]]:
-    """What the run says itself, and smaller packs."""
-    own = {"max_tokens_per_pack": run.data.max_tokens_per_pack, "max_crops_per_pack": run.data.max_crops_per_pack}
-    others = [{"max_tokens_per_pack": n, "max_crops_per_pack": n // TOKENS_PER_CROP} for n in PACKS]
-    return [own, *(packs for packs in others if packs["max_tokens_per_pack"] < own["max_tokens_per_pack"])]
+def packs_to_try(run: Run, hardware: Hardware) -> list[dict[str, int]]:
+    """What the run says itself, and smaller packs; a CPU is busy enough with the smallest."""
+    own = run.data.max_tokens_per_pack or (max(PACKS) if hardware.card else min(PACKS))
+    crops = run.data.max_crops_per_pack or own // TOKENS_PER_CROP
+    smaller = [(tokens, tokens // TOKENS_PER_CROP) for tokens in PACKS if tokens < own]
+    return [{"max_tokens_per_pack": n, "max_crops_per_pack": c} for n, c in ((own, crops), *smaller)]
 
 
 def look_at(work: Work, run: Run, num_ranks: int) -> tuple[list[Step], dict[str, int], int]:
