@@ -241,8 +241,8 @@ def sky_task(job: Job) -> str:
         "resources": {"accelerators": f"{name}:{job.num_gpus}", "disk_size": 256},
         "workdir": ".",
         "file_mounts": mounts,
-        "setup": f"{job.install}\n",
-        "run": f"{start}\n",
+        "setup": job.install,
+        "run": start,
     }
     return "# sky launch THIS    (in a checkout of phi3v; phi3v-runs is the bucket the run is kept in)\n" + _yaml(
         content
