@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -55,12 +56,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Run]:
     return start
 
 
-def rows_for(gpu: str, num_gpus: int = 1, recipe: str = "hateful-memes", modes: Any = MODES) -> dict[str, Row]:
+@functools.cache
+def row_for(gpu: str, num_gpus: int, recipe: str, mode: Any) -> Row:
     module = find_recipe(recipe)
     base = module.settings()
-    hardware = find_hardware(gpu, num_gpus, 1)
     work = find_work(module, base, recipe, None, None, None)
-    return {mode: plan_row(mode, work, hardware, base, module, []) for mode in modes}
+    return plan_row(mode, work, find_hardware(gpu, num_gpus, 1), base, module, [])
+
+
+def rows_for(gpu: str, num_gpus: int = 1, recipe: str = "hateful-memes", modes: Any = MODES) -> dict[str, Row]:
+    return {mode: row_for(gpu, num_gpus, recipe, mode) for mode in modes}
 
 
 # -- the guide's advice ----------------------------------------------------------------------------------------------
@@ -88,9 +93,10 @@ def test_consumer_cards_train_adapters(gpu: str) -> None:
     assert [rows[mode].fits for mode in rows] == [False, False, True]
 
 
-def test_a_turing_card_of_the_cloud_needs_four_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["nlvr2", "ucf101"])
+def test_a_turing_card_of_the_cloud_needs_four_bits_for_pairs_and_videos(recipe: str) -> None:
     pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
-    rows = rows_for("T4", recipe="docvqa")
+    rows = rows_for("T4", recipe=recipe)
     assert [rows[mode].fits for mode in rows] == [False, False, False, True]
     assert rows["qlora"].dtype == "fp16"
 

@@ -7,7 +7,7 @@ Arithmetic alone: lengths of the data (`workload`), memory by part (`memory`), o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from json import dumps
 from pathlib import Path
@@ -27,7 +27,18 @@ from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.files import write_text
 from phi3v.hardware import name_of
-from phi3v.launch import PAGES, Job, azure_job, command, create_cluster, find_machine, quota, sky_task, slurm_script
+from phi3v.launch import (
+    PAGES,
+    Job,
+    Machine,
+    azure_job,
+    command,
+    create_cluster,
+    find_machine,
+    quota,
+    sky_task,
+    slurm_script,
+)
 from phi3v.memory import estimate, layers_to_recompute
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.parallel import Parallel
@@ -37,6 +48,9 @@ from phi3v.recipes import find_recipe, forkme
 from phi3v.recipes.table import MODES, Mode, with_mode
 from phi3v.runlog import console, say
 from phi3v.workload import Work, find_work
+
+CONTEXT_GB = 1.0
+"""Of a GPU that is gone before the first weight: CUDA's context, cuBLAS, NCCL."""
 
 NF4_SPEED = 0.87
 """Of 4-bit weights, which must be widened before they are multiplied: what the guide's QLoRA reaches of its LoRA."""
@@ -211,7 +225,7 @@ def find_way(
 ) -> Way:
     """With as few layers computed again as the memory needs: on a GPU as `--activation-memory auto` will find it."""
     steps, largest, per_epoch = look_at(work, run, hardware.devices)
-    every, budget = every_layer(work.config), MEMORY_TO_USE * hardware.memory_gb
+    every, budget = every_layer(work.config), memory_budget(hardware)
 
     def needed(layers: int) -> dict[str, float]:
         return estimate(
@@ -247,6 +261,11 @@ def find_way(
         steps=steps,
         steps_per_epoch=per_epoch,
     )
+
+
+def memory_budget(hardware: Hardware) -> float:
+    """GB of a device that an estimate may come to."""
+    return MEMORY_TO_USE * (hardware.memory_gb - (CONTEXT_GB if hardware.card else 0.0))
 
 
 def every_layer(config: Phi3VConfig) -> int:
@@ -298,24 +317,22 @@ def show(rows: Sequence[Row], work: Work, hardware: Hardware, model: str) -> Gro
     sizes = f"{lengths.tokens.mean():,.0f} tokens and {lengths.crops.mean():.1f} crops on average"
     about.add_row("", f"{sizes}, {lengths.tokens.max():,} tokens at most (num_crops {work.num_crops})")
     memory = _grid("GB of memory on each device", "", "mode", "fits", "GB", *PARTS)
-    speed = _grid("how, and how fast", "", "mode", "examples/s", "hours/epoch", "recomputed", "")
+    speed = _grid("how fast", "", "mode", "examples/s", "hours/epoch", "computed again")
     for number, row in enumerate(rows):
         mark = "[green]→[/]" if number == 0 and row.fits else ""
         fits = "[green]yes[/]" if row.fits else "[red]no[/]"
         memory.add_row(mark, row.mode, fits, *(f"{row.memory[part]:.1f}" for part in ("total", *PARTS)))
         if row.fits:
             again = f"{row.recompute} of {row.layers} layers" if row.recompute else "nothing"
-            speed.add_row(mark, row.mode, _amount(row.examples_per_s), _amount(row.hours_per_epoch), again, row.how)
+            speed.add_row(mark, row.mode, _amount(row.examples_per_s), _amount(row.hours_per_epoch), again)
     fitting = [row for row in rows if row.fits]
     shown: list[Any] = [about, memory]
     shown += [speed] if fitting else []
     shown += ["", *(f"[dim]{line}[/]" for line in assumptions(hardware))]
     for number, row in enumerate(fitting):
-        needs = escape(f" (pip install 'phi3v[{','.join(row.extras)}]')") if row.extras else ""
-        shown += [
-            f"\n[bold]{row.mode}[/]{' [green]recommended[/]' * (number == 0)}[dim]{needs}[/]",
-            escape(row.command),
-        ]
+        needs = f"; pip install 'phi3v[{','.join(row.extras)}]'" if row.extras else ""
+        mark = " [green]recommended[/]" if number == 0 else ""
+        shown += [f"\n[bold]{row.mode}[/]{mark} [dim]{escape(row.how + needs)}[/]", escape(row.command)]
     if not fitting:
         least = min(rows, key=lambda row: row.memory["total"])
         shown.append(
@@ -329,7 +346,8 @@ def show(rows: Sequence[Row], work: Work, hardware: Hardware, model: str) -> Gro
 
 def assumptions(hardware: Hardware) -> list[str]:
     """What the figures rest on."""
-    budget = f"{MEMORY_TO_USE * hardware.memory_gb:.1f} GB, {MEMORY_TO_USE:.0%} of a device's memory"
+    context = f", less {CONTEXT_GB:.0f} GB for CUDA itself" if hardware.card else ""
+    budget = f"{memory_budget(hardware):.1f} GB, {MEMORY_TO_USE:.0%} of a device's memory{context}"
     lines = [f"fits: what is estimated is within {budget}"]
     if hardware.tflops is None:
         return [*lines, "speed: not said, for this card's peak is not in the table"]
@@ -396,22 +414,6 @@ def as_json(rows: Sequence[Row], work: Work, hardware: Hardware, model: str) -> 
             for number, row in enumerate(rows)
         ],
     }
-
-
-def job_of(row: Row, hardware: Hardware, data: Path | None) -> Job:
-    """A row on its way to other machines."""
-    assert hardware.card is not None
-    return Job(
-        name=row.run.keeping.out.name,
-        words=row.words,
-        card=hardware.card,
-        num_gpus=hardware.num_gpus,
-        nodes=hardware.nodes,
-        extras=row.extras,
-        hours=24.0 if row.hours_per_epoch is None else row.hours_per_epoch * row.run.optim.epochs,
-        out=row.run.keeping.out,
-        data=data,
-    )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -490,30 +492,49 @@ def plan(
         print(dumps(as_json(rows, work, hardware, base.base.model), indent=1))
     else:
         console.print(show(rows, work, hardware, base.base.model), soft_wrap=True)
-    files = {file: kind for kind, file in (("azure", azure), ("skypilot", skypilot), ("slurm", slurm)) if file}
-    if not files:
-        return
+    files = {kind: file for kind, file in (("azure", azure), ("skypilot", skypilot), ("slurm", slurm)) if file}
+    if files:
+        write_jobs(files, rows[0], hardware, machine, None if train is None else train.parent, quiet=json)
+
+
+def write_jobs(
+    files: Mapping[str, Path], row: Row, hardware: Hardware, machine: Machine | None, data: Path | None, *, quiet: bool
+) -> None:
+    """Writes a row as a job for each of these systems, and says where, and on Azure what it takes."""
     if hardware.card is None:
-        raise InputError(f"--{next(iter(files.values()))} needs --gpu: a job file is for machines with GPUs")
-    if not rows[0].fits:
+        raise InputError(f"--{next(iter(files))} needs --gpu: a job file is for machines with GPUs")
+    if not row.fits:
         raise InputError("nothing fits these GPUs: no job file is written")
-    job = job_of(rows[0], hardware, None if train is None else train.parent)
-    for file, kind in files.items():
+    job = Job(
+        name=row.run.keeping.out.name,
+        words=row.words,
+        card=hardware.card,
+        num_gpus=hardware.num_gpus,
+        nodes=hardware.nodes,
+        extras=row.extras,
+        hours=24.0 if row.hours_per_epoch is None else row.hours_per_epoch * row.run.optim.epochs,
+        out=row.run.keeping.out,
+        data=data,
+    )
+    about: list[tuple[str, str]] = []
+    for kind, file in files.items():
         if kind == "azure":
             assert machine is not None
-            write_text(file, azure_job(job, machine))
+            text = azure_job(job, machine)
         else:
-            write_text(file, sky_task(job) if kind == "skypilot" else slurm_script(job))
-    if json:
-        return
-    say("")
-    for file, kind in files.items():
-        say(f"[bold]{kind:<9}[/] {escape(str(file))} starts {rows[0].mode}")
+            text = sky_task(job) if kind == "skypilot" else slurm_script(job)
+        write_text(file, text)
+        about.append((kind, f"{file} starts {row.mode}"))
     if machine is not None:
         holds = f"{machine.gpus} x {machine.card}, {machine.vcpus} vCPUs, {machine.memory_gib} GiB"
-        say(f"[bold]machine[/]   {machine.size} ({machine.series}): {holds}; {machine.interconnect}")
-        say(f"[bold]quota[/]     {escape(quota(machine, nodes))}")
-        say(f"[bold]cluster[/]   {escape(create_cluster(machine, nodes))}")
-        say(f"[bold]page[/]      {PAGES}{machine.page}")
-        if machine.note:
-            say(f"[yellow]note[/]      {machine.note}")
+        about += [
+            ("machine", f"{machine.size} ({machine.series}): {holds}; {machine.interconnect}"),
+            ("quota", quota(machine, hardware.nodes)),
+            ("cluster", create_cluster(machine, hardware.nodes)),
+            ("page", PAGES + machine.page),
+        ]
+        about += [("note", machine.note)] if machine.note else []
+    if not quiet:
+        say("")
+        for label, text in about:
+            say(f"[bold]{label:<9}[/] {escape(text)}")
