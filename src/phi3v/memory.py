@@ -26,6 +26,9 @@ BUCKET, DEEPSPEED_BUFFERS = 5e8, 9
 """Weights that DeepSpeed sends at once (`parallel.zero`), and how often it holds as many: by its documentation, with
 overlapping communication, 4.5 times for gradients and 4.5 for weights."""
 
+CONTEXT_GB = 1.0
+"""Of a GPU that is gone before the first weight comes: CUDA's context, cuBLAS, NCCL. It is in no estimate."""
+
 # What the ranks of an engine share out.
 SHARED: dict[Parallel, tuple[str, ...]] = {
     "ddp": (),

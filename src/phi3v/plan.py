@@ -39,7 +39,7 @@ from phi3v.launch import (
     sky_task,
     slurm_script,
 )
-from phi3v.memory import estimate, layers_to_recompute
+from phi3v.memory import CONTEXT_GB, estimate, layers_to_recompute
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.parallel import Parallel
 from phi3v.parallel.ranks import ALONE
@@ -48,9 +48,6 @@ from phi3v.recipes import find_recipe, forkme
 from phi3v.recipes.table import MODES, Mode, with_mode
 from phi3v.runlog import console, say
 from phi3v.workload import Work, find_work
-
-CONTEXT_GB = 1.0
-"""Of a GPU that is gone before the first weight: CUDA's context, cuBLAS, NCCL."""
 
 NF4_SPEED = 0.87
 """Of 4-bit weights, which must be widened before they are multiplied: what the guide's QLoRA reaches of its LoRA."""
@@ -241,7 +238,11 @@ def find_way(
 
     tuning = run.tuning
     if hardware.card is not None:
-        recompute = layers_to_recompute(budget, every, lambda layers: needed(layers)["total"])
+        # What is needed falls from layer to layer, but where the decoder's last and CLIP's last are reached.
+        least = min(needed(layers)["total"] for layers in (work.config.num_hidden_layers - 1, every - 1, every))
+        recompute = every
+        if least <= budget:
+            recompute = layers_to_recompute(budget, every, lambda layers: needed(layers)["total"])
     else:
         recompute = 0 if needed(0)["total"] <= budget else every
         tuning = replace(tuning, activation_memory="full" if recompute else "auto")
