@@ -59,24 +59,24 @@ def estimate(
     the decoder, then of CLIP) keep their input alone. An estimate: the allocator and the CUDA context come on top.
     Checked by `benchmarks/memory.py` against measured peaks and the guide's table; compiled layers keep less.
     """
-    learn = frozen = outside = 0.0
+    learn = frozen = outside = layer = 0.0
+    learns, norms = set[str](), False
     for name, parameter in model.named_parameters():
+        number = parameter.numel()
         if parameter.requires_grad:
-            learn += parameter.numel()
+            learn += number
+            learns.add(part_of(name))
+            norms |= name.endswith("layernorm.weight")
         else:
-            wide = bytes_per_value if parameter.is_floating_point() else parameter.element_size()
-            frozen += parameter.numel() * wide
-        outside += 0 if ".layers." in name else parameter.numel()
+            frozen += number * (bytes_per_value if parameter.is_floating_point() else parameter.element_size())
+        outside += 0 if ".layers." in name else number
+        layer += number if ".layers.0." in name and part_of(name) == "decoder" else 0
     each, clip, half = BYTES[optimizer], config.clip, bytes_per_value < 4
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    learns = {part_of(name) for name in names}
     weight, moments = each.weight, each.moments
     if engine.startswith("zero") and half:  # DeepSpeed holds the model in that precision, and masters with the moments
         weight, moments = bytes_per_value, moments + 4
     stream = weight if "embeddings" in learns else bytes_per_value
-    decoder, tower = _kept_by(
-        config, bytes_per_value, stream=stream, norms=any(name.endswith("layernorm.weight") for name in names)
-    )
+    decoder, tower = _kept_by(config, bytes_per_value, stream=stream, norms=norms)
     in_decoder = min(recompute, config.num_hidden_layers)
     clip_layers = clip["num_hidden_layers"] - 1 if "vision" in learns else 0
     in_clip, patches = min(recompute - in_decoder, clip_layers), crops * PATCHES
@@ -98,7 +98,6 @@ def estimate(
     }
     shared = {name: size / (num_ranks if name in SHARED[engine] else 1) for name, size in parts.items()}
     if num_ranks > 1 and "weights" in SHARED[engine]:  # a layer, the next one, and what is in none are whole
-        layer = sum(p.numel() for name, p in model.named_parameters() if ".layers.0." in name and "img_" not in name)
         shared["weights"] += weight * (2 * layer + outside)
         shared["gradients"] += each.gradient * (layer + outside) * bool(learns & {"decoder"})
     if num_ranks > 1 and engine in ("zero1", "zero2"):
@@ -107,7 +106,7 @@ def estimate(
     return {**gigabytes, "total": sum(gigabytes.values())}
 
 
-def _kept_by(config: Phi3VConfig, size: int, *, stream: int, norms: bool) -> tuple[float, float]:
+def _kept_by(config: Phi3VConfig, size: int, *, stream: float, norms: bool) -> tuple[float, float]:
     """Bytes that a decoder layer keeps for a token, and a CLIP layer for a patch; counted on tensors that are kept.
 
     Of the decoder (H, F its widths, arithmetic in `size` bytes a value, `stream` bytes between the layers): each of two

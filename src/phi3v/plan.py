@@ -175,10 +175,9 @@ def plan_row(mode: Mode, work: Work, hardware: Hardware, base: Run, recipe: Modu
     flops = training_flops(shell, work.config)
     found: list[Way] = []
     for engine, optimizer in ways(mode, hardware):
-        found += [
-            find_way(replace(run, data=replace(run.data, **packs)), engine, optimizer, work, hardware, shell, flops)
-            for packs in packs_to_try(run, hardware)
-        ]
+        for tokens, crops in packs_to_try(run, hardware):
+            packed = replace(run, data=replace(run.data, max_tokens_per_pack=tokens, max_crops_per_pack=crops))
+            found.append(find_way(packed, engine, optimizer, work, hardware, shell, flops))
         if any(way.fits for way in found):
             break
     fitting = [way for way in found if way.fits]
@@ -274,12 +273,11 @@ def every_layer(config: Phi3VConfig) -> int:
     return config.num_hidden_layers + config.clip["num_hidden_layers"] - 1
 
 
-def packs_to_try(run: Run, hardware: Hardware) -> list[dict[str, int]]:
-    """What the run says itself, and smaller packs; a CPU is busy enough with the smallest."""
+def packs_to_try(run: Run, hardware: Hardware) -> list[tuple[int, int]]:
+    """Most tokens and crops of a pack: what the run says, and smaller. A CPU is busy enough with the smallest."""
     own = run.data.max_tokens_per_pack or (max(PACKS) if hardware.card else min(PACKS))
     crops = run.data.max_crops_per_pack or own // TOKENS_PER_CROP
-    smaller = [(tokens, tokens // TOKENS_PER_CROP) for tokens in PACKS if tokens < own]
-    return [{"max_tokens_per_pack": n, "max_crops_per_pack": c} for n, c in ((own, crops), *smaller)]
+    return [(own, crops), *((tokens, tokens // TOKENS_PER_CROP) for tokens in PACKS if tokens < own)]
 
 
 def look_at(work: Work, run: Run, num_ranks: int) -> tuple[list[Step], dict[str, int], int]:
@@ -317,12 +315,13 @@ def show(rows: Sequence[Row], work: Work, hardware: Hardware, model: str) -> Gro
     about.add_row("[bold]data", f"{len(lengths):,} examples on {lengths.num_pages:,} pages ({work.source})")
     sizes = f"{lengths.tokens.mean():,.0f} tokens and {lengths.crops.mean():.1f} crops on average"
     about.add_row("", f"{sizes}, {lengths.tokens.max():,} tokens at most (num_crops {work.num_crops})")
-    memory = _grid("GB of memory on each device", "", "mode", "fits", "GB", *PARTS)
+    unit, scale = ("GB", 1) if max(row.memory["total"] for row in rows) >= 1 else ("MB", 1000)
+    memory = _grid(f"{unit} of memory on each device", "", "mode", "fits", unit, *PARTS)
     speed = _grid("how fast", "", "mode", "examples/s", "hours/epoch", "computed again")
     for number, row in enumerate(rows):
         mark = "[green]→[/]" if number == 0 and row.fits else ""
         fits = "[green]yes[/]" if row.fits else "[red]no[/]"
-        memory.add_row(mark, row.mode, fits, *(f"{row.memory[part]:.1f}" for part in ("total", *PARTS)))
+        memory.add_row(mark, row.mode, fits, *(f"{row.memory[part] * scale:.1f}" for part in ("total", *PARTS)))
         if row.fits:
             again = f"{row.recompute} of {row.layers} layers" if row.recompute else "nothing"
             speed.add_row(mark, row.mode, _amount(row.examples_per_s), _amount(row.hours_per_epoch), again)
@@ -352,9 +351,10 @@ def assumptions(hardware: Hardware) -> list[str]:
     lines = [f"fits: what is estimated is within {budget}"]
     if hardware.tflops is None:
         return [*lines, "speed: not said, for this card's peak is not in the table"]
-    peak = f"{hardware.tflops:,.0f} TFLOP/s" if hardware.card else f"{1000 * hardware.tflops:,.0f} GFLOP/s"
-    whence = "the data sheet's" if hardware.card else "a product of matrices, just now:"
-    lines.append(f"speed: arithmetic; assumes that {hardware.share_used:.0%} of {whence} {peak} are reached")
+    peak = f"the {hardware.tflops:,.0f} TFLOP/s of its data sheet"
+    if hardware.card is None:
+        peak = f"the {1000 * hardware.tflops:,.0f} GFLOP/s that a product of matrices reached here just now"
+    lines.append(f"speed: arithmetic, at {hardware.share_used:.0%} of {peak}")
     lines.append("       nothing was measured on a GPU; evaluations, loading and compiling come on top")
     return lines
 
@@ -364,7 +364,7 @@ def _grid(title: str, *columns: str) -> Grid:
         title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
     )
     for name in columns:
-        numeric = name == "GB" or name in PARTS or "/" in name
+        numeric = name in ("GB", "MB", *PARTS) or "/" in name
         grid.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     return grid
 
