@@ -52,6 +52,9 @@ from phi3v.workload import Work, find_work
 NF4_SPEED = 0.87
 """Of 4-bit weights, which must be widened before they are multiplied: what the guide's QLoRA reaches of its LoRA."""
 
+STEPS_PER_EPOCH = 20
+"""At least, of data of one's own: with fewer examples a step holds fewer."""
+
 PACKS = (8192, 4096)
 """Tokens of a pack that are tried. Crops go along: one for every 128 tokens."""
 TOKENS_PER_CROP = 128
@@ -119,8 +122,10 @@ def settings_of(
             run = replace(run, tuning=replace(run.tuning, lora_alpha=None))  # the default: twice the rank
         elif recipe is not None:  # easy-VQA has settings of its own, for all weights
             run = replace(base, tuning=run.tuning)
-    units = len(lengths) if run.data.questions == "all" else lengths.num_pages
-    return replace(run, data=replace(run.data, batch_size=min(run.data.batch_size, units))), pristine, words
+    units, batch = len(lengths) if run.data.questions == "all" else lengths.num_pages, run.data.batch_size
+    while recipe is None and batch > 4 and units < STEPS_PER_EPOCH * batch:
+        batch //= 2
+    return replace(run, data=replace(run.data, batch_size=min(batch, units))), pristine, words
 
 
 def flags_of(run: Run, default: Run) -> Iterator[str]:
