@@ -16,7 +16,7 @@ from phi3v.memory import estimate, layers_to_recompute
 from phi3v.model import fp8
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.features import FeatureCache
-from phi3v.model.loading import load_config, load_model
+from phi3v.model.loading import load_model
 from phi3v.model.parts import add_lora, count_parameters, freeze, recompute_layers
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.quantization import Quantization, quantize
@@ -30,24 +30,24 @@ STEPS_LOOKED_AT, MEMORY_TO_USE = 100, 0.9
 
 
 def build_model(
-    run: Run, attention: str, dtype: torch.dtype, ranks: Ranks, recompute: int, *, weights: bool = True
+    run: Run, attention: str, dtype: torch.dtype, ranks: Ranks, recompute: int, *, shell: Phi3VConfig | None = None
 ) -> Any:
-    """The model with what learns and what does not, as loaded; without `weights`, an empty shell.
+    """The model with what learns and what does not, as loaded; of the sizes of `shell`, if given, but without weights.
 
     `recompute` is a number of layers, as `pick_recompute` finds it.
     """
     tuning = run.tuning
-    if weights:
+    if shell is None:
         model, _ = load_model(run.base.model, attention=attention)
     else:
         with torch.device("meta"):
-            model = Phi3VForCausalLM(load_config(run.base.model))
+            model = Phi3VForCausalLM(shell)
     freeze(model, tuning.frozen)
     if tuning.qlora:
         how = Quantization(double_quant=tuning.double_quant, parts=tuning.quantize)
         total = count_parameters(model)["decoder"][1]
-        with progress_bar("quantising", total, "weights", show=run.keeping.progress and weights) as advance:
-            quantize(model, how, compute_dtype=dtype, device=ranks.device if weights else None, advance=advance)
+        with progress_bar("quantising", total, "weights", show=run.keeping.progress and not shell) as advance:
+            quantize(model, how, compute_dtype=dtype, device=None if shell else ranks.device, advance=advance)
     if tuning.adapters:
         model = add_lora(
             model,
@@ -55,7 +55,7 @@ def build_model(
             rank=tuning.lora_rank,
             alpha=tuning.alpha,
             dropout=tuning.lora_dropout,
-            init=tuning.lora_init if weights else "default",
+            init="default" if shell else tuning.lora_init,
             dora=tuning.dora,
             rslora=tuning.rslora,
         )
@@ -88,7 +88,7 @@ def pick_recompute(
     every = config.num_hidden_layers + config.clip["num_hidden_layers"] - 1
     if run.tuning.activation_memory != "auto" or ranks.device.type != "cuda":
         return every if run.tuning.activation_memory == "full" else 0
-    shell = build_model(run, attention, dtype, ranks, 0, weights=False)
+    shell = build_model(run, attention, dtype, ranks, 0, shell=config)
     plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=0)
     seen = [data.largest_pack(plan.packs(step, ranks.num)[1]) for step in range(min(len(plan), STEPS_LOOKED_AT))]
     largest = {name: max(sizes[name] for sizes in seen) for name in seen[0]}

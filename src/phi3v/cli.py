@@ -44,6 +44,11 @@ class Command:
 
 
 COMMANDS = {
+    "plan": Command(
+        "phi3v.plan:plan",
+        "Say what fits on which GPUs, how long it takes, and the command to run.",
+        ("phi3v plan --train data/train.jsonl --gpu 4090", "phi3v plan docvqa --gpu H100 --num-gpus 8 --azure job.yml"),
+    ),
     "train": Command(
         "phi3v.train:train",
         "Fine-tune a model: checks the data, trains, evaluates, saves, reports.",

@@ -290,6 +290,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("batch_size", "max_tokens_per_pack", "max_crops_per_pack", "lora_rank", "max_new_tokens", "num_crops"),
             *("max_steps", "eval_every_steps", "eval_limit", "save_every_steps", "keep_checkpoints", "limit"),
+            *("num_gpus", "nodes"),
         ),
     ),
     "positive": (

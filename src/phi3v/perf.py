@@ -14,44 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from phi3v.cards import card_of_device
 from phi3v.data.plan import Step
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import part_of
 from phi3v.model.vision import MERGED, PATCH, PATCHES
-
-# TFLOP/s of dense bf16 (fp16 on cards without), accumulated in float32, from the makers' data sheets. The first name
-# that is part of a card's own name holds.
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "GH200": 989,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L40": 181,
-    "A40": 150,
-    "A30": 165,
-    "A10G": 70,
-    "A10": 125,
-    "L4": 121,
-    "RTX 6000 Ada": 364,
-    "RTX A6000": 155,
-    "RTX 8000": 130,
-    "RTX 5090": 210,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-    "V100": 125,
-    "T4": 65,
-}
 
 
 def peak_tflops(card: str, dtype: torch.dtype) -> float | None:
     """TFLOP/s of a card (as `torch.cuda.get_device_name` calls it) at its best; None if unknown, or in float32."""
     if dtype == torch.float32:
         return None
-    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in card), None)
+    found = card_of_device(card)
+    return None if found is None else float(found.tflops)
 
 
 def device_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -146,6 +121,17 @@ def training_flops(model: nn.Module, config: Phi3VConfig) -> Flops:
         per_crop=2.0 * (tower + projector),
         per_cached_crop=2.0 * projector,
     )
+
+
+def recomputing_flops(model: nn.Module, config: Phi3VConfig, step: Step, layers: int) -> float:
+    """What computing the first `layers` layers (of the decoder, then of CLIP) a second time adds to a step."""
+    one, in_decoder = Products.of(config), min(layers, config.num_hidden_layers)
+    learns = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vision")
+    in_clip = layers - in_decoder if learns else 0
+    whole = min(in_decoder, config.num_hidden_layers - 1)  # the last layer runs its supervised rows alone
+    decoder = whole * ((one.keys + one.rest) * step.tokens + one.pair * step.pairs)
+    decoder += (in_decoder - whole) * (one.keys * step.tokens + one.rest * step.rows)
+    return 2.0 * (decoder + in_clip * (one.clip_layer + one.clip_pairs) * step.crops)
 
 
 def achieved(work: float, seconds: float, num_devices: int, peak: float | None) -> dict[str, float]:

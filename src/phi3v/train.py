@@ -145,7 +145,7 @@ def train(run: Run) -> dict[str, Any]:
             ranks.all_do(about["cache"].check)
         if run.keeping.dry_run:
             list_settings(run)
-            shell = build_model(run, attention, dtype, ranks, recompute, weights=False)
+            shell = build_model(run, attention, dtype, ranks, recompute, shell=config)
             set_precision(shell, dtype, learning=weight_dtype(run.optim.optimizer))
             describe(run, data, shell, config, **about)
             return {}
