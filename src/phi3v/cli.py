@@ -117,7 +117,9 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
     from phi3v.chat import chat
     from phi3v.convert import convert
     from phi3v.evaluate import evaluate
+    from phi3v.look import look
     from phi3v.merge import merge
+    from phi3v.report import report
 
     # What the task is asked for decides what the run's defaults are.
     options: Any = NoOptions if recipe is None else recipe.Options
@@ -178,23 +180,13 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
         room.render(findings, console)
         return 0 if findings.ok else 2
 
-    def report(run: Path, /) -> None:
-        """Write report.html of a run folder anew.
-
-        Args:
-            run: A run folder.
-        """
-        from phi3v.report import write_report
-        from phi3v.runlog import say
-
-        say(f"report  {write_report(run)}")
-
     return {
         "train": train,
         "recipes": recipes,
         "convert": convert,
         "evaluate": evaluate,
         "check": check,
+        "look": look,
         "merge": merge,
         "chat": configure(UseAppendAction)(chat),  # or --image would swallow the question
         "report": report,
