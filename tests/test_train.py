@@ -64,7 +64,16 @@ def lasting(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_the_run_folder_holds_everything(finished_run: Path) -> None:
     assert {file.name for file in finished_run.iterdir()} == {
-        *("config.json", "environment.json", "images.json", "lengths.json", "log.jsonl", "checkpoints", "final", ".lock"),
+        *(
+            "config.json",
+            "environment.json",
+            "images.json",
+            "lengths.json",
+            "log.jsonl",
+            "checkpoints",
+            "final",
+            ".lock",
+        ),
         *("predictions-before.jsonl", "predictions.jsonl", "metrics.json", "report.html"),
     }
     checkpoints = sorted(path.name for path in (finished_run / "checkpoints").iterdir())

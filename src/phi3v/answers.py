@@ -238,7 +238,9 @@ def _entry(line: Prediction, prompt: Example | None, images: list[int]) -> dict[
     mark = "\N{CHECK MARK}" if correct else "\N{BALLOT X}"
     details = {
         "score": f"{'right' if correct else 'wrong'}, ANLS {percent(score)}",
-        "answer length": f"{line['num_tokens']:,} token{'s' * (line['num_tokens'] != 1)}" if line.get("num_tokens") else "",
+        "answer length": f"{line['num_tokens']:,} token{'s' * (line['num_tokens'] != 1)}"
+        if line.get("num_tokens")
+        else "",
         "id": line["id"],
         "source": line.get("source", ""),
         "where": line.get("where", ""),

@@ -238,6 +238,7 @@ def _values(runs: Sequence[Told]) -> dict[str, Any]:
     return {
         "runs": runs,
         "contestants": contestants,
+        "finished": any(run.metrics.get("final") for run in runs),
         "verdict": _verdict(runs[0].metrics) if len(runs) == 1 else "",
         "facts": [(run, _facts(run)) for run in runs],
         "charts": _charts(runs),
@@ -273,13 +274,18 @@ def _contestants(runs: Sequence[Told]) -> list[Contestant]:
         name = "Published" if len(published) == 1 else f"Published, {row.mode}"
         note = f"{table.model}, {row.mode}, {row.dtype}" + ("*" if row.note else "")
         everyone.append(Contestant(name, note, {table.metric.lower(): (row.score or 0) / 100}))
-    floors = next((floor for run in runs if (floor := run.metrics.get("baselines"))), {})
+    floors = _floors(runs)
     everyone += [
         Contestant(key.capitalize(), note, {"accuracy": floors[key]})
         for key, note in BASELINE_NOTES.items()
         if key in floors
     ]
     return [one for one in everyone if one.scores]
+
+
+def _floors(runs: Sequence[Told]) -> Mapping[str, float]:
+    """The scores of models that never look at a picture, which are those of the data."""
+    return next((floors for run in runs if (floors := run.metrics.get("baselines"))), {})
 
 
 def _published(run: Told) -> tuple[Table, Row] | None:
@@ -289,8 +295,8 @@ def _published(run: Told) -> tuple[Table, Row] | None:
     if recipe not in RECIPES or (table := getattr(find_recipe(recipe), "TABLE", None)) is None:
         return None
     tuning, dtype = run.config.get("tuning") or {}, (run.config.get("base") or {}).get("dtype")
-    mode = next(mode for mode in reversed(MODES) if all(tuning.get(flag) == on for flag, on in MODES[mode].items()))
-    rows = [row for row in table.rows if row.mode == mode and row.score is not None]
+    modes = [mode for mode, flags in MODES.items() if all(tuning.get(flag) == on for flag, on in flags.items())]
+    rows = [row for row in table.rows if row.mode == modes[-1] and row.score is not None]  # full is all of them
     rows.sort(key=lambda row: row.dtype != ("fp16" if dtype == "fp16" else "bf16"))
     return (table, rows[0]) if rows else None
 
@@ -395,7 +401,7 @@ def _metrics(runs: Sequence[Told]) -> list[Chart | None]:
     def points(run: Told, key: str) -> list[tuple[float, float]]:
         return [(line["step"], line["metrics"][key]) for line in run.evals if key in line["metrics"]]
 
-    floors = next((floor for run in runs if (floor := run.metrics.get("baselines"))), {})
+    floors = _floors(runs)
     levels = [Level(label=name, value=floors[name]) for name in ("blind", "majority") if name in floors]
     if len(runs) == 1:
         both = [("anls", "ANLS", "second"), ("accuracy", "accuracy", "main")]
