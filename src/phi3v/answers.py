@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,11 @@ from phi3v.data.chat import Example, questions
 from phi3v.data.schema import read_jsonl
 from phi3v.errors import InputError
 from phi3v.metrics import Prediction, normalize_answer
-from phi3v.page import Gallery, cut
+from phi3v.page import Gallery, cut, without_tags
 from phi3v.page.pictures import Album, thumbnail
 
 MAX_CLASSES = 15
 WRONG_SHARE = 2 / 3  # of the questions that are shown, if not all are
-IMAGE_TAG = re.compile(r"<\|image_\d+\|>\s*")
 
 
 class Answers(NamedTuple):
@@ -197,10 +196,10 @@ def _prompts(
     """
     named = {Path(line["where"].rpartition(":")[0]) for line in lines if line.get("where")}
     files = [data] if data else [*sorted(named), *([run.data] if run.data else [])]
-    file = next((file for file in files if file.is_file()), data)
+    file = next((file for file in files if os.path.isfile(file)), data)  # no name is too long for it
     if file is None:
         return {}
-    root = image_root or (run.image_root if run.image_root and run.image_root.is_dir() else None)
+    root = image_root or (run.image_root if run.image_root and os.path.isdir(run.image_root) else None)
     try:
         prompts = {
             (prompt.where.rpartition(":")[2], prompt.id): prompt
@@ -222,19 +221,19 @@ def _prompts(
 def _images(line: Prediction, prompt: Example | None) -> list[str]:
     """Where the pictures of a question are: where they were, else where the data file has them now."""
     now = prompt.images if prompt is not None and len(prompt.images) == len(line["images"]) else line["images"]
-    return [was if Path(was).exists() else is_now for was, is_now in zip(line["images"], now, strict=True)]
+    return [was if os.path.exists(was) else is_now for was, is_now in zip(line["images"], now, strict=True)]
 
 
 def _entry(line: Prediction, prompt: Example | None, images: list[int]) -> dict[str, Any]:
     """An entry of the gallery."""
     correct = bool(line["correct"])
-    asked = IMAGE_TAG.sub("", line["user"])
+    asked = without_tags(line["user"])
     said = line["prediction"].strip()
     expected = " / ".join(dict.fromkeys(line["answers"]))
     score = float(line.get("anls", correct))
     turns: list[tuple[str, str | None, int]] = [(asked, None, len(images))]
     if prompt is not None:
-        turns = [(IMAGE_TAG.sub("", turn.user), turn.assistant, len(turn.images)) for turn in prompt.turns]
+        turns = [(without_tags(turn.user), turn.assistant, len(turn.images)) for turn in prompt.turns]
     mark = "\N{CHECK MARK}" if correct else "\N{BALLOT X}"
     details = {
         "score": f"{'right' if correct else 'wrong'}, ANLS {percent(score)}",

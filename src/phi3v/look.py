@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 from rich.markup import escape
 
-from phi3v.answers import IMAGE_TAG
 from phi3v.chart import Bars, bars, number
 from phi3v.config import check_numbers
 from phi3v.data.chat import Encoded, Example, encode
-from phi3v.data.check import Checked, Findings, check_lines
+from phi3v.data.check import Checked, Findings, check_lines, counted
 from phi3v.data.image import (
     CROP,
     colours,
@@ -32,7 +31,7 @@ from phi3v.data.image import (
 )
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import lines
-from phi3v.page import Gallery, cut, render, write_page
+from phi3v.page import Gallery, cut, render, without_tags, write_page
 from phi3v.page.pictures import Album, data_uri
 from phi3v.runlog import say
 
@@ -75,7 +74,7 @@ def look(
     values = {
         "name": str(data),
         "findings": findings,
-        "counted": processor is not None,
+        "has_tokens": processor is not None,
         "num_crops": crops,
         "model": model,
         "statistics": _statistics(findings),
@@ -83,8 +82,9 @@ def look(
         "max_listed": MAX_LISTED,
     }
     page = write_page(out or data.with_suffix(".html"), render("look.html.jinja", shown, **values))
-    problems, warnings = len(findings.problems), len(findings.warnings)
-    say(f"{len(checked):,} lines, {problems:,} problems, {warnings:,} warnings\npage    {escape(str(page))}")
+    numbers = {"line": len(checked), "problem": len(findings.problems), "warning": len(findings.warnings)}
+    say(", ".join(counted(number, noun) for noun, number in numbers.items()))
+    say(f"page    {escape(str(page))}")
     return 0 if findings.ok else 2
 
 
@@ -182,7 +182,7 @@ def _entry(line: Checked, raw: bytes, images: list[int]) -> dict[str, Any]:
     problems = [("problem", cut(text), "bad") for text in line.notes.problems]
     warnings = [("warning", cut(text), "note") for text in line.notes.warnings]
     more = f" · {len(turns)} turns" if len(turns) > 1 else ""
-    text = IMAGE_TAG.sub("", turns[0].user) if turns else raw.decode("utf-8", "replace").strip()
+    text = without_tags(turns[0].user) if turns else raw.decode("utf-8", "replace").strip()
     place = line.where.rpartition(":")[2]
     sizes = [f"{measure.tokens:,} tokens" if measure.tokens else "", f"{measure.crops:,} crops"] if measure else []
     return {
@@ -238,7 +238,7 @@ def _crops(path: str, num_crops: int, pixels: int) -> dict[str, Any]:
         "grid": [w // CROP, h // CROP],
         "padding": [left / w, top / h, right / w, bottom / h],
         "whole": data_uri(_fit(Image.fromarray(np.ascontiguousarray(squeezed)), (pixels, pixels))),
-        "caption": f"{image.width}×{image.height} as {w}×{h}: {_count(w // CROP * (h // CROP), 'crop')}{padding}",
+        "caption": f"{image.width}×{image.height} as {w}×{h}: {counted(w // CROP * (h // CROP), 'crop')}{padding}",
     }
 
 
@@ -262,7 +262,3 @@ def _token_text(processor: Phi3VProcessor, token: int) -> str:
     if piece is None:
         return f"<{token}>"  # an id without a token, which a vocabulary may have
     return "\n" if piece == "<0x0A>" else str(piece).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + "s" * (count != 1)

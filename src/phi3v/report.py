@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
+from jinja2 import TemplateError
 from rich.markup import escape
 
 from phi3v.answers import Answers, confusion, gallery
@@ -153,7 +153,7 @@ def _no_run_writes(*folders: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, jinja2.TemplateError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, OSError, TemplateError) as error:
         where = " ".join(map(str, folders))
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{where}: its files do not hold what a run writes ({reason})") from error

@@ -221,7 +221,7 @@ def render(findings: Findings, console: Console) -> None:
     if findings.ok:
         console.print(Text(f"✓ {findings.path} is fit for training", style="bold green"))
     else:
-        number, bad = _count(len(findings.problems), "problem"), _count(findings.bad_lines, "line")
+        number, bad = counted(len(findings.problems), "problem"), counted(findings.bad_lines, "line")
         console.print(Text(f"✗ {findings.path}: {number} on {bad}", style="bold red"))
 
 
@@ -367,7 +367,7 @@ def _condensed(warnings: Iterable[tuple[str, str]]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for where, text in warnings:
         lines.setdefault(text, []).append(where)
-    more = {text: _count(len(where) - 1, "more line") for text, where in lines.items()}
+    more = {text: counted(len(where) - 1, "more line") for text, where in lines.items()}
     return [f"{where[0]}: {text}" + f" (and {more[text]})" * (len(where) > 1) for text, where in lines.items()]
 
 
@@ -375,12 +375,13 @@ def _about_files(path: str, pictures: dict[str, Picture | str]) -> Iterator[str]
     """Of what a viewer shows otherwise than the model sees it: the number of files, and the first."""
     readable = {file: picture for file, picture in pictures.items() if isinstance(picture, Picture)}
     if rotated := [file for file, picture in readable.items() if picture.rotated]:
-        files = f"{_count(len(rotated), 'image file')} with an EXIF orientation ({rotated[0]}, for one)"
+        files = f"{counted(len(rotated), 'image file')} with an EXIF orientation ({rotated[0]}, for one)"
         yield f"{path}: {files}: it is not followed, the model sees them as they are stored"
     if animated := [file for file, picture in readable.items() if picture.animated]:
-        files = f"{_count(len(animated), 'image file')} with several frames or pages ({animated[0]}, for one)"
+        files = f"{counted(len(animated), 'image file')} with several frames or pages ({animated[0]}, for one)"
         yield f"{path}: {files}: the model sees the first"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """1 line, 2,000 lines."""
     return f"{number:,} {noun}" + "s" * (number != 1)

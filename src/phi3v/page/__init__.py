@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from phi3v.chart import HEIGHT, WIDTH, number, percent
+from phi3v.data.processor import IMAGE_TAG
 from phi3v.errors import InputError
 from phi3v.files import write_text
 
@@ -81,6 +83,12 @@ def write_page(path: Path, page: str) -> Path:
         raise InputError(f"--out {path}: the name of a page ends in .html")
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # a model's text may hold half a character
     return path
+
+
+def without_tags(text: str) -> str:
+    """The text without the tags of the images in front of it; with all of them, if some stand within it."""
+    rest = re.sub(rf"^(?:{IMAGE_TAG.pattern}\s*)+", "", text)
+    return text if IMAGE_TAG.search(rest) else rest
 
 
 def cut(text: str) -> str:
