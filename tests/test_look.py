@@ -121,12 +121,12 @@ def test_pictures_that_have_no_room_are_left_out_and_said(tmp_path: Path) -> Non
         turn = {"images": [f"{n}.png"], "user": "what", "assistant": "noise"}
         lines.append(json.dumps({"id": f"e{n}", "conversations": [turn]}))
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    look(tmp_path / "train.jsonl", picture_mb=0.1)
+    look(tmp_path / "train.jsonl", picture_mb=0.3)
     found = gallery(tmp_path / "train.html")
     bare = sum(entry["images"] == [-1] for entry in found["entries"])
     assert 0 < bare < 5
     assert (
-        f"{bare} without pictures, which would take more than 0.1 MB (--picture-mb)"
+        f"{bare} without pictures, which would take more than 0.3 MB (--picture-mb)"
         in (tmp_path / "train.html").read_text()
     )
 

@@ -37,7 +37,7 @@ def make_run(folder: Path, pictures: list[Path], wrong_every: int) -> Path:
         said = {"yes": "no", "no": "yes"}[answer] if n % wrong_every == 0 else answer
         images = [str(pictures[(n + k) % 3]) for k in range(1 + n % 4)]
         line = {"id": f"q{n}", "source": "t", "where": f"t.jsonl:{n + 1}", "images": images, "answers": [answer]}
-        line |= {"user": f"is it number {n}?", "prediction": said, "correct": said == answer, "num_tokens": 1}
+        line |= {"user": f"is it number {n:03}?", "prediction": said, "correct": said == answer, "num_tokens": 1}
         if n == 5:
             line |= {"id": ATTACK, "user": f"hostile {ATTACK}", "prediction": ATTACK, "correct": False}
         lines.append({**line, "anls": float(line["correct"])})
@@ -107,7 +107,8 @@ def shown(page: Any) -> str:
 
 def first_cards(page: Any, count: int) -> list[str]:
     """The questions of the first cards, in the order of the gallery."""
-    page.locator("#cards").scroll_into_view_if_needed()
+    page.evaluate("document.getElementById('examples').scrollIntoView()")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     places = page.locator("button.entry").evaluate_all(
         "nodes => nodes.map(node => [Number(node.dataset.place), node.querySelector('.asked').textContent])"
     )
@@ -120,7 +121,7 @@ def first_cards(page: Any, count: int) -> list[str]:
 def test_only_what_a_screen_shows_is_in_the_document(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
     assert shown(page) == f"{NUM_QUESTIONS} shown"
-    page.locator("#cards").scroll_into_view_if_needed()
+    page.evaluate("document.getElementById('examples').scrollIntoView()")
     assert 5 < page.locator("button.entry").count() < 60
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
     page.wait_for_function("[...document.querySelectorAll('button.entry')].some(node => node.dataset.place === '299')")
@@ -131,12 +132,12 @@ def test_filters_and_search(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
     page.get_by_role("button", name="Wrong").click()
     assert shown(page) == "31 shown"
-    assert first_cards(page, 3) == ["is it number 0?", f"hostile {ATTACK}", "is it number 10?"]
+    assert first_cards(page, 3) == ["is it number 000?", f"hostile {ATTACK}", "is it number 010?"]
     page.get_by_label("Search").fill("number 27")
     assert shown(page) == "1 shown"
     assert first_cards(page, 3) == ["is it number 270?"]
     page.get_by_role("button", name="All").click()
-    assert shown(page) == "11 shown"  # 27 and 270 to 279
+    assert shown(page) == "13 shown"  # 27, 127, 227, and 270 to 279
     page.get_by_label("Search").fill("nothing of the kind")
     assert shown(page) == "Nothing matches"
     assert page.locator("button.entry").count() == 0
@@ -144,9 +145,9 @@ def test_filters_and_search(report_page: Path, opened: Open) -> None:
 
 def test_orders(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
-    assert first_cards(page, 2) == ["is it number 0?", f"hostile {ATTACK}"]  # wrong ones first
+    assert first_cards(page, 2) == ["is it number 000?", f"hostile {ATTACK}"]  # wrong ones first
     page.get_by_label("Order").select_option("As in the file")
-    assert first_cards(page, 3) == ["is it number 0?", "is it number 1?", "is it number 2?"]
+    assert first_cards(page, 3) == ["is it number 000?", "is it number 001?", "is it number 002?"]
     page.get_by_label("Order").select_option("Longest answer first")
     assert first_cards(page, 1) == [f"hostile {ATTACK}"]
 
@@ -157,7 +158,7 @@ def test_a_number_of_the_confusion_table_leads_to_its_questions(report_page: Pat
     assert shown(page) == "30 shown"
     chip = page.locator("#cell")
     assert chip.inner_text() == "answer: yes, model: no ×"
-    assert first_cards(page, 2) == ["is it number 0?", "is it number 10?"]
+    assert first_cards(page, 2) == ["is it number 000?", "is it number 010?"]
     chip.click()
     assert shown(page) == f"{NUM_QUESTIONS} shown"
     assert not chip.is_visible()
@@ -171,7 +172,7 @@ def test_runs_side_by_side(both_page: Path, opened: Open) -> None:
     assert shown(page) == "16 shown"
     page.get_by_label("Run").select_option("first")
     assert shown(page) == "31 shown"
-    page.get_by_label("Search").fill("number 10?")
+    page.get_by_label("Search").fill("number 010?")
     page.locator("button.entry").first.click()
     dialog = page.locator("dialog")
     assert dialog.locator(".other").inner_text().split() == ["second", "model", "yes", "\N{CHECK MARK}"]
@@ -199,7 +200,7 @@ def test_the_keyboard_is_enough(report_page: Path, opened: Open) -> None:
     page.keyboard.press("Enter")
     dialog, title = page.locator("dialog"), page.locator("#entry-title")
     assert dialog.is_visible()
-    assert title.inner_text() == "is it number 10?"  # the wrong ones are first
+    assert title.inner_text() == "is it number 010?"  # the wrong ones are first
     page.keyboard.press("ArrowRight")
     assert title.inner_text() == "is it number 100?"
     page.keyboard.press("Escape")
@@ -209,13 +210,13 @@ def test_the_keyboard_is_enough(report_page: Path, opened: Open) -> None:
 
 def test_the_dialog_shows_all_there_is(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
-    page.get_by_label("Search").fill("number 3?")
+    page.get_by_label("Search").fill("number 003?")
     page.locator("button.entry").first.click()
     dialog = page.locator("dialog")
     assert dialog.locator("img").count() == 4
     assert dialog.locator("img").evaluate_all("images => images.every(image => image.naturalWidth === 64)")
     text = dialog.inner_text()
-    for part in ("is it number 3?", "1 of 1", "answer\nno", "right, ANLS 100.0", "q3", "t.jsonl:4"):
+    for part in ("is it number 003?", "1 of 1", "answer\nno", "right, ANLS 100.0", "q3", "t.jsonl:4"):
         assert part in text
     page.get_by_role("button", name="Close").click()
     assert not dialog.is_visible()
@@ -226,9 +227,9 @@ def test_curves_are_read_by_the_arrow_keys(report_page: Path, opened: Open) -> N
     chart = page.get_by_role("img", name=re.compile("^Loss"))
     chart.focus()
     page.keyboard.press("ArrowLeft")
-    assert page.locator(".reading.on text").inner_text().startswith("step 30: ")
+    assert page.locator(".reading.on text").text_content().startswith("step 30: ")
     page.keyboard.press("ArrowLeft")
-    assert page.locator(".reading.on text").inner_text().startswith("step 29: ")
+    assert page.locator(".reading.on text").text_content().startswith("step 29: ")
     page.keyboard.press("Tab")
     assert page.locator(".reading.on").count() == 0
 
@@ -252,7 +253,7 @@ def test_on_a_phone_nothing_sticks_out(name: str, request: pytest.FixtureRequest
     page = opened(request.getfixturevalue(name), viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
     width = "document.documentElement.scrollWidth"
     assert page.evaluate(width) == 360
-    page.locator("#cards").scroll_into_view_if_needed()
+    page.evaluate("document.getElementById('examples').scrollIntoView()")
     page.locator("button.entry").nth(1).tap()
     assert page.locator("dialog").is_visible()
     assert page.evaluate(width) == 360
@@ -265,7 +266,7 @@ def test_colours_follow_the_system_and_can_be_read(
     scheme: str, name: str, request: pytest.FixtureRequest, opened: Open
 ) -> None:
     page = opened(request.getfixturevalue(name), color_scheme=scheme)
-    page.locator("#cards").scroll_into_view_if_needed()
+    page.evaluate("document.getElementById('examples').scrollIntoView()")
     channel = "getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"
     assert (int(page.evaluate(channel)) < 60) == (scheme == "dark")
     places = ["h1", ".lead", ".rows .label", ".rows .bad", ".entry .foot", ".facts span, .bar small", "#count"]

@@ -165,11 +165,11 @@ def check_lines(
             if not notes.problems:
                 measures[example.where] = measure
     checked = [Checked(where, example, notes, measures.get(where)) for where, example, notes in parsed]
-    return _findings(str(path), checked, about_files, len(images), counted=processor is not None), checked
+    return _findings(str(path), checked, about_files, len(images), has_tokens=processor is not None), checked
 
 
 def _findings(
-    path: str, checked: Sequence[Checked], about_files: Sequence[str], num_files: int, *, counted: bool
+    path: str, checked: Sequence[Checked], about_files: Sequence[str], num_files: int, *, has_tokens: bool
 ) -> Findings:
     problems = [f"{line.where}: {problem}" for line in checked for problem in line.notes.problems]
     warnings = _condensed((line.where, text) for line in checked for text in line.notes.warnings)
@@ -186,8 +186,8 @@ def _findings(
         images=sum(len(example.images) for example in examples),
         image_files=num_files,
         text_only=sum(not example.images for example in examples),
-        tokens=Statistics.of(tokens) if measures and counted else None,
-        answer_tokens=Statistics.of(answer_tokens) if measures and counted else None,
+        tokens=Statistics.of(tokens) if measures and has_tokens else None,
+        answer_tokens=Statistics.of(answer_tokens) if measures and has_tokens else None,
         crops=Statistics.of(crops) if measures else None,
     )
 
