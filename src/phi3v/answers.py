@@ -119,7 +119,7 @@ def gallery(
 
     Raises InputError when a `data` that was given cannot be read.
     """
-    chosen = [choose(run.predictions, limit) for run in runs]
+    chosen = _chosen([run.predictions for run in runs], limit)
     found = [_prompts(run, lines, data, image_root) for run, lines in zip(runs, chosen, strict=True)]
     images = [
         [_images(lines[at], prompts.get(at)) for at in range(len(lines))]
@@ -151,18 +151,28 @@ def gallery(
     )
 
 
-def choose(predictions: Sequence[Prediction], limit: int) -> list[Prediction]:
-    """At most `limit` questions, in their order: up to WRONG_SHARE wrong ones, then right ones; different pictures
-    before the same again. The choice is random, but always the same for the same predictions.
+def _chosen(predictions: Sequence[Sequence[Prediction]], limit: int) -> list[list[Prediction]]:
+    """What is shown of every run: of runs that answered the same questions, the same ones."""
+    asked = [[(line["id"], line["user"], line["images"]) for line in lines] for lines in predictions]
+    if all(one == asked[0] for one in asked):
+        correct = [all(line["correct"] for line in lines) for lines in zip(*predictions, strict=True)]
+        places = choose(correct, predictions[0], limit)
+        return [[lines[at] for at in places] for lines in predictions]
+    return [[lines[at] for at in choose([line["correct"] for line in lines], lines, limit)] for lines in predictions]
+
+
+def choose(correct: Sequence[bool], predictions: Sequence[Prediction], limit: int) -> list[int]:
+    """The places of at most `limit` questions, in their order: up to WRONG_SHARE wrong ones, then right ones; different
+    pictures before the same again. The choice is random, but always the same for the same predictions.
     """
     if len(predictions) <= limit:
-        return list(predictions)
+        return list(range(len(predictions)))
     mixed = random.Random(0).sample(range(len(predictions)), len(predictions))
     ordered = _fresh_first(mixed, [tuple(line["images"]) for line in predictions])
-    wrong = [at for at in ordered if not predictions[at]["correct"]]
-    right = [at for at in ordered if predictions[at]["correct"]]
+    wrong = [at for at in ordered if not correct[at]]
+    right = [at for at in ordered if correct[at]]
     num_wrong = min(len(wrong), max(int(limit * WRONG_SHARE), limit - len(right)))
-    return [predictions[at] for at in sorted([*wrong[:num_wrong], *right][:limit])]
+    return sorted([*wrong[:num_wrong], *right][:limit])
 
 
 def _fresh_first(order: Iterable[int], images: Sequence[tuple[str, ...]]) -> list[int]:

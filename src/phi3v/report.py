@@ -407,15 +407,17 @@ def _metrics(runs: Sequence[Told]) -> list[Chart | None]:
         both = [("anls", "ANLS", "second"), ("accuracy", "accuracy", "main")]
         series = [Series(label=name, points=points(runs[0], key), style=style) for key, name, style in both]
         return [chart("Metrics during training", series, form=percent, levels=levels)]
-    return [
-        chart(
-            f"{name} during training",
-            [Series(label=run.short, points=points(run, key), style=run.style) for run in runs],
-            form=percent,
-            levels=levels if key == "accuracy" else (),
-        )
-        for key, name in (("accuracy", "Accuracy"), ("anls", "ANLS"))
+
+    def together(key: str, name: str, levels: Sequence[Level] = ()) -> Chart | None:
+        series = [Series(label=run.short, points=points(run, key), style=run.style) for run in runs]
+        return chart(f"{name} during training", series, form=percent, levels=levels)
+
+    # Where answers are a word, ANLS says what the accuracy says.
+    gaps = [
+        abs(line["metrics"].get("anls", 0) - line["metrics"].get("accuracy", 0)) for run in runs for line in run.evals
     ]
+    free_text = max(gaps, default=0) > 0.05
+    return [together("accuracy", "Accuracy", levels), *([together("anls", "ANLS")] if free_text else [])]
 
 
 def _histograms(runs: Sequence[Told]) -> list[Bars]:

@@ -254,10 +254,15 @@ def test_on_a_phone_nothing_sticks_out(name: str, request: pytest.FixtureRequest
     width = "document.documentElement.scrollWidth"
     assert page.evaluate(width) == 360
     page.evaluate("document.getElementById('examples').scrollIntoView()")
-    page.locator("button.entry").nth(1).tap()
-    assert page.locator("dialog").is_visible()
-    assert page.evaluate(width) == 360
-    assert page.evaluate("document.getElementById('entry-body').scrollWidth <= innerWidth")
+    for place in range(2):  # with one picture, and with two
+        page.locator(f"button.entry[data-place='{place}']").tap()
+        assert page.locator("dialog").is_visible()
+        assert page.evaluate(width) == 360
+        sticking_out = (
+            "[...document.querySelectorAll('dialog *')].filter(node => node.getBoundingClientRect().right > 360)"
+        )
+        assert page.evaluate(f"{sticking_out}.map(node => node.className)") == []
+        page.get_by_role("button", name="Close").tap()
 
 
 @pytest.mark.parametrize("name", ["report_page", "look_page"])

@@ -118,11 +118,13 @@ function startGallery(source) {
       node.append(strip);
     }
     const text = element("span", "text");
-    if (runs.length > 1) text.append(element("span", `key run${entry.run % 6}`, runs[entry.run]));
     const asked = element("span", "asked", entry.asked);
     asked.dir = "auto";
     text.append(asked, rows(entry.rows));
-    node.append(text, element("span", "foot", entry.foot));
+    const foot = element("span", "foot");
+    if (runs.length > 1) foot.append(element("span", `key run${entry.run % 6}`, runs[entry.run]), " · ");
+    foot.append(entry.foot);
+    node.append(text, foot);
     return node;
   }
 
@@ -191,7 +193,7 @@ function startGallery(source) {
     part("previous").disabled = current === 0;
     part("next").disabled = current === shown.length - 1;
     if (!dialog.open) dialog.showModal();
-    const room = body.clientWidth - 40;
+    const room = body.clientWidth - 72; // without the padding of the body and of a turn
     body.replaceChildren(...conversation(entry, room), ...verdict(entry), ...others(entry), ...tokens(entry), details(entry));
     body.scrollTop = 0;
     body.focus({ preventScroll: true });
