@@ -262,7 +262,12 @@ def _contestants(runs: Sequence[Told]) -> list[Contestant]:
     """Who has scores to compare, the runs first. Baselines are known by their accuracy alone."""
     alone = len(runs) == 1
     everyone = [
-        Contestant("This run" if alone else run.name, "after training", run.metrics.get("final") or {}, run.style)
+        Contestant(
+            "This run" if alone else run.name,
+            "after training" if alone else "",
+            run.metrics.get("final") or {},
+            run.style,
+        )
         for run in runs
     ]
     # What the runs have in common is there once.
