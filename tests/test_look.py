@@ -136,6 +136,8 @@ def test_flags_that_cannot_be(tiny_data: Path, tmp_path: Path) -> None:
         look(tiny_data, limit=0)
     with pytest.raises(InputError, match=r"--out .*: the name of a page ends in .html"):
         look(tiny_data, out=tmp_path / "train.jsonl")
+    with pytest.raises(InputError, match=r"its page would replace it"):
+        look(tmp_path / "data.html")
     with pytest.raises(InputError, match=r"none.jsonl: No such file"):
         look(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("")

@@ -31,6 +31,7 @@ from phi3v.data.image import (
 )
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import lines
+from phi3v.errors import InputError
 from phi3v.page import Gallery, cut, render, without_tags, write_page
 from phi3v.page.pictures import Album, data_uri
 from phi3v.runlog import say
@@ -67,6 +68,9 @@ def look(
         num_workers: Processes that read images. Default: one per core.
     """
     check_numbers(locals())
+    target = out or data.with_suffix(".html")
+    if target == data:
+        raise InputError(f"{data}: its page would replace it: choose another --out")
     processor = Phi3VProcessor.from_pretrained(model, num_crops) if model else None
     crops = processor.num_crops if processor else num_crops or 4
     findings, checked = check_lines(data, image_root, processor, num_crops=crops, num_workers=num_workers)
@@ -81,7 +85,7 @@ def look(
         "histograms": _histograms(findings),
         "max_listed": MAX_LISTED,
     }
-    page = write_page(out or data.with_suffix(".html"), render("look.html.jinja", shown, **values))
+    page = write_page(target, render("look.html.jinja", shown, **values))
     numbers = {"line": len(checked), "problem": len(findings.problems), "warning": len(findings.warnings)}
     say(", ".join(counted(number, noun) for noun, number in numbers.items()))
     say(f"page    {escape(str(page))}")
