@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from phi3v.chart import number, percent
 from phi3v.data.chat import Example, questions
+from phi3v.data.check import counted
 from phi3v.data.schema import read_jsonl
 from phi3v.errors import InputError
 from phi3v.metrics import Prediction, normalize_answer
@@ -247,9 +248,7 @@ def _entry(line: Prediction, prompt: Example | None, images: list[int]) -> dict[
     mark = "\N{CHECK MARK}" if correct else "\N{BALLOT X}"
     details = {
         "score": f"{'right' if correct else 'wrong'}, ANLS {percent(score)}",
-        "answer length": f"{line['num_tokens']:,} token{'s' * (line['num_tokens'] != 1)}"
-        if line.get("num_tokens")
-        else "",
+        "answer length": counted(line["num_tokens"], "token") if line.get("num_tokens") else "",
         "id": line["id"],
         "source": line.get("source", ""),
         "where": line.get("where", ""),
