@@ -90,12 +90,12 @@ def test_problems_are_said_at_their_line(tiny_data: Path, tmp_path: Path, capsys
     found = gallery(tmp_path / "train.html")
     bad = {entry["order"]: entry for entry in found["entries"] if entry["group"] == "problem"}
     assert set(bad) == {4, 6}
-    assert bad[4]["rows"][0][0] == "problem"
+    assert bad[4]["rows"][0][1].startswith("\N{BALLOT X} ")
     assert bad[4]["rows"][0][1].endswith("gone.png: no such image")
     assert bad[6]["asked"] == "not json"
     assert "tokens" not in found["entries"][0]
     (warned,) = [entry for entry in found["entries"] if entry["group"] == "warning"]
-    assert warned["rows"][0] == ["warning", "unknown key 'origin' is ignored", "note"]
+    assert warned["rows"][0] == ["", "! unknown key 'origin' is ignored", "note"]
     text = (tmp_path / "train.html").read_text()
     assert f"{tmp_path / 'train.jsonl'}:4: " in text
     assert "With --model, tokens are counted" in text

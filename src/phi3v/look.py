@@ -183,8 +183,8 @@ def _entry(line: Checked, raw: bytes, images: list[int]) -> dict[str, Any]:
     turns = example.turns if example else ()
     answer = (turns[0].assistant or "") if turns else ""
     answers = [("answer", cut(answer), "")] if example else []
-    problems = [("problem", cut(text), "bad") for text in line.notes.problems]
-    warnings = [("warning", cut(text), "note") for text in line.notes.warnings]
+    problems = [("", f"\N{BALLOT X} {cut(text)}", "bad") for text in line.notes.problems]
+    warnings = [("", f"! {cut(text)}", "note") for text in line.notes.warnings]
     more = f" · {len(turns)} turns" if len(turns) > 1 else ""
     text = without_tags(turns[0].user) if turns else raw.decode("utf-8", "replace").strip()
     place = line.where.rpartition(":")[2]

@@ -36,7 +36,7 @@ class Gallery:
     """What page.js is given. Each entry is a JSON object; those that do not apply are left out:
 
     order, group      its place in the file; the filter it belongs to
-    asked, rows       the question, and below it [label, text, tone] lines; tone is "", "good", "bad" or "note"
+    asked, rows       the question, and below it [label or "", text, tone] lines; tone is "", "good", "bad", "note"
     foot              small print
     images            numbers of pictures, in the order of the conversation
     turns             [user, assistant or null, number of images] of the whole conversation

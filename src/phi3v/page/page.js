@@ -133,7 +133,9 @@ function startGallery(source) {
     for (const [label, text, tone] of lines) {
       const value = element("span", `value ${tone}`, text);
       value.dir = "auto";
-      list.append(element("span", "label", label), value);
+      if (label) list.append(element("span", "label", label));
+      else value.classList.add("wide");
+      list.append(value);
     }
     return list;
   }
