@@ -1,9 +1,16 @@
-"""The report: a page from whatever a run folder holds, with nothing of the model's text alive in it."""
+"""The report: a page from whatever run folders hold, with nothing of the model's text alive in it.
+
+What its script does with it is tested in a browser: tests/page/test_page.py.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,8 +18,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from phi3v.answers import choose
 from phi3v.errors import InputError
-from phi3v.report import NUM_PICTURES, write_report
+from phi3v.report import write_report
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
@@ -24,6 +32,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.gallery: dict[str, Any] = {}
         self.open: list[str] = []
         self.feed(text)
 
@@ -39,7 +48,10 @@ class Page(HTMLParser):
             pass
 
     def handle_data(self, data: str) -> None:
-        if not {"style", "title"} & set(self.open):
+        if "script" in self.open:
+            if self.tags[-1][1].get("id") == "gallery":
+                self.gallery = json.loads(data)
+        elif not {"style", "title"} & set(self.open):
             self.text += data + " "
 
     def of_class(self, name: str) -> list[dict[str, str | None]]:
@@ -89,9 +101,9 @@ def run(tmp_path: Path, picture: Path) -> Path:
     return run
 
 
-def report(run: Path) -> Page:
-    path = write_report(run)
-    assert path == run / "report.html"
+def report(*runs: Path, **options: Any) -> Page:
+    path = write_report(*runs, **options)
+    assert path == options.get("out", runs[0] / "report.html")
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -104,7 +116,7 @@ def test_report_shows_the_run(run: Path) -> None:
     for text in ("Majority", "25.0 %", "Blind", "50.0 %", "betas", "0.9, 0.95", "torch", "2.13.0"):
         assert text in words
     assert "Before" not in words  # this run was not evaluated before training
-    for title in ("Loss", "Metrics during training", "Learning rate", "Gradient norm", "Tokens per second"):
+    for title in ("Loss", "Metrics during training", "Learning rate", "Gradient norm", "Examples per second", "Memory"):
         assert title in words
     assert "step 10: ANLS 90.0 %, accuracy 40.0 %" in words  # readable by pointing at the curve
     assert not page.of_class("missing")
@@ -152,30 +164,93 @@ def test_shares_of_the_time_are_weighed_by_it(run: Path) -> None:
     assert "skipped" not in words
 
 
-def test_wrong_pictures_come_first(run: Path) -> None:
+def test_every_question_is_in_the_gallery(run: Path, picture: Path) -> None:
     page = report(run)
-    cards = page.of_class("question")
-    wrong = ["wrong" in (card["class"] or "") for card in cards]
-    assert len(cards) == NUM_PICTURES
-    assert wrong == [True] * 12 + [False] * 18
-    assert "<|image_1|>" not in page.text
+    entries = page.gallery["entries"]
+    assert [entry["group"] for entry in entries] == ["wrong"] * 12 + ["right"] * 28
+    assert "All 40 questions, 12 of them answered wrongly." in page.text
+    assert len(page.gallery["pictures"]) == 1  # the same for all
+    first = entries[0]
+    assert (first["asked"], first["images"]) == ("question 0?", [0])
+    assert first["rows"] == [["answer", "yes", ""], ["model", "no \N{BALLOT X}", "bad"]]
 
 
-def test_some_right_answers_are_shown_beside_many_wrong_ones(run: Path, picture: Path) -> None:
-    lines = [prediction(n, "yes", "no", picture) for n in range(100)]
-    write_lines(run / "predictions.jsonl", lines + [prediction(n, "no", "no", picture) for n in range(100, 140)])
-    wrong = ["wrong" in (card["class"] or "") for card in report(run).of_class("question")]
-    assert wrong == [True] * 20 + [False] * 10
-    write_lines(run / "predictions.jsonl", [*lines, prediction(100, "no", "no", picture)])
-    assert len(report(run).of_class("question")) == NUM_PICTURES
+def test_of_many_questions_some_wrong_and_some_right_ones_are_kept(picture: Path) -> None:
+    lines = [prediction(n, "yes", "no" if n < 100 else "yes", picture) for n in range(140)]
+    correct = [line["correct"] for line in lines]
+    kept = choose(correct, lines, 30)
+    assert [correct[at] for at in kept] == [False] * 20 + [True] * 10
+    assert len(choose(correct[:101], lines[:101], 30)) == 30
+    assert choose(correct, lines, 140) == list(range(140))
 
 
-def test_different_pictures_before_the_same_again(run: Path, tmp_path: Path, picture: Path) -> None:
-    rare = tmp_path / "rare.png"
-    Image.new("RGB", (8, 8), "red").save(rare)
-    lines = [prediction(n, "yes", "no", picture) for n in range(200)] + [prediction(200, "yes", "no", rare)]
-    write_lines(run / "predictions.jsonl", lines)
-    assert "question 200?" in report(run).text
+def test_different_pictures_are_kept_before_the_same_again(picture: Path, tmp_path: Path) -> None:
+    lines = [prediction(n, "yes", "no", picture) for n in range(200)]
+    lines.append(prediction(200, "yes", "no", tmp_path / "rare.png"))
+    assert 200 in choose([False] * 201, lines, 30)
+
+
+def test_what_is_left_out_is_said_with_the_flag_for_it(run: Path, tmp_path: Path) -> None:
+    page = report(run, limit=10)
+    assert len(page.gallery["entries"]) == 10
+    assert "10 of 40 questions, 6 of the 12 wrong ones (--limit shows more)" in page.text
+    noise = []
+    for n in range(6):
+        noise.append(tmp_path / f"noise-{n}.png")
+        Image.effect_noise((400, 300), 90).save(noise[-1])
+    write_lines(run / "predictions.jsonl", [prediction(n, "yes", "no", noise[n]) for n in range(6)])
+    page = report(run, picture_mb=0.1)
+    shown = sum(entry["images"] != [-1] for entry in page.gallery["entries"])
+    assert 0 < shown < 6
+    assert f"{6 - shown} are shown without pictures, which would take more than 0.1 MB (--picture-mb)" in page.text
+    assert len(json.dumps(page.gallery["pictures"])) < 100_000
+
+
+# -- the conversation, from the data file ----------------------------------------------------------------------------
+
+
+def conversation(folder: Path) -> dict[str, Any]:
+    """Writes a data file with one conversation of two turns about one picture; its second question, answered."""
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (20, 10), "red").save(folder / "images" / "red.png")
+    turns = [{"images": ["red.png"], "user": "<|image_1|>\nwhat?", "assistant": "red"}]
+    turns.append({"user": "sure?", "assistant": "yes"})
+    (folder / "test.jsonl").write_text(json.dumps({"id": "a", "conversations": turns}) + "\n")
+    where = f"{folder / 'test.jsonl'}:1"
+    return prediction(0, "yes", "no", folder / "images/red.png", id="a#2", user="sure?", where=where)
+
+
+def test_the_whole_conversation_is_shown(run: Path, tmp_path: Path) -> None:
+    write_lines(run / "predictions.jsonl", [conversation(tmp_path / "data")])
+    (entry,) = report(run).gallery["entries"]
+    assert entry["turns"] == [["what?", "red", 1], ["sure?", None, 0]]
+
+
+def test_pictures_that_have_moved_are_found_through_the_data(run: Path, tmp_path: Path) -> None:
+    """By the run's own configuration, or by flags."""
+    write_lines(run / "predictions.jsonl", [conversation(tmp_path / "old")])
+    (tmp_path / "old").rename(tmp_path / "new")
+    missing = report(run).gallery
+    assert missing["pictures"] == [None]
+    assert missing["entries"][0]["turns"] == [["sure?", None, 1]]
+    moved = report(run, data=tmp_path / "new" / "test.jsonl").gallery
+    assert moved["pictures"][0]["width"] == 20
+    config = {"data": {"eval": str(tmp_path / "new" / "test.jsonl"), "image_root": str(tmp_path / "new" / "images")}}
+    (run / "config.json").write_text(json.dumps(config))
+    assert report(run).gallery == moved
+    (tmp_path / "new" / "images").rename(tmp_path / "pictures")
+    assert report(run).gallery["pictures"] == [None]
+    assert report(run, image_root=tmp_path / "pictures").gallery == moved
+
+
+def test_data_that_has_changed_is_not_taken_for_what_was_asked(run: Path, tmp_path: Path) -> None:
+    line = conversation(tmp_path / "data")
+    write_lines(run / "predictions.jsonl", [{**line, "user": "another question?"}])
+    assert report(run).gallery["entries"][0]["turns"] == [["another question?", None, 1]]
+    (tmp_path / "data" / "test.jsonl").write_text("{")
+    assert report(run).gallery["entries"]
+    with pytest.raises(InputError, match=r"test.jsonl:1: not JSON"):
+        report(run, data=tmp_path / "data" / "test.jsonl")
 
 
 def test_confusion_counts_and_marks_the_diagonal(run: Path) -> None:
@@ -204,33 +279,51 @@ def test_text_of_model_and_data_is_escaped(run: Path, picture: Path) -> None:
     attacks = [prediction(n, ATTACK, ATTACK, picture, id=ATTACK, user=ATTACK) for n in range(3)]
     write_lines(run / "predictions.jsonl", [*attacks, prediction(3, "yes", ATTACK, picture)])
     page = report(run)
-    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "link")]
+    assert [attrs.get("type") for tag, attrs in page.tags if tag == "script"] == ["application/json", None]
+    assert not [tag for tag, _ in page.tags if tag in ("iframe", "object", "link", "img")]
     assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
-    assert all((attrs["src"] or "").startswith("data:image/") for tag, attrs in page.tags if tag == "img")
-    assert page.text.count(ATTACK) >= 10  # it is all there, as text
+    assert page.text.count(ATTACK) >= 4  # it is all there, as text
+    assert page.gallery["entries"][0]["asked"] == ATTACK
 
 
 def test_page_reaches_for_nothing_outside(run: Path) -> None:
     text = write_report(run).read_text(encoding="utf-8")
-    assert not re.findall(r"(?:https?:)?//[a-z]|url\(|@import", text)
-    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert not re.findall(r"(?:https?:)?//[a-z]|url\(|@import", re.sub(r'<script type="application/json".*', "", text))
+    script = re.search(r"<script>(.*)</script>", text, re.DOTALL)
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
+
+
+def test_what_json_does_not_know_is_left_out(run: Path, picture: Path) -> None:
+    likely = {"yes": float("-inf"), "no": -0.1}
+    write_lines(
+        run / "predictions.jsonl", [prediction(1, "yes", "no", picture, anls=float("nan"), label_log_probs=likely)]
+    )
+    (entry,) = report(run).gallery["entries"]
+    assert entry["score"] is None
+    assert ["log-probabilities", "no -0.1, yes -inf"] in entry["details"]
 
 
 def test_half_a_character_is_written(run: Path, picture: Path) -> None:
     write_lines(run / "predictions.jsonl", [prediction(1, "yes", "\ud83d", picture)])
-    assert "yes" in report(run).text
+    assert report(run).gallery["entries"][0]["rows"][0][1] == "yes"
 
 
-def test_missing_picture_is_said(run: Path, tmp_path: Path) -> None:
+def test_missing_picture_is_no_error(run: Path, tmp_path: Path) -> None:
     write_lines(run / "predictions.jsonl", [prediction(1, "yes", "no", tmp_path / "gone.png")])
-    assert "picture not readable" in report(run).text
+    gallery = report(run).gallery
+    assert gallery["pictures"] == [None]
+    assert gallery["entries"][0]["images"] == [0]
 
 
 def test_large_picture_is_made_small(run: Path, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.effect_noise((1600, 1200), 90).save(large)
-    write_lines(run / "predictions.jsonl", [prediction(n, "yes", "no", large) for n in range(30)])
-    assert write_report(run).stat().st_size < 2_000_000
+    write_lines(run / "predictions.jsonl", [prediction(1, "yes", "no", large)])
+    (shown,) = report(run, picture_size=100).gallery["pictures"]
+    assert (shown["width"], shown["height"]) == (1600, 1200)
+    assert Image.open(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2]))).size == (100, 75)
 
 
 @pytest.mark.parametrize("present", ["config.json", "log.jsonl", "metrics.json", "predictions.jsonl"])
@@ -267,8 +360,6 @@ def test_empty_and_odd_logs(run: Path) -> None:
         ("log.jsonl", '{"kind": "step", "step": 1, "seconds": "long"}\n'),
         ("metrics.json", '{"final": {"accuracy": "high"}}'),
         ("metrics.json", '{"final": 7}'),
-        ("predictions.jsonl", '{"prediction": 7, "answers": []}\n'),
-        ("predictions.jsonl", "[]\n"),
     ],
 )
 def test_files_that_no_run_writes_are_refused_in_one_line(file: str, content: str, run: Path) -> None:
@@ -280,9 +371,30 @@ def test_files_that_no_run_writes_are_refused_in_one_line(file: str, content: st
         write_report(run)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction": 7}, "prediction 41: prediction is 7, it must be a string"),
+        ({"images": [1]}, r"prediction 41: images is \[1\], it must be a list, of each a string"),
+        ({"answers": []}, "prediction 41: answers is empty"),
+        (None, "prediction 41: must be an object, as a run writes it"),
+    ],
+)
+def test_predictions_that_no_run_writes_are_named(change, message: str, run: Path, picture: Path) -> None:
+    line = [] if change is None else {**prediction(1, "yes", "no", picture), **change}
+    with (run / "predictions.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=rf"predictions\.jsonl: {message}"):
+        write_report(run)
+
+
 def test_bad_folders_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run folder"):
         write_report(tmp_path / "none")
+    with pytest.raises(InputError, match=r"report needs a run folder"):
+        write_report()
+    with pytest.raises(InputError, match=r"the name of a page ends in .html"):
+        write_report(run, out=tmp_path / "train.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="not a run folder"):
         write_report(tmp_path / "empty")
@@ -292,3 +404,75 @@ def test_bad_folders_are_refused(run: Path, tmp_path: Path) -> None:
     (run / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"config\.json: must hold an object, not a list"):
         write_report(run)
+
+
+# -- several runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(run: Path, picture: Path) -> Path:
+    """The same run with another seed and mode, which answers everything rightly and has seen no picture of old age."""
+    other = run.with_name("other-run")
+    shutil.copytree(run, other)
+    (other / "config.json").write_text(json.dumps({"seed": 7, "optim": {"betas": [0.9, 0.95], "lora": None}}))
+    write_lines(other / "predictions.jsonl", [prediction(n, "yes", "yes", picture) for n in range(40)])
+    final = {"accuracy": 1.0, "exact_match": 1.0, "anls": 1.0, "questions": 40}
+    metrics = {"before": None, "final": final, "baselines": {"majority": 0.25, "blind": 0.5}}
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    return other
+
+
+def test_runs_are_compared(run: Path, other: Path, tmp_path: Path) -> None:
+    page = report(run, other, out=tmp_path / "both.html")
+    words = " ".join(page.text.split())
+    assert "2 runs" in words
+    assert "seed 42 7" in words
+    assert "0.9, 0.95" in words  # under settings, in full
+    assert "betas 0.9, 0.95 0.9, 0.95" not in words  # but it does not differ
+    assert "Accuracy the whole answer is right; case, outer spaces and full stops do not count 70.0 % 100.0 %" in words
+    assert words.count("always the most frequent answer") == 2  # a baseline of both, in the bars and in the table
+    assert "step 20: my-run 80.0 %, other-run 80.0 %" in words
+    assert "cannot be compared" not in words
+    gallery = page.gallery
+    assert gallery["runs"] == ["my-run", "other-run"]
+    assert [entry["run"] for entry in gallery["entries"]] == [0] * 40 + [1] * 40
+    keys = [entry["key"] for entry in gallery["entries"]]
+    assert keys[:40] == keys[40:]  # the same questions, with both answers
+    some = [entry["key"] for entry in report(run, other, out=tmp_path / "both.html", limit=9).gallery["entries"]]
+    assert (len(some), some[:9]) == (18, some[9:])
+
+
+def test_scores_on_different_questions_are_not_compared_in_silence(run: Path, other: Path, tmp_path: Path) -> None:
+    lines = (other / "predictions.jsonl").read_text().splitlines()
+    (other / "predictions.jsonl").write_text("\n".join(lines[:20]) + "\n")
+    assert "scored on different questions" in report(run, other, out=tmp_path / "both.html").text
+
+
+def test_runs_of_the_same_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "elsewhere" / run.name
+    shutil.copytree(run, again)
+    assert report(run, again, out=tmp_path / "both.html").gallery["runs"] == [str(run), str(again)]
+
+
+def test_a_run_of_a_recipe_is_held_against_what_was_published(run: Path, picture: Path) -> None:
+    lines = [prediction(n, "yes", "yes", picture, source="docvqa") for n in range(4)]
+    write_lines(run / "predictions.jsonl", lines)
+    (run / "config.json").write_text(json.dumps({"tuning": {"lora": True, "freeze_vision_model": True}}))
+    words = " ".join(report(run).text.split())
+    assert "Published Phi-3-vision, lora, bf16" in words
+    assert "0 below one half 71.0 % 82.5 %" in words
+    (run / "config.json").write_text(json.dumps({"tuning": {"freeze_vision_model": True}, "base": {"dtype": "fp16"}}))
+    words = " ".join(report(run).text.split())
+    assert "Phi-3-vision, frozen, fp16*" in words
+    assert "* suspect: the script of that time froze the token embeddings" in words
+
+
+def test_lengths_and_crops_of_a_real_run(finished_run: Path, tmp_path: Path) -> None:
+    page = report(finished_run, out=tmp_path / "page.html")
+    for title in ("Tokens of training examples", "Answer tokens of training examples", "Crops of training examples"):
+        assert title in page.text
+    assert "Tokens of answers of the model" in page.text
+    assert "2: 13 examples" in (tmp_path / "page.html").read_text()  # a local crop and the global one
+    assert all(picture for picture in page.gallery["pictures"])
+    two_turns = [entry for entry in page.gallery["entries"] if len(entry["turns"]) == 2]
+    assert [entry["turns"][0] for entry in two_turns] == [["what is this", "a red picture", 1]]

@@ -64,7 +64,16 @@ def lasting(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_the_run_folder_holds_everything(finished_run: Path) -> None:
     assert {file.name for file in finished_run.iterdir()} == {
-        *("config.json", "environment.json", "images.json", "log.jsonl", "checkpoints", "final", ".lock"),
+        *(
+            "config.json",
+            "environment.json",
+            "images.json",
+            "lengths.json",
+            "log.jsonl",
+            "checkpoints",
+            "final",
+            ".lock",
+        ),
         *("predictions-before.jsonl", "predictions.jsonl", "metrics.json", "report.html"),
     }
     checkpoints = sorted(path.name for path in (finished_run / "checkpoints").iterdir())
@@ -668,7 +677,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
         with pytest.raises(InputError, match=r"cannot write .*final: .*No space left"):
             train(run := settings_for(max_steps=2, on_full_disk="continue"))
     assert {file.name for file in run.keeping.out.iterdir()} == {
-        *("config.json", "environment.json", "images.json", "log.jsonl", "checkpoints", ".lock")
+        *("config.json", "environment.json", "images.json", "lengths.json", "log.jsonl", "checkpoints", ".lock")
     }
     train(settings_for(max_steps=2, resume="auto"))
     assert (run.keeping.out / "final").is_dir()

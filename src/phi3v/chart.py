@@ -1,4 +1,4 @@
-"""Curves as geometry: numbers in, coordinates and labels of a small SVG out. `report.html.jinja` draws them.
+"""Curves and bars as geometry: numbers in, coordinates and labels of a small SVG out. The page's templates draw them.
 
 Everything is in the units of the view box, WIDTH x HEIGHT, with y pointing down; the plot area lies inside the margins.
 """
@@ -13,12 +13,13 @@ from itertools import pairwise
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 50, WIDTH - 12, 24, HEIGHT - 26
 MAX_POINTS = 200
+WIDEST_BAR = 60  # a histogram of one bin is no wall
 LOG_RATIO = 10  # positive values that span more than this get a logarithmic axis
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve: `points` are (x, y), ordered by x. `style` is a class of the template: "main", "second" or "faint"."""
+    """One curve: `points` are (x, y), ordered by x. `style` is a class of page.css: "main", "second", "run0"."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -56,6 +57,7 @@ class Reading:
 class Chart:
     title: str
     last: str
+    """Of the main curve; empty where all are equals."""
     note: str
     lines: list[Line]
     levels: list[tuple[float, str]]
@@ -63,6 +65,17 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     legend: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A histogram: `bars` are (x, y, width, height, title)."""
+
+    title: str
+    note: str
+    bars: list[tuple[float, float, float, float, str]]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> tuple[list[tuple[float, float]], int]:
@@ -162,11 +175,11 @@ def chart(
         places = [(at_x(x), at_y(y)) for x, y in one.points]
         path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
         lines.append(Line(label=one.label, style=one.style, path=path, dots=places if len(places) <= 25 else []))
-    loud = next((one for one in drawn if one.style == "main"), drawn[0])
+    loud = next((one for one in drawn if one.style == "main" or len(drawn) == 1), None)
     y_ticks = log_ticks(low, high) if logarithmic else ticks(low, high)
     return Chart(
         title=title,
-        last=form(loud.points[-1][1]),
+        last=form(loud.points[-1][1]) if loud else "",
         note=note + (" Logarithmic axis." if logarithmic else ""),
         lines=lines,
         levels=[(at_y(level.value), f"{level.label} {form(level.value)}") for level in levels],
@@ -174,6 +187,37 @@ def chart(
         x_ticks=[(at_x(x), number(x)) for x in ticks(x_low, x_high)],
         y_ticks=[(at_y(y), form(y).replace(".0\N{NO-BREAK SPACE}%", "\N{NO-BREAK SPACE}%")) for y in y_ticks],
         legend=[(one.style, one.label) for one in drawn] if len(drawn) > 1 else [],
+    )
+
+
+def bars(title: str, histogram: Sequence[tuple[int, int]], *, noun: str, note: str = "") -> Bars:
+    """Lay out a histogram of (lowest value, count) of bins of equal width; `noun` is what is counted."""
+    lows = [low for low, _ in histogram]
+    width = lows[1] - lows[0] if len(lows) > 1 else 1
+    first, last, most = lows[0], lows[-1] + width, max(count for _, count in histogram)
+
+    def at_x(value: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * (value - first) / (last - first), 1)
+
+    def at_y(count: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * count / most, 1)
+
+    drawn = []
+    for low, count in histogram:
+        values = f"{low:,}" if width == 1 else f"{low:,} to {low + width - 1:,}"
+        left, right, top = at_x(low) + 1, at_x(low + width) - 1, at_y(count)
+        if right - left > WIDEST_BAR:
+            left = round((left + right - WIDEST_BAR) / 2, 1)
+            right = left + WIDEST_BAR
+        drawn.append((left, top, round(right - left, 1), round(BOTTOM - top, 1), f"{values}: {count:,} {noun}"))
+    inside = [value for value in ticks(first, last) if value == int(value)]
+    middle = 0.5 if width == 1 else 0.0  # a bin of one value is that value, a wide one begins with it
+    return Bars(
+        title=title,
+        note=note,
+        bars=drawn,
+        x_ticks=[(at_x(value + middle), number(value)) for value in inside if value + middle < last],
+        y_ticks=[(at_y(value), number(value)) for value in ticks(0, most, 4) if value == int(value)],
     )
 
 

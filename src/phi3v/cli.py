@@ -78,13 +78,20 @@ COMMANDS = {
         "Find everything that is wrong with a data file before a run, and show its statistics.",
         ("phi3v check data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
     ),
+    "look": Command(
+        "phi3v.look:look",
+        "Show data on a page as the model will see it: crops, tokens that carry loss, problems.",
+        ("phi3v look data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
+    ),
     "evaluate": Command(
         "phi3v.evaluate:evaluate",
         "Answer every question of a data file and score the answers.",
         ("phi3v evaluate runs/mine --data data/test.jsonl",),
     ),
     "report": Command(
-        "phi3v.cli:report", "Write the report of a run anew, as one HTML page.", ("phi3v report runs/mine",)
+        "phi3v.report:report",
+        "Show one run, or several beside each other, as one HTML page.",
+        ("phi3v report runs/mine", "phi3v report runs/lora runs/full --out compared.html"),
     ),
     "chat": Command(
         "phi3v.chat:chat",
@@ -336,15 +343,3 @@ def check(
     )
     room.render(findings, console)
     return 0 if findings.ok else 2
-
-
-def report(run: Path, /) -> None:
-    """Write report.html of a run folder anew.
-
-    Args:
-        run: A run folder.
-    """
-    from phi3v.report import write_report
-    from phi3v.runlog import say
-
-    say(f"report  {write_report(run)}")

@@ -290,7 +290,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("batch_size", "max_tokens_per_pack", "max_crops_per_pack", "lora_rank", "max_new_tokens", "num_crops"),
             *("max_steps", "eval_every_steps", "eval_limit", "save_every_steps", "keep_checkpoints", "limit"),
-            *("num_gpus", "nodes"),
+            *("num_gpus", "nodes", "picture_size", "crop_size"),
         ),
     ),
     "positive": (
@@ -304,7 +304,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda value: value >= 0,
         (
             *("num_workers", "vision_learning_rate", "projector_learning_rate", "weight_decay", "warmup_steps", "seed"),
-            "temperature",
+            *("temperature", "picture_mb"),
         ),
     ),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, ("lora_dropout", "beta1", "beta2")),

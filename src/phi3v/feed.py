@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from phi3v.config import Run
 from phi3v.data.chat import Encoded, Example, encode
-from phi3v.data.check import check
+from phi3v.data.check import Statistics, check
 from phi3v.data.image import read_size
 from phi3v.data.loader import MicroBatch, Reading, training_packs
 from phi3v.data.pack import Lost
@@ -149,6 +149,17 @@ SIZE = Rule("[height, width]", lambda v: isinstance(v, list) and [type(n) for n 
 def write_sizes(data: TrainingData, folder: Path) -> None:
     """Keeps how large the images are."""
     write_text(folder / SIZES, json.dumps(data.image_sizes))
+
+
+LENGTHS = "lengths.json"
+"""In the run folder: how long the training examples are, for the report."""
+
+
+def write_lengths(data: TrainingData, folder: Path) -> None:
+    """Keeps the statistics of the training examples: {"tokens": .., "answer tokens": .., "crops": ..}."""
+    lengths = data.lengths
+    columns = {"tokens": lengths.tokens, "answer tokens": lengths.supervised, "crops": lengths.crops}
+    write_text(folder / LENGTHS, json.dumps({name: asdict(Statistics.of(column)) for name, column in columns.items()}))
 
 
 def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:

@@ -1,37 +1,37 @@
-"""A run folder as one HTML page that needs no network, no script and no other file.
+"""Run folders as one HTML page that needs no network and no other file.
 
-The page shows what the folder holds; a part that is not there yet (no predictions, no evaluation, a run that is still
-training) is said to be missing and never an error. Text written by the model or the data is escaped by the template,
-and the page's content security policy forbids scripts and every outside address.
+The page shows what the folders hold; a part that is not there yet (no predictions, no evaluation, a run that is still
+training) is said to be missing and never an error. Several runs share its charts, its tables and its gallery.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import random
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
+from jinja2 import TemplateError
+from rich.markup import escape
 
-from phi3v.chart import HEIGHT, WIDTH, Chart, Level, Series, chart, number, percent, smooth, thin
-from phi3v.data.image import load_image
+from phi3v.answers import Answers, confusion, gallery
+from phi3v.chart import Bars, Chart, Level, Series, bars, chart, number, percent, smooth, thin
+from phi3v.config import check_numbers
+from phi3v.data.check import Statistics
 from phi3v.errors import InputError
-from phi3v.files import write_text
-from phi3v.jsonfile import read_object
-from phi3v.metrics import Prediction, normalize_answer
+from phi3v.feed import LENGTHS
+from phi3v.jsonfile import FLAG, TEXT, check_values, read_object, several
+from phi3v.metrics import Prediction
+from phi3v.page import render, write_page
+from phi3v.recipes import RECIPES, find_recipe
+from phi3v.recipes.table import MODES, Row, Table
+from phi3v.runlog import say
 
-NUM_PICTURES = 30
-NUM_WRONG = 20  # of those, if there are that many and enough right ones to fill up
-MAX_CLASSES = 15
-MAX_IMAGES_PER_CARD = 8
-IMAGE_SIZE = 256
+NUM_COLOURS = 6
+PREDICTION = {"id": TEXT, "images": several(TEXT), "user": TEXT, "answers": several(TEXT), "prediction": TEXT}
+PREDICTION |= {"correct": FLAG}
 METRIC_NOTES = {
     "accuracy": ("Accuracy", "the whole answer is right; case, outer spaces and full stops do not count"),
     "exact_match": ("Exact match", "the answer is right to the letter"),
@@ -48,119 +48,158 @@ BASELINE_NOTES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a run folder tells; what it does not hold is empty."""
+
+    name: str
+    style: str
+    """Of its curves and its key: "main", if it is the only one."""
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    steps: Sequence[Mapping[str, Any]]
+    evals: Sequence[Mapping[str, Any]]
+    skipped: int
+    predictions: Sequence[Prediction]
+    lengths: Mapping[str, Statistics]
+
+    @property
+    def short(self) -> str:
+        """The name, where there is little room."""
+        return self.name if len(self.name) <= 18 else f"{self.name[:8]}\N{HORIZONTAL ELLIPSIS}{self.name[-9:]}"
+
+
 class Contestant(NamedTuple):
     name: str
     note: str
     scores: Mapping[str, float]
+    style: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    count: int
-    share: float
-    kind: str  # "right", "wrong" or "none"
-    title: str
+def report(
+    runs: tuple[Path, ...],
+    /,
+    *,
+    out: Path | None = None,
+    data: Path | None = None,
+    image_root: Path | None = None,
+    limit: int = 5000,
+    picture_mb: float = 8.0,
+    picture_size: int = 320,
+) -> None:
+    """Show one run, or several side by side, on a page: curves, scores, settings, every answer with its pictures.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Confusion:
-    """Rows are accepted answers, columns what the model said; the last column counts everything else it said."""
-
-    columns: list[str]
-    rows: list[tuple[str, list[Cell], float]]
-    note: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """One test question. `images` are data URIs, or None for a picture that could not be read."""
-
-    images: list[str | None]
-    more_images: int
-    user: str
-    answers: list[str]
-    prediction: str
-    correct: bool
-    anls: float
-    id: str
-
-
-def write_report(run_dir: Path) -> Path:
-    """Write report.html into the run folder and return its path.
-
-    Raises InputError when the folder is missing, holds nothing of a run, or files that no run writes.
+    Args:
+        runs: Run folders, or folders that `phi3v evaluate` wrote.
+        out: The page. Default: report.html in the run folder; of several runs, report.html here.
+        data: The questions, if they have moved since: their earlier turns and pictures are read from there.
+        image_root: Folder the image paths are relative to. Default: as when the run was trained.
+        limit: Questions of each run in the page; wrong answers come first.
+        picture_mb: Megabytes of pictures in the page.
+        picture_size: Pixels of the longer side of a picture.
     """
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no such run folder")
-    config = _read_json(run_dir / "config.json")
-    environment = _read_json(run_dir / "environment.json")
-    metrics = _read_json(run_dir / "metrics.json")
-    if "questions" in metrics:  # of `phi3v evaluate`, which writes the scores alone
-        metrics = {"final": metrics}
-    log = _read_lines(run_dir / "log.jsonl")
-    predictions = _read_lines(run_dir / "predictions.jsonl")
-    if not (config or metrics or log or predictions):
-        raise InputError(f"{run_dir}: not a run folder (no config.json, log.jsonl, metrics.json or predictions.jsonl)")
+    check_numbers(locals())
+    page = write_report(
+        *runs,
+        out=out,
+        data=data,
+        image_root=image_root,
+        limit=limit,
+        picture_mb=picture_mb,
+        picture_size=picture_size,
+    )
+    say(f"report  {escape(str(page))}")
 
+
+def write_report(
+    *folders: Path,
+    out: Path | None = None,
+    data: Path | None = None,
+    image_root: Path | None = None,
+    limit: int = 5000,
+    picture_mb: float = 8.0,
+    picture_size: int = 320,
+) -> Path:
+    """Writes the page of `report` and returns its path.
+
+    Raises InputError when a folder is missing, holds nothing of a run, or files that no run writes.
+    """
+    if not folders:
+        raise InputError("report needs a run folder: phi3v report RUN [RUN ...]")
+    names = _names(folders)
+    runs = []
+    for place, (folder, name) in enumerate(zip(folders, names, strict=True)):
+        style = "main" if len(folders) == 1 else f"run{place % NUM_COLOURS}"
+        with _no_run_writes(folder):
+            runs.append(_read(folder, name, style))
+    with _no_run_writes(*folders):
+        shown = gallery(
+            [_answers(run) for run in runs],
+            data=data,
+            image_root=image_root,
+            limit=limit,
+            picture_mb=picture_mb,
+            pixels=picture_size,
+        )
+        page = render("report.html.jinja", shown, **_values(runs))
+    return write_page(out or (folders[0] if len(folders) == 1 else Path()) / "report.html", page)
+
+
+@contextmanager
+def _no_run_writes(*folders: Path) -> Iterator[None]:
+    """Keys that are missing, texts that should be numbers: files that were not written by a run."""
     try:
-        page = _page(run_dir.resolve().name, config, environment, metrics, log, predictions)
+        yield
     except InputError:
         raise
-    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, jinja2.TemplateError) as error:
-        reason = f"{type(error).__name__}: {error}"  # keys that are missing, texts that should be numbers
-        raise InputError(f"{run_dir}: its files do not hold what a run writes ({reason})") from error
-    path = run_dir / "report.html"
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # a model's text may hold half a character
-    return path
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, OSError, TemplateError) as error:
+        where = " ".join(map(str, folders))
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: its files do not hold what a run writes ({reason})") from error
 
 
-def _page(
-    name: str,
-    config: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    log: Sequence[dict[str, Any]],
-    predictions: Sequence[Any],
-) -> str:
-    steps = _by_step(line for line in log if line.get("kind") == "step")
-    evals = _by_step(line for line in log if line.get("kind") == "eval")
-    contestants = _contestants(metrics)
-    return _template().render(
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The names of the folders, or their paths if two have the same name."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _read(folder: Path, name: str, style: str) -> Told:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    config = _read_json(folder / "config.json")
+    metrics = _read_json(folder / "metrics.json")
+    if "questions" in metrics:  # of `phi3v evaluate`, which writes the scores alone
+        metrics = {"final": metrics}
+    log = _read_lines(folder / "log.jsonl")
+    predictions = _read_lines(folder / "predictions.jsonl")
+    if not (config or metrics or log or predictions):
+        raise InputError(f"{folder}: not a run folder (no config.json, log.jsonl, metrics.json or predictions.jsonl)")
+    for number_of_line, line in enumerate(predictions, start=1):
+        place = f"{folder / 'predictions.jsonl'}: prediction {number_of_line}: "
+        if not isinstance(line, dict):
+            raise InputError(f"{place}must be an object, as a run writes it")
+        check_values(place, line, PREDICTION)
+        if not line["answers"]:
+            raise InputError(f"{place}answers is empty")
+    return Told(
         name=name,
-        contestants=contestants,
-        verdict=_verdict(metrics),
-        final=metrics.get("final") or {},
-        facts=_facts(steps, skipped=sum(line.get("kind") == "skip" for line in log)),
-        charts=_charts(steps, evals, metrics.get("baselines") or {}),
-        width=WIDTH,
-        height=HEIGHT,
-        metric_table=_metric_table(contestants),
-        confusion=_confusion(predictions),
-        cards=[_card(line) for line in _choose(predictions)],
-        num_predictions=len(predictions),
-        num_wrong=sum(not line["correct"] for line in predictions),
-        settings=_sections(config, "run"),
-        environment=_sections(environment, "environment"),
+        style=style,
+        config=config,
+        environment=_read_json(folder / "environment.json"),
+        metrics=metrics,
+        steps=_by_step(line for line in log if line.get("kind") == "step"),
+        evals=_by_step(line for line in log if line.get("kind") == "eval"),
+        skipped=sum(line.get("kind") == "skip" for line in log),
+        predictions=predictions,
+        lengths={key: Statistics(**value) for key, value in _read_json(folder / LENGTHS).items()},
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "number": number}
-    return environment.get_template("report.html.jinja")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, {} if there is no such file. Raises InputError if it is something else."""
-    if not path.exists():
-        return {}
-    return read_object(path)
+    return read_object(path) if path.exists() else {}
 
 
 def _read_lines(path: Path) -> list[Any]:
@@ -185,22 +224,86 @@ def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [latest[step] for step in sorted(latest)]
 
 
+def _answers(run: Told) -> Answers:
+    """With the data file of the run's own configuration, as far as it has one."""
+    data = run.config.get("data") or {}
+    file, root = data.get("eval"), data.get("image_root")
+    return Answers(run.name, run.predictions, Path(file) if file else None, Path(root) if root else None)
+
+
+def _values(runs: Sequence[Told]) -> dict[str, Any]:
+    """What the template shows besides the gallery."""
+    contestants = _contestants(runs)
+    differing = _differing(runs)
+    return {
+        "runs": runs,
+        "contestants": contestants,
+        "finished": any(run.metrics.get("final") for run in runs),
+        "verdict": _verdict(runs[0].metrics) if len(runs) == 1 else "",
+        "facts": [(run, _facts(run)) for run in runs],
+        "charts": _charts(runs),
+        "metric_table": _metric_table(contestants),
+        "published_notes": list(dict.fromkeys(row.note for _, row in filter(None, map(_published, runs)) if row.note)),
+        "same_questions": len({frozenset(line["id"] for line in run.predictions) for run in runs if run.predictions})
+        < 2,
+        "confusions": [(run, confusion(run.predictions)) for run in runs if run.predictions],
+        "histograms": _histograms(runs),
+        "differing": differing,
+        "settings": [
+            (run, [*_sections(run.config, "run"), *_sections(run.environment, "environment")]) for run in runs
+        ],
+    }
+
+
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-def _contestants(metrics: Mapping[str, Any]) -> list[Contestant]:
-    """Who has scores to compare, this run first. Baselines are known by their accuracy alone."""
-    baselines = metrics.get("baselines") or {}
+def _contestants(runs: Sequence[Told]) -> list[Contestant]:
+    """Who has scores to compare, the runs first. Baselines are known by their accuracy alone."""
+    alone = len(runs) == 1
     everyone = [
-        Contestant("This run", "after training", metrics.get("final") or {}),
-        Contestant("Before", "the model this run started from", metrics.get("before") or {}),
-        *(
-            Contestant(key.capitalize(), note, {"accuracy": baselines[key]})
-            for key, note in BASELINE_NOTES.items()
-            if key in baselines
-        ),
+        Contestant(
+            "This run" if alone else run.name,
+            "after training" if alone else "",
+            run.metrics.get("final") or {},
+            run.style,
+        )
+        for run in runs
+    ]
+    # What the runs have in common is there once.
+    befores = list({json.dumps(before): before for run in runs if (before := run.metrics.get("before"))}.values())
+    if len(befores) == 1:
+        everyone.append(Contestant("Before", "the model training started from", befores[0]))
+    published = dict.fromkeys(filter(None, map(_published, runs)))
+    for table, row in published:
+        name = "Published" if len(published) == 1 else f"Published, {row.mode}"
+        note = f"{table.model}, {row.mode}, {row.dtype}" + ("*" if row.note else "")
+        everyone.append(Contestant(name, note, {table.metric.lower(): (row.score or 0) / 100}))
+    floors = _floors(runs)
+    everyone += [
+        Contestant(key.capitalize(), note, {"accuracy": floors[key]})
+        for key, note in BASELINE_NOTES.items()
+        if key in floors
     ]
     return [one for one in everyone if one.scores]
+
+
+def _floors(runs: Sequence[Told]) -> Mapping[str, float]:
+    """The scores of models that never look at a picture, which are those of the data."""
+    return next((floors for run in runs if (floors := run.metrics.get("baselines"))), {})
+
+
+def _published(run: Told) -> tuple[Table, Row] | None:
+    """The score that was published for the recipe and the mode of a run, if there is one."""
+    sources = {line.get("source") for line in run.predictions}
+    recipe = str(sources.pop()).replace("_", "-") if len(sources) == 1 else ""
+    if recipe not in RECIPES or (table := getattr(find_recipe(recipe), "TABLE", None)) is None:
+        return None
+    tuning, dtype = run.config.get("tuning") or {}, (run.config.get("base") or {}).get("dtype")
+    modes = [mode for mode, flags in MODES.items() if all(tuning.get(flag) == on for flag, on in flags.items())]
+    rows = [row for row in table.rows if row.mode == modes[-1] and row.score is not None]  # full is all of them
+    rows.sort(key=lambda row: row.dtype != ("fp16" if dtype == "fp16" else "bf16"))
+    return (table, rows[0]) if rows else None
 
 
 def _verdict(metrics: Mapping[str, Any]) -> str:
@@ -209,15 +312,15 @@ def _verdict(metrics: Mapping[str, Any]) -> str:
     if "accuracy" not in final or "blind" not in baselines:
         return ""
     points = 100 * (final["accuracy"] - baselines["blind"])
-    if points <= 0:
-        return f"That is {-points:.1f} points below the best a model can do without looking at the pictures."
-    return f"That is {points:.1f} points above the best a model can do without looking at the pictures."
+    where = "below" if points <= 0 else "above"
+    return f"That is {abs(points):.1f} points {where} the best a model can do without looking at the pictures."
 
 
-def _facts(steps: Sequence[Mapping[str, Any]], skipped: int) -> list[tuple[str, str]]:
-    """What the training was, in a few numbers; those the log does not hold are left out. `skipped` examples."""
+def _facts(run: Told) -> dict[str, str]:
+    """What the training was, in a few numbers; those the log does not hold are left out."""
+    steps = run.steps
     if not steps:
-        return []
+        return {}
 
     def total(key: str) -> float:
         return sum(step.get(key) or 0 for step in steps)
@@ -225,19 +328,19 @@ def _facts(steps: Sequence[Mapping[str, Any]], skipped: int) -> list[tuple[str, 
     seconds = total("seconds")
     waited = sum((step.get("data_wait") or 0) * (step.get("seconds") or 0) for step in steps)
     memory = max(step.get("memory_gb") or 0 for step in steps)
-    facts = [
-        ("steps", number(steps[-1]["step"])),
-        ("steps skipped", number(total("skipped"))),
-        ("epochs", f"{steps[-1].get('epoch', 0):.3g}"),
-        ("examples", number(total("examples"))),
-        ("examples skipped", number(skipped)),
-        ("time in training", _duration(seconds)),
-        ("examples per second", number(total("examples") / seconds) if seconds else ""),
-        ("tokens per second", number(total("tokens") / seconds) if seconds else ""),
-        ("waiting for data", percent(waited / seconds) if seconds else ""),
-        ("peak memory", f"{memory:.1f} GB" if memory else ""),
-    ]
-    return [(name, value) for name, value in facts if value not in ("", "0")]
+    facts = {
+        "steps": number(steps[-1]["step"]),
+        "steps skipped": number(total("skipped")),
+        "epochs": f"{steps[-1].get('epoch', 0):.3g}",
+        "examples": number(total("examples")),
+        "examples skipped": number(run.skipped),
+        "time in training": _duration(seconds),
+        "examples per second": number(total("examples") / seconds) if seconds else "",
+        "tokens per second": number(total("tokens") / seconds) if seconds else "",
+        "waiting for data": percent(waited / seconds) if seconds else "",
+        "peak memory": f"{memory:.1f} GB" if memory else "",
+    }
+    return {name: value for name, value in facts.items() if value not in ("", "0")}
 
 
 def _duration(seconds: float) -> str:
@@ -249,149 +352,111 @@ def _duration(seconds: float) -> str:
 
 def _metric_table(contestants: Sequence[Contestant]) -> list[tuple[str, str, list[str]]]:
     """Rows (metric, explanation, one text per contestant, empty where it has no such score)."""
-    known = dict.fromkeys(key for one in contestants for key in one.scores if key != "questions")
+    scores = [
+        {key: value for key, value in one.scores.items() if isinstance(value, int | float)} for one in contestants
+    ]
+    known = dict.fromkeys(key for one in scores for key in one if key != "questions")
     keys = [*(key for key in METRIC_NOTES if key in known), *(key for key in known if key not in METRIC_NOTES)]
     return [
-        (
-            *METRIC_NOTES.get(key, (key, "")),
-            [percent(one.scores[key]) if key in one.scores else "" for one in contestants],
-        )
-        for key in keys
+        (*METRIC_NOTES.get(key, (key, "")), [percent(one[key]) if key in one else "" for one in scores]) for key in keys
     ]
 
 
-def _charts(
-    steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]
-) -> list[Chart]:
-    """The curves of the run, those without any value left out."""
+# ---- curves and histograms -----------------------------------------------------------------------------------------
 
-    def of(key: str) -> list[tuple[float, float]]:
-        return [(step["step"], step[key]) for step in steps if step.get(key) is not None]
 
-    loss, size = thin(of("loss"))
-    each = f"Each point is the mean of {size} steps. " if size > 1 else ""
+def _charts(runs: Sequence[Told]) -> list[Chart]:
+    """The curves of the runs, those without any value left out."""
+    gigabytes = lambda value: f"{value:.1f} GB"  # noqa: E731
     charts = [
-        chart(
-            "Loss",
-            [
-                Series(label="step", points=loss, style="faint"),
-                Series(label="smoothed", points=smooth(loss, max(3, len(loss) // 12)), style="main"),
-            ],
-            note=each,
-        ),
-        chart("Metrics during training", _eval_series(evals), form=percent, levels=_levels(baselines)),
-        chart("Learning rate", [Series(label="learning rate", points=thin(of("learning_rate"))[0])], zero=True),
-        chart("Gradient norm", [Series(label="norm", points=thin(of("grad_norm"))[0])], note=each),
-        chart("Examples per second", [Series(label="examples/s", points=thin(of("examples_per_s"))[0])], zero=True),
-        chart("Tokens per second", [Series(label="tokens/s", points=thin(of("tokens_per_s"))[0])], zero=True),
+        _loss(runs),
+        *_metrics(runs),
+        chart("Learning rate", _curves(runs, "learning_rate"), zero=True),
+        chart("Gradient norm", _curves(runs, "grad_norm")),
+        chart("Examples per second", _curves(runs, "examples_per_s"), zero=True),
+        chart("Memory", _curves(runs, "memory_gb"), form=gigabytes, zero=True),
     ]
     return [one for one in charts if one]
 
 
-def _levels(baselines: Mapping[str, float]) -> list[Level]:
-    return [Level(label=name, value=baselines[name]) for name in ("blind", "majority") if name in baselines]
+def _points(run: Told, key: str) -> list[tuple[float, float]]:
+    return [(step["step"], step[key]) for step in run.steps if step.get(key) is not None]
 
 
-def _eval_series(evals: Sequence[Mapping[str, Any]]) -> list[Series]:
+def _curves(runs: Sequence[Told], key: str) -> list[Series]:
+    return [Series(label=run.short, points=thin(_points(run, key))[0], style=run.style) for run in runs]
+
+
+def _loss(runs: Sequence[Told]) -> Chart | None:
+    series, sizes = [], []
+    for run in runs:
+        loss, size = thin(_points(run, "loss"))
+        sizes.append(size)
+        if len(runs) == 1:
+            series.append(Series(label="step", points=loss, style="faint"))
+        name = "smoothed" if len(runs) == 1 else run.short
+        series.append(Series(label=name, points=smooth(loss, max(3, len(loss) // 12)), style=run.style))
+    means = f"Each point is the mean of up to {max(sizes)} steps. " if max(sizes) > 1 else ""
+    return chart("Loss", series, note=means + ("Smoothed. " if len(runs) > 1 else ""))
+
+
+def _metrics(runs: Sequence[Told]) -> list[Chart | None]:
     """Accuracy and ANLS of the evaluations before, during and after training."""
-    series = [
-        Series(
-            label=name,
-            points=[(line["step"], line["metrics"][key]) for line in evals if key in line["metrics"]],
-            style=style,
-        )
-        for key, name, style in (("anls", "ANLS", "second"), ("accuracy", "accuracy", "main"))
+
+    def points(run: Told, key: str) -> list[tuple[float, float]]:
+        return [(line["step"], line["metrics"][key]) for line in run.evals if key in line["metrics"]]
+
+    floors = _floors(runs)
+    levels = [Level(label=name, value=floors[name]) for name in ("blind", "majority") if name in floors]
+    if len(runs) == 1:
+        both = [("anls", "ANLS", "second"), ("accuracy", "accuracy", "main")]
+        series = [Series(label=name, points=points(runs[0], key), style=style) for key, name, style in both]
+        return [chart("Metrics during training", series, form=percent, levels=levels)]
+
+    def together(key: str, name: str, levels: Sequence[Level] = ()) -> Chart | None:
+        series = [Series(label=run.short, points=points(run, key), style=run.style) for run in runs]
+        return chart(f"{name} during training", series, form=percent, levels=levels)
+
+    # Where answers are a word, ANLS says what the accuracy says.
+    gaps = [
+        abs(line["metrics"].get("anls", 0) - line["metrics"].get("accuracy", 0)) for run in runs for line in run.evals
     ]
-    return [one for one in series if one.points]
+    free_text = max(gaps, default=0) > 0.05
+    return [together("accuracy", "Accuracy", levels), *([together("anls", "ANLS")] if free_text else [])]
 
 
-# ---- answers -------------------------------------------------------------------------------------------------------
-
-
-def _confusion(predictions: Sequence[Prediction]) -> Confusion | None:
-    """Of the most frequent answers; None where answers are free text, so that those cover less than half."""
-    pairs = []
-    for line in predictions:
-        said = normalize_answer(line["prediction"])
-        accepted = [normalize_answer(answer) for answer in line["answers"]]
-        pairs.append((said if said in accepted else accepted[0], said))
-    frequency = Counter(truth for truth, _ in pairs)
-    classes = [answer for answer, _ in frequency.most_common(MAX_CLASSES)]
-    covered = sum(frequency[answer] for answer in classes)
-    if covered < len(pairs) / 2 or not pairs:
-        return None
-    counts = Counter((truth, said if said in classes else None) for truth, said in pairs)
-
-    def cell(truth: str, said: str | None) -> Cell:
-        count = counts[truth, said]
-        share = count / frequency[truth]
-        kind = "none" if not count else "right" if truth == said else "wrong"
-        title = (
-            f"answer: {truth}\nmodel: {said or 'something else'}\n{count:,} of {frequency[truth]:,} ({percent(share)})"
-        )
-        return Cell(count=count, share=share, kind=kind, title=title)
-
-    columns: list[str | None] = [*classes]
-    if any(said is None for truth, said in counts if truth in classes):
-        columns.append(None)
-    rows = [
-        (truth, [cell(truth, said) for said in columns], counts[truth, truth] / frequency[truth]) for truth in classes
-    ]
-    note = ""
-    if len(frequency) > len(classes):
-        share = percent(covered / len(pairs))
-        note = f"These are the {len(classes)} most frequent of {len(frequency):,} answers, {share} of the questions."
-    return Confusion(columns=[name or "other" for name in columns], rows=rows, note=note)
-
-
-def _choose(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """The questions to show: up to NUM_WRONG wrong ones, then right ones; different pictures before the same again.
-
-    The choice is random but always the same for the same predictions.
-    """
-    mixed = random.Random(0).sample(list(predictions), len(predictions))
-    seen: set[tuple[str, ...]] = set()
-    fresh: list[Prediction] = []  # the first question on its picture
-    again: list[Prediction] = []
-    for line in sorted(mixed, key=lambda line: bool(line["correct"])):
-        images = tuple(line["images"])
-        (again if images in seen else fresh).append(line)
-        seen.add(images)
-    ordered = [*fresh, *again]
-    wrong = [line for line in ordered if not line["correct"]]
-    right = [line for line in ordered if line["correct"]]
-    num_wrong = min(len(wrong), max(NUM_WRONG, NUM_PICTURES - len(right)))
-    return [*wrong[:num_wrong], *right][:NUM_PICTURES]
-
-
-def _card(line: Prediction) -> Card:
-    return Card(
-        images=[_picture(path) for path in line["images"][:MAX_IMAGES_PER_CARD]],
-        more_images=max(0, len(line["images"]) - MAX_IMAGES_PER_CARD),
-        user=re.sub(r"<\|image_\d+\|>\s*", "", line["user"]),
-        answers=list(dict.fromkeys(line["answers"])),
-        prediction=line["prediction"].strip(),
-        correct=bool(line["correct"]),
-        anls=line.get("anls", 0.0),
-        id=line["id"],
-    )
-
-
-def _picture(path: str) -> str | None:
-    """The image as a data URI, made to fit IMAGE_SIZE; None if it cannot be read."""
-    try:
-        image = load_image(path)
-    except InputError:
-        return None
-    small = max(image.size) <= IMAGE_SIZE
-    image.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if small else "JPEG", optimize=True)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _histograms(runs: Sequence[Told]) -> list[Bars]:
+    """Of the training examples, and of the answers; the same of several runs is shown once."""
+    shown: dict[tuple[str, str], tuple[Statistics, list[str]]] = {}
+    for run in runs:
+        written = [line.get("num_tokens") or 0 for line in run.predictions]
+        every = {f"training examples: {name}": one for name, one in run.lengths.items()}
+        if any(written):
+            every["answers of the model: tokens"] = Statistics.of(written)
+        for name, one in every.items():
+            shown.setdefault((name, str(one)), (one, []))[1].append(run.short)
+    histograms = []
+    for (name, _), (one, names) in shown.items():
+        kind, _, what = name.partition(": ")
+        of = "" if len(names) == len(runs) else f" \N{MIDDLE DOT} {', '.join(names)}"
+        note = f"mean {number(one.mean)}, median {one.p50:,}, 95 % up to {one.p95:,}, longest {one.max:,}"
+        noun = "answers" if kind.startswith("answers") else "examples"
+        histograms.append(bars(f"{what.capitalize()} of {kind}{of}", one.histogram, noun=noun, note=note))
+    return histograms
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
+
+
+def _differing(runs: Sequence[Told]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in every run) of what is not the same in all, but for where it is written."""
+    everything = [
+        {**dict(_flat(run.config)), **{f"environment.{key}": value for key, value in _flat(run.environment)}}
+        for run in runs
+    ]
+    names = dict.fromkeys(name for one in everything for name in one if not name.endswith("keeping.out"))
+    table = [(name, [one.get(name, "\N{EN DASH}") for one in everything]) for name in names]
+    return [(name, values) for name, values in table if len(set(values)) > 1]
 
 
 def _sections(tree: Mapping[str, Any], top: str) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -411,9 +476,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]
 
 def _text(value: Any) -> str:
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(_text, value)) if value else "–"
+        return ", ".join(map(_text, value)) if value else "\N{EN DASH}"
     return str(value)

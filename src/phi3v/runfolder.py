@@ -19,8 +19,8 @@ from phi3v.files import make_folder
 from phi3v.jsonfile import NULL, OBJECT, check_values, read_object
 
 LOCK = ".lock"
-BEFORE_IT_BEGAN = {LOCK, "environment.json", "images.json"}
-BEFORE_IT_BEGAN |= {f".{name}.unfinished" for name in ("environment.json", "images.json", "config.json")}
+BEFORE_IT_BEGAN = {"environment.json", "images.json", "lengths.json"}
+BEFORE_IT_BEGAN |= {LOCK, *(f".{name}.unfinished" for name in (*BEFORE_IT_BEGAN, "config.json"))}
 """All there is of a run that was killed before its config.json was written, which makes a folder a run's."""
 
 

@@ -41,7 +41,7 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.describe import describe, list_settings
 from phi3v.errors import InputError, RankError
 from phi3v.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
-from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_sizes
+from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_lengths, write_sizes
 from phi3v.files import make_folder, write_text, written_whole
 from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_dtype
 from phi3v.memory import CacheRoom
@@ -102,8 +102,8 @@ def train(run: Run) -> dict[str, Any]:
     """Trains, saves and scores; returns what `metrics.json` holds (nothing for a dry run, or one that was stopped).
 
     Under `torchrun` every rank calls this. Writes the run folder `run.keeping.out`: config.json, environment.json,
-    images.json, log.jsonl, checkpoints/, final/, predictions.jsonl, metrics.json, report.html. Raises InputError for
-    everything a user can mend.
+    images.json, lengths.json, log.jsonl, checkpoints/, final/, predictions.jsonl, metrics.json, report.html. Raises
+    InputError for everything a user can mend.
     """
     run.check()
     ranks = join(60 * run.scaling.rank_timeout_minutes)
@@ -335,6 +335,7 @@ def _open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack) ->
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
     write_text(folder / "environment.json", json.dumps(about, indent=1))
     write_sizes(data, folder)
+    write_lengths(data, folder)
     write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))  # last: now the folder is this run's
     return holder
 

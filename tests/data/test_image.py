@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from phi3v.data.image import (
     CROP,
     EXIF_ORIENTATION,
+    colours,
     global_view,
+    hd_padding,
     hd_size,
     hd_transform,
     load_image,
@@ -241,3 +243,19 @@ def test_damaged_files_raise_input_errors_only(tmp_path: Path) -> None:
             path.write_bytes(damaged[: rng.integers(1, len(damaged) + 1)])
             with contextlib.suppress(InputError):  # some damage leaves a readable picture
                 load_image(path)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (336, 336), (1200, 100), (7, 5)])
+def test_padding_is_what_the_transform_adds(size: tuple[int, int]) -> None:
+    hd = hd_transform(Image.new("RGB", size, "black"), 4)
+    left, top, right, bottom = hd_padding(*size, 4)
+    h, w, _ = hd.shape
+    assert (hd[top : h - bottom, left : w - right] == 0).all()
+    assert (hd == 255).all(axis=2).sum() == h * w - (h - top - bottom) * (w - left - right)
+
+
+def test_colours_undo_the_normalisation() -> None:
+    tiles = torch.arange(256, dtype=torch.uint8).repeat(3 * CROP * CROP // 256 + 1)[: 3 * CROP * CROP]
+    tiles = tiles.reshape(1, 3, CROP, CROP)
+    assert torch.equal(colours(normalize(tiles)), tiles)
+    assert colours(torch.full((3, 1, 1), 9.0)).tolist() == [[[255]]] * 3

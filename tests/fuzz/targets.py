@@ -308,6 +308,7 @@ TARGETS = {
     "log": Target("run/log.jsonl", lambda place: write_report(place / "run")),
     "metrics": Target("run/metrics.json", lambda place: write_report(place / "run")),
     "environment in a report": Target("run/environment.json", lambda place: write_report(place / "run")),
+    "lengths": Target("run/lengths.json", lambda place: write_report(place / "run")),
     "predictions": Target("run/predictions.jsonl", lambda place: write_report(place / "run")),
     "archive": Target("archive", _archive, seeds=lambda place: archive_seeds()),
     "llava": Target("llava.json", partial(_convert, "llava"), seeds=lambda place: [LLAVA]),

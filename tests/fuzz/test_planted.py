@@ -25,6 +25,7 @@ from phi3v.data.check import check
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.evaluate import evaluate
+from phi3v.look import look
 from phi3v.merge import merge
 from phi3v.model.loading import load_config, load_model
 from phi3v.report import write_report
@@ -159,6 +160,7 @@ ENTRIES: dict[str, Callable[[Path], object]] = {
     "checkpoints": lambda place: newest_checkpoint(place / "run/checkpoints"),
     "load_run": lambda place: load_run(place / "run"),
     "report": lambda place: write_report(place / "run"),
+    "look": lambda place: look(place / "data/train.jsonl", model=str(place / "model"), num_workers=0),
     "check": lambda place: check(place / "data/train.jsonl", num_workers=0),
 }
 

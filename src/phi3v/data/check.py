@@ -84,6 +84,16 @@ class Findings:
         return not self.problems
 
 
+class Checked(NamedTuple):
+    """A line of a data file: "file:line", its example if it holds one, and what was found."""
+
+    where: str
+    example: Example | None
+    notes: Notes
+    measure: Measure | None
+    """None with a problem."""
+
+
 def check(
     path: str | Path,
     image_root: str | Path | None = None,
@@ -95,7 +105,32 @@ def check(
     num_workers: int | None = None,
     console: Console | None = None,
 ) -> Findings:
-    """Everything that is wrong with a data file, and its statistics.
+    """Everything that is wrong with a data file, and its statistics: what `check_lines` finds in all."""
+    findings, _ = check_lines(
+        path,
+        image_root,
+        processor,
+        num_crops=num_crops,
+        max_tokens=max_tokens,
+        max_pixels=max_pixels,
+        num_workers=num_workers,
+        console=console,
+    )
+    return findings
+
+
+def check_lines(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    processor: Phi3VProcessor | None = None,
+    *,
+    num_crops: int = 4,
+    max_tokens: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    num_workers: int | None = None,
+    console: Console | None = None,
+) -> tuple[Findings, list[Checked]]:
+    """What `check` finds, and line by line what it is made of.
 
     processor     counts the tokens and brings its num_crops; without one, `num_crops` holds and no tokens are counted
     max_tokens    more in one example are a problem
@@ -105,46 +140,54 @@ def check(
     Raises InputError only if the file cannot be read or the given `image_root` is no folder.
     """
     resolve = image_resolver(path, image_root)
-    notes: list[tuple[str, Notes]] = []
-    examples: list[tuple[Example, Notes]] = []
+    parsed: list[tuple[str, Example | None, Notes]] = []
     for where, line in lines(path):
-        notes.append((where, note := Notes()))
-        if (example := parse(line, where, resolve, note)) is not None:
-            examples.append((example, note))
+        notes = Notes()
+        parsed.append((where, parse(line, where, resolve, notes), notes))
+    examples = [(example, notes) for _, example, notes in parsed if example is not None]
     _note_repeated_ids(examples)
 
     images = sorted({image for example, _ in examples for image in example.images if image})
     examiner = Examiner(processor, processor.num_crops if processor else num_crops, max_tokens, max_pixels)
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if len(examples) + len(images) >= SMALL else 0
-    measures = []
+    measures: dict[str, Measure] = {}
     with _executor(examiner, num_workers) as executor:
         run = _Run(executor, console or Console(stderr=True))
         pictures = dict(zip(images, run("images", _picture, images, chunk=8), strict=True))
-        about_files = _about_files(str(path), pictures)
+        about_files = list(_about_files(str(path), pictures))
         pictures[""] = Picture((1, 1), rotated=False, animated=False)  # a refused path, noted already
         jobs = [(example, {image: pictures[image] for image in example.images}) for example, _ in examples]
         results = run("examples", _examine, jobs, chunk=256)
-        for (_, note), (found, measure) in zip(examples, results, strict=True):
-            note.problems += found.problems
-            note.warnings += found.warnings
-            if not note.problems:
-                measures.append(measure)
-    problems = [f"{where}: {problem}" for where, note in notes for problem in note.problems]
-    warnings = _condensed((where, text) for where, note in notes for text in note.warnings)
+        for (example, notes), (found, measure) in zip(examples, results, strict=True):
+            notes.problems += found.problems
+            notes.warnings += found.warnings
+            if not notes.problems:
+                measures[example.where] = measure
+    checked = [Checked(where, example, notes, measures.get(where)) for where, example, notes in parsed]
+    return _findings(str(path), checked, about_files, len(images), has_tokens=processor is not None), checked
+
+
+def _findings(
+    path: str, checked: Sequence[Checked], about_files: Sequence[str], num_files: int, *, has_tokens: bool
+) -> Findings:
+    problems = [f"{line.where}: {problem}" for line in checked for problem in line.notes.problems]
+    warnings = _condensed((line.where, text) for line in checked for text in line.notes.warnings)
+    examples = [line.example for line in checked if line.example is not None]
+    measures = [line.measure for line in checked if line.measure is not None]
     tokens, answer_tokens, crops = zip(*measures, strict=True) if measures else ((), (), ())
     return Findings(
-        path=str(path),
-        problems=tuple(map(one_line, problems if notes else [f"{path}: no examples"])),
+        path=path,
+        problems=tuple(map(one_line, problems if checked else [f"{path}: no examples"])),
         warnings=tuple(map(one_line, [*warnings, *about_files])),
-        bad_lines=sum(bool(note.problems) for _, note in notes),
+        bad_lines=sum(bool(line.notes.problems) for line in checked),
         examples=len(examples),
-        turns=sum(len(example.turns) for example, _ in examples),
-        images=sum(len(example.images) for example, _ in examples),
-        image_files=len(images),
-        text_only=sum(not example.images for example, _ in examples),
-        tokens=Statistics.of(tokens) if measures and processor else None,
-        answer_tokens=Statistics.of(answer_tokens) if measures and processor else None,
+        turns=sum(len(example.turns) for example in examples),
+        images=sum(len(example.images) for example in examples),
+        image_files=num_files,
+        text_only=sum(not example.images for example in examples),
+        tokens=Statistics.of(tokens) if measures and has_tokens else None,
+        answer_tokens=Statistics.of(answer_tokens) if measures and has_tokens else None,
         crops=Statistics.of(crops) if measures else None,
     )
 
@@ -178,7 +221,7 @@ def render(findings: Findings, console: Console) -> None:
     if findings.ok:
         console.print(Text(f"✓ {findings.path} is fit for training", style="bold green"))
     else:
-        number, bad = _count(len(findings.problems), "problem"), _count(findings.bad_lines, "line")
+        number, bad = counted(len(findings.problems), "problem"), counted(findings.bad_lines, "line")
         console.print(Text(f"✗ {findings.path}: {number} on {bad}", style="bold red"))
 
 
@@ -324,7 +367,7 @@ def _condensed(warnings: Iterable[tuple[str, str]]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for where, text in warnings:
         lines.setdefault(text, []).append(where)
-    more = {text: _count(len(where) - 1, "more line") for text, where in lines.items()}
+    more = {text: counted(len(where) - 1, "more line") for text, where in lines.items()}
     return [f"{where[0]}: {text}" + f" (and {more[text]})" * (len(where) > 1) for text, where in lines.items()]
 
 
@@ -332,12 +375,13 @@ def _about_files(path: str, pictures: dict[str, Picture | str]) -> Iterator[str]
     """Of what a viewer shows otherwise than the model sees it: the number of files, and the first."""
     readable = {file: picture for file, picture in pictures.items() if isinstance(picture, Picture)}
     if rotated := [file for file, picture in readable.items() if picture.rotated]:
-        files = f"{_count(len(rotated), 'image file')} with an EXIF orientation ({rotated[0]}, for one)"
+        files = f"{counted(len(rotated), 'image file')} with an EXIF orientation ({rotated[0]}, for one)"
         yield f"{path}: {files}: it is not followed, the model sees them as they are stored"
     if animated := [file for file, picture in readable.items() if picture.animated]:
-        files = f"{_count(len(animated), 'image file')} with several frames or pages ({animated[0]}, for one)"
+        files = f"{counted(len(animated), 'image file')} with several frames or pages ({animated[0]}, for one)"
         yield f"{path}: {files}: the model sees the first"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """1 line, 2,000 lines."""
     return f"{number:,} {noun}" + "s" * (number != 1)

@@ -130,6 +130,15 @@ def hd_transform(image: Image.Image, num_crops: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(hd.swapaxes(0, 1)) if tall else hd
 
 
+def hd_padding(width: int, height: int, num_crops: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom): the white pixels that `hd_transform` puts around a width x height picture."""
+    h, _ = _scaled(max(width, height), min(width, height), num_crops)
+    padded = math.ceil(h / CROP) * CROP
+    before = (padded - h) // 2
+    after = padded - h - before
+    return (before, 0, after, 0) if width < height else (0, before, 0, after)
+
+
 def tiles_of(hd: NDArray[np.uint8]) -> Tensor:
     """uint8 [a*b, 3, 336, 336]: the local crops of an HD picture [336a, 336b, 3], row by row."""
     h, w, _ = hd.shape
@@ -157,6 +166,13 @@ def global_view(tiles: Tensor, h: int, w: int) -> Tensor:
     a, b = h // CROP, w // CROP
     picture = tiles.reshape(a, b, 3, CROP, CROP).permute(2, 0, 3, 1, 4).reshape(1, 3, h, w)
     return F.interpolate(picture, size=(CROP, CROP), mode="bicubic", align_corners=False)[0]
+
+
+def colours(normalized: Tensor) -> Tensor:
+    """uint8, same shape [..., 3, H, W]: the inverse of `normalize`, cut to what a screen can show."""
+    mean = torch.tensor(MEAN)[:, None, None]
+    std = torch.tensor(STD)[:, None, None]
+    return (normalized * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
 def pixel_values(hd: Sequence[NDArray[np.uint8]], num_crops: int) -> tuple[Tensor, Tensor]:
