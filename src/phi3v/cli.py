@@ -44,9 +44,24 @@ class Command:
 
 
 COMMANDS = {
+    "convert": Command(
+        "phi3v.convert:convert",
+        "Turn data of another layout into jsonl to train on.",
+        ("phi3v convert imagefolder photos --out data --val-fraction 0.1",),
+    ),
+    "check": Command(
+        "phi3v.cli:check",
+        "Find everything that is wrong with a data file.",
+        ("phi3v check data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
+    ),
+    "look": Command(
+        "phi3v.look:look",
+        "Show data on a page as the model will see it.",
+        ("phi3v look data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
+    ),
     "plan": Command(
         "phi3v.plan:plan",
-        "Say what fits on which GPUs, how long it takes, and the command to run.",
+        "Say what fits on which GPUs, and the command to run.",
         ("phi3v plan --train data/train.jsonl --gpu 4090", "phi3v plan docvqa --gpu H100 --num-gpus 8 --azure job.yml"),
     ),
     "train": Command(
@@ -65,23 +80,8 @@ COMMANDS = {
     ),
     "recipes": Command(
         "phi3v.cli:recipes",
-        "List the recipes, or show one: its data, its settings mode by mode, its published scores.",
+        "List the recipes, or show one: data, settings, published scores.",
         ("phi3v recipes docvqa", "phi3v recipes forkme > my_task.py       the template of your own"),
-    ),
-    "convert": Command(
-        "phi3v.convert:convert",
-        "Turn data of another layout into jsonl to train on.",
-        ("phi3v convert imagefolder photos --out data --val-fraction 0.1",),
-    ),
-    "check": Command(
-        "phi3v.cli:check",
-        "Find everything that is wrong with a data file before a run, and show its statistics.",
-        ("phi3v check data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
-    ),
-    "look": Command(
-        "phi3v.look:look",
-        "Show data on a page as the model will see it: crops, tokens that carry loss, problems.",
-        ("phi3v look data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
     ),
     "evaluate": Command(
         "phi3v.evaluate:evaluate",
@@ -95,17 +95,17 @@ COMMANDS = {
     ),
     "chat": Command(
         "phi3v.chat:chat",
-        "Ask one question about some pictures or, without a question, hold a conversation.",
+        "Ask about pictures, once or in a conversation.",
         ('phi3v chat runs/mine --image page.png "What is the total?"',),
     ),
     "predict": Command(
         "phi3v.predict:predict",
-        "Answer every question of a data file, to a file: resumable, for work of hours.",
+        "Answer every question of a data file, to a file; resumable.",
         ("phi3v predict runs/mine data/questions.jsonl --out answers.jsonl",),
     ),
     "export": Command(
         "phi3v.export:export",
-        "Make of a run a folder to publish or to serve: merged, with a model card, and tested.",
+        "Make of a run a tested folder to publish or to serve.",
         ("phi3v export runs/mine --out models/mine",),
     ),
     "merge": Command(
@@ -115,7 +115,7 @@ COMMANDS = {
     ),
     "bench": Command(
         "phi3v.bench:bench",
-        "Time training against the original recipe's way, and what each saving is worth.",
+        "Time training against the original recipe's way.",
         ("phi3v bench --tasks memes nlvr2 --modes lora --questions 1",),
     ),
 }
