@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,7 +22,7 @@ from phi3v.config import Run
 from phi3v.errors import InputError
 from phi3v.plan import Row, plan_row
 from phi3v.recipes import RECIPES, find_recipe
-from phi3v.workload import KNOWN, find_work, known_lengths
+from phi3v.workload import find_work
 
 MODES = ("full", "frozen", "lora", "qlora")
 
@@ -161,26 +160,6 @@ def test_without_a_tokenizer_texts_are_estimated_and_pictures_are_not(
     assert data["mean_tokens"] == pytest.approx(313, abs=40)  # the picture, and a few words; one example has none
     more = planned("--train", tiny_data, "--gpu", "T4", "--mode", "full", "--num-crops", "16")["data"]
     assert more["mean_crops"] > 10 * data["mean_crops"] / 2
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_known_lengths_are_of_as_many_pages_and_questions(name: str) -> None:
-    known = KNOWN[name]
-    lengths = known_lengths(known, 16)
-    assert (len(lengths), lengths.num_pages) == (known.examples, known.pages)
-    assert np.bincount(lengths.page).min() >= known.examples // known.pages
-    assert (lengths.tokens - lengths.prefix > lengths.supervised).all()
-
-
-def test_a_page_of_docvqa_is_a_letter() -> None:
-    lengths = known_lengths(KNOWN["docvqa"], 16)
-    assert set(lengths.prefix) == {2509 + 4}
-    assert set(lengths.crops) == {17}
-    assert set(known_lengths(KNOWN["docvqa"], 4).crops) == {5}
-
-
-def test_a_frames_tokens_are_those_of_the_recipe() -> None:
-    assert set(known_lengths(KNOWN["ucf101"], 4).prefix) == {8 * 757 + 11}
 
 
 # -- speed -----------------------------------------------------------------------------------------------------------

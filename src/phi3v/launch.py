@@ -40,7 +40,8 @@ class Machine(NamedTuple):
     note: str = ""
 
 
-_RETIRED = "Azure has announced the retirement of V100 machines: see whether your region still has them"
+_OLD = "an old machine: see whether your region still has it"
+_RETIRED = "Azure announced its retirement for 30 September 2025: see whether your region still has it"
 _A100, _A100M = "Standard NDASv4_A100 Family", "standard NDAMSv4_A100Family"
 _NC_A100, _NC_H100 = "StandardNCADSA100v4Family", "StandardNCadsH100v5Family"
 _T4, _A10 = "Standard NCASv3_T4 Family", "StandardNVADSA10v5Family"
@@ -53,7 +54,7 @@ MACHINES = (
     Machine("Standard_ND96isr_H100_v5", "ND H100 v5", "H100", 8, 96, 1900, _NDR, "standardNDSH100v5Family", "ndh100v5-series"),  # noqa: E501
     Machine("Standard_ND96amsr_A100_v4", "NDm A100 v4", "A100-80GB", 8, 96, 1900, _HDR, _A100M, "ndma100v4-series"),
     Machine("Standard_ND96asr_v4", "ND A100 v4", "A100-40GB", 8, 96, 900, _HDR, _A100, "ndasra100v4-series"),
-    Machine("Standard_ND40rs_v2", "NDv2", "V100-32GB", 8, 40, 672, f"{NVLINK}, InfiniBand 100 Gb/s between", "standardNDSv2Family", "ndv2-series", _RETIRED),  # noqa: E501
+    Machine("Standard_ND40rs_v2", "NDv2", "V100-32GB", 8, 40, 672, f"{NVLINK}, InfiniBand 100 Gb/s between", "standardNDSv2Family", "ndv2-series", _OLD),  # noqa: E501
     Machine("Standard_NC40ads_H100_v5", "NCads H100 v5", "H100-NVL", 1, 40, 320, "Ethernet", _NC_H100, "ncadsh100v5-series"),  # noqa: E501
     Machine("Standard_NC80adis_H100_v5", "NCads H100 v5", "H100-NVL", 2, 80, 640, f"{NVLINK}, Ethernet between", _NC_H100, "ncadsh100v5-series"),  # noqa: E501
     Machine("Standard_NC24ads_A100_v4", "NC A100 v4", "A100-80GB", 1, 24, 220, "Ethernet", _NC_A100, "nca100v4-series"),
