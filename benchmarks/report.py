@@ -2,8 +2,7 @@
 
     python benchmarks/report.py --questions 5000
 
-Makes a run folder with as many questions on as many different photos (noise, which compresses worst), writes its report
-with room for all pictures, and says, as medians of several rounds, how long it takes until
+Makes a run folder with as many questions on as many different pictures, writes its report as `phi3v report` does, and says, as medians of several rounds, how long it takes until
 
     first render   the page is opened, its script has run and the first frame after that is painted
     search         a letter is typed, the list is filtered and sorted, and the next frame is painted
@@ -48,14 +47,14 @@ ACTIONS = {
 
 
 def make_run(folder: Path, num_questions: int) -> None:
-    """Predictions on photos of their own, a tenth of them wrong."""
+    """Predictions on pictures of their own, a tenth of them wrong."""
     random = np.random.default_rng(0)
     images = folder / "images"
     images.mkdir(parents=True)
     with (folder / "predictions.jsonl").open("w") as file:
         for n in range(num_questions):
             coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-            coarse.resize((640, 480), Image.Resampling.BICUBIC).save(images / f"{n}.jpg")
+            coarse.resize((320, 240), Image.Resampling.BICUBIC).save(images / f"{n}.jpg")
             answer, said = str(n % 7), str((n + (n % 10 == 0)) % 7)
             line = {
                 "id": f"q{n}",
@@ -71,6 +70,7 @@ def make_run(folder: Path, num_questions: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=5000)
+    parser.add_argument("--picture-mb", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -78,7 +78,7 @@ def main() -> None:
         run = Path(place) / "run"
         make_run(run, options.questions)
         started = time.monotonic()
-        page_file = write_report(run, limit=options.questions, picture_mb=1000)
+        page_file = write_report(run, limit=options.questions, picture_mb=options.picture_mb)
         print(f"written in {time.monotonic() - started:.1f} s, {page_file.stat().st_size / 1e6:.1f} MB")
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         times: dict[str, list[float]] = {"first render": [], **{name: [] for name in ACTIONS}}
