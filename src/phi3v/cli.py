@@ -116,6 +116,7 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
     from phi3v.bench import bench
     from phi3v.chat import chat
     from phi3v.convert import convert
+    from phi3v.demo import demo
     from phi3v.evaluate import evaluate
     from phi3v.merge import merge
 
@@ -197,6 +198,7 @@ def _commands(recipe: Any, flags: list[str]) -> dict[str, Callable[..., Any]]:
         "check": check,
         "merge": merge,
         "chat": configure(UseAppendAction)(chat),  # or --image would swallow the question
+        "demo": demo,
         "report": report,
         "bench": bench,
     }
