@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,19 @@ import pytest
 
 from phi3v import runlog
 from phi3v.errors import InputError
-from phi3v.runlog import RunLog, progress_bar, say, speak
+from phi3v.runlog import RunLog, console, progress_bar, say, speak
+from phi3v.screen import Screen
 
 ESSENCE = {"loss": 0.5, "learning_rate": 1e-4, "examples_per_s": 3.21, "pages_per_s": 123.4, "tokens_per_s": 4321.0}
-ESSENCE |= {"memory_gb": 1.5, "tflops": 0.123, "data_wait": 0.04}
+ESSENCE |= {"memory_gb": 1.5, "tflops": 0.123, "data_wait": 0.04, "epoch": 0.1, "seconds": 1.0}
 
 
 def entry(step: int, **values: Any) -> dict[str, Any]:
     return {"step": step, **ESSENCE, **values}
+
+
+def screen(show: bool = False) -> Screen:
+    return Screen(console, total_steps=9, saves=9, show=show)
 
 
 def lines(folder: Path) -> list[tuple[str, int]]:
@@ -28,19 +33,19 @@ def lines(folder: Path) -> list[tuple[str, int]]:
 
 
 def opened(folder: Path, first_step: int = 0, **how: Any) -> RunLog:
-    return RunLog(folder, total_steps=9, first_step=first_step, **how)
+    return RunLog(folder, first_step=first_step, **{"screen": screen(), **how})
 
 
 @pytest.fixture
 def told(tmp_path: Path) -> Path:
     """The folder of a run that evaluated before, ran six steps, the first and the fifth skipped, and ended."""
     with opened(tmp_path) as log:
-        log.write({"kind": "eval", "split": "before", "step": 0, "metrics": {}})
+        log.write({"kind": "eval", "split": "before", "step": 0, "metrics": {}, "seconds": 1.0})
         for step in range(1, 7):
             log.step(entry(step, **({"skipped": True} if step in (1, 5) else {})))
         log.complain(5, "something", ["e1"])
-        log.write({"kind": "eval", "split": "during", "step": 6, "metrics": {}})
-        log.write({"kind": "eval", "split": "final", "step": 6, "metrics": {}})
+        log.write({"kind": "eval", "split": "during", "step": 6, "metrics": {}, "seconds": 1.0})
+        log.write({"kind": "eval", "split": "final", "step": 6, "metrics": {}, "seconds": 1.0})
     return tmp_path
 
 
@@ -73,24 +78,51 @@ def test_a_complaint_is_said_and_kept_with_its_examples(told: Path, capsys: pyte
     assert "step 7: of [red]markup[/]; its examples are e[1], e2" in capsys.readouterr().out
 
 
+class Listener:
+    """A tracker that remembers what it is told, until `strength` numbers are too many for it."""
+
+    name, where = "listener", "here"
+
+    def __init__(self, strength: int = 100) -> None:
+        self.strength, self.heard = strength, list[Any]()
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        if len(self.heard) == self.strength:
+            raise ConnectionError("no route to [it]\nand more")
+        self.heard.append((step, dict(numbers)))
+
+    def finish(self, *, failed: bool) -> None:
+        self.heard.append("failed" if failed else "end")
+
+
 def test_trackers_get_the_numbers_and_are_told_of_the_end(tmp_path: Path) -> None:
-    class Tracker:
-        heard: list[Any] = []  # noqa: RUF012
+    with opened(tmp_path, trackers=[tracker := Listener()]) as log:
+        log.step(entry(1, skipped=True))
+        log.complain(1, "no number")
+        log.write({"kind": "eval", "split": "final", "step": 1, "metrics": {"accuracy": 0.5}, "seconds": 2.0})
+    evaluation = {"eval/accuracy": 0.5, "seconds": 2.0}
+    assert tracker.heard == [(1, {**ESSENCE, "skipped": 1.0}), (1, evaluation), "end"]
 
-        def log(self, values: dict[str, Any], step: int) -> None:
-            self.heard.append((step, values))
 
-        def finish(self) -> None:
-            self.heard.append("end")
+def test_trackers_are_told_of_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(InputError), opened(tmp_path, trackers=[tracker := Listener()]):
+        raise InputError("out of memory")
+    assert tracker.heard == ["failed"]
 
-    with opened(tmp_path, trackers=[Tracker()]) as log:
-        log.step(entry(1))
-        log.write({"kind": "eval", "split": "final", "step": 1, "metrics": {"accuracy": 0.5}})
-    assert Tracker.heard == [(1, {"step": 1, **ESSENCE}), (1, {"step": 1, "eval/accuracy": 0.5}), "end"]
+
+def test_a_tracker_that_fails_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trackers = [weak := Listener(strength=1), strong := Listener()]
+    with opened(tmp_path, trackers=trackers) as log:
+        for step in range(1, 4):
+            log.step(entry(step))
+    assert [len(tracker.heard) for tracker in (weak, strong)] == [1, 4]
+    assert lines(tmp_path) == [("step", 1), ("step", 2), ("complaint", 2), ("step", 3)]
+    said = capsys.readouterr().out
+    assert said == "step 2: --track listener fails, it is told no more: no route to [it]\n"
 
 
 def test_a_rank_that_does_not_write_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with RunLog(None, total_steps=1, first_step=0) as log:
+    with RunLog(None, first_step=0, screen=screen()) as log:
         log.step(entry(1, skipped=True))
         log.back_to(0)
     assert list(tmp_path.iterdir()) == []
@@ -139,11 +171,11 @@ def test_going_back_keeps_what_will_not_be_said_again(told: Path) -> None:
 @pytest.mark.parametrize(("first_step", "skipped"), [(0, 0), (4, 1), (6, 2)])
 def test_skipped_steps_are_counted_over_all_sittings(first_step: int, skipped: int, told: Path) -> None:
     with opened(told, first_step) as log:
-        assert log.skipped == skipped
+        assert log.screen.skipped == skipped
         log.step(entry(first_step + 1, skipped=True))
-        assert log.skipped == skipped + 1
+        assert log.screen.skipped == skipped + 1
         log.back_to(first_step)
-        assert log.skipped == skipped
+        assert log.screen.skipped == skipped
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------
@@ -204,28 +236,6 @@ def test_a_full_disk_costs_only_the_lines_that_it_refuses(disk: dict[str, int], 
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def test_without_a_terminal_there_is_a_line_now_and_then_and_at_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: now)
-    with opened(tmp_path) as log:
-        for step in range(1, 10):
-            now += 0.3 * runlog.SECONDS_BETWEEN_LINES
-            log.step(entry(step, **({"skipped": True} if step == 4 else {})))
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in said] == ["1/9", "5/9", "9/9"]
-    assert said[0] == "step 1/9  loss 0.500 lr 1.0e-04 3.2 ex/s 123 pages/s 4.3k tok/s 0.12 TFLOP/s 1.5 GB 4% wait"
-    assert said[1].endswith("4% wait 1 skipped")
-
-
-def test_without_progress_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with opened(tmp_path, show=False) as log:
-        log.step(entry(9))
-    assert capsys.readouterr().out == ""
-    assert lines(tmp_path) == [("step", 9)]
 
 
 def test_a_process_that_is_not_to_speak_says_nothing(capsys: pytest.CaptureFixture) -> None:

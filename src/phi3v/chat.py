@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.prompt import Prompt
-from transformers import TextStreamer
 from tyro.conf import UseAppendAction
 
 from phi3v.config import check_numbers
-from phi3v.data.chat import Example, Turn, prompt_text
+from phi3v.conversation import Sampling, load_to_talk, stream
+from phi3v.data.chat import Turn
 from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.errors import InputError
-from phi3v.evaluate import model_folder
-from phi3v.hardware import pick_device, pick_dtype
-from phi3v.model.loading import load_model
 from phi3v.runlog import console, say
 
 HELP = "[dim]/image FILE shows a picture with your next message, /new starts again, /quit (or Ctrl-D) leaves[/]"
@@ -47,16 +43,10 @@ def chat(
     check_numbers(locals())
     for file in image:
         load_image(file)  # before the model, which takes its time
-    device = pick_device()
-    network, processor = load_model(
-        model_folder(model), dtype=pick_dtype("auto", device), num_crops=num_crops, device=device
-    )
-    network = network.to(device).eval()
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings["temperature"] = temperature
+    network, processor = load_to_talk(model, num_crops)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     if question is not None:
-        _reply(network, processor, (Turn(user=question, assistant=None, images=_paths(image)),), settings)
+        _reply(network, processor, (Turn(user=question, assistant=None, images=_paths(image)),), sampling)
         return
     say(HELP)
     turns: tuple[Turn, ...] = ()
@@ -70,7 +60,7 @@ def chat(
             say(HELP)
         elif text:
             try:
-                said = _reply(network, processor, (*turns, Turn(user=text, assistant=None, images=pictures)), settings)
+                said = _reply(network, processor, (*turns, Turn(user=text, assistant=None, images=pictures)), sampling)
             except InputError as error:  # tags that do not match the pictures, for one
                 say(f"[red]{escape(str(error))}[/]")
                 continue
@@ -104,11 +94,11 @@ def _paths(files: tuple[Path, ...]) -> tuple[str, ...]:
     return tuple(str(file) for file in files)
 
 
-def _reply(network: Any, processor: Phi3VProcessor, turns: tuple[Turn, ...], settings: dict[str, Any]) -> str:
+def _reply(network: Any, processor: Phi3VProcessor, turns: tuple[Turn, ...], sampling: Sampling) -> str:
     """Prints the answer while it is written, and returns it."""
-    example = Example(id="chat", turns=turns, where="chat")
-    inputs = processor(prompt_text(example), list(example.images)).to(next(network.parameters()).device)
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad():
-        out = network.generate(**inputs, **settings, pad_token_id=processor.pad_token_id, streamer=streamer)
-    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    said = ""
+    for text in stream(network, processor, turns, sampling):
+        print(text[len(said) :], end="", flush=True)
+        said = text
+    print()
+    return said

@@ -98,6 +98,11 @@ COMMANDS = {
         "Ask about pictures, once or in a conversation.",
         ('phi3v chat runs/mine --image page.png "What is the total?"',),
     ),
+    "demo": Command(
+        "phi3v.demo:demo",
+        "Talk to a model in the browser, beside another if you like.",
+        ("phi3v demo runs/mine --compare base",),
+    ),
     "predict": Command(
         "phi3v.predict:predict",
         "Answer every question of a data file, to a file; resumable.",

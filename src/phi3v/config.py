@@ -338,7 +338,7 @@ class Run:
             if values.get(f"{part}_learning_rate") is not None:
                 raise InputError(f"--{part}-learning-rate has no effect: the {part} is frozen")
         for tracker in self.keeping.track:
-            if importlib.util.find_spec(tracker) is None:  # accelerate would leave it out without a word
+            if importlib.util.find_spec(tracker) is None:  # before anything is loaded
                 raise InputError(f"--track {tracker}: it is not installed (pip install {tracker})")
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "dora", "rslora"):
             if not self.tuning.adapters and values[name] != getattr(Tuning, name):

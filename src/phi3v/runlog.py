@@ -1,4 +1,4 @@
-"""What a run tells while it runs: `log.jsonl`, a progress bar, trackers."""
+"""What a run tells while it runs: `log.jsonl`, and from it the screen and the trackers; bars and lines besides."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from phi3v.data.pack import Lost
 from phi3v.errors import InputError
 from phi3v.files import disk_errors, flush, write_text
+from phi3v.model.loading import first_line
+from phi3v.screen import Screen
+from phi3v.trackers import Tracker
 
 console = Console(stderr=False, highlight=False)
 
-# Without a terminal, a line now and then instead of a bar.
-SECONDS_BETWEEN_LINES = 20.0
-
 
 class RunLog:
-    """One line a step in `log.jsonl`, the same numbers on the bar and to the trackers. A context manager.
+    """One line a step in `log.jsonl`, the same numbers on the screen and to the trackers. A context manager.
 
     Only the rank that writes has one with a file; elsewhere `folder` is None and nothing is written or shown.
     """
@@ -35,41 +35,23 @@ class RunLog:
         self,
         folder: Path | None,
         *,
-        total_steps: int,
         first_step: int,
-        trackers: Sequence[Any] = (),
-        show: bool = True,
+        screen: Screen,
+        trackers: Sequence[Tracker] = (),
         drop_lines: bool = False,
     ) -> None:
         self.file = None if folder is None else folder / "log.jsonl"
-        self.trackers, self.total, self.show = trackers, total_steps, show and self.file is not None
-        show = self.show
+        self.screen, self.trackers = screen, list(trackers)
         self.drop_lines = drop_lines
         """Go on without the lines that a full disk refuses."""
-        self.skipped = 0
-        """Steps so far that changed no weight, because a gradient overflowed in fp16."""
-        self.lost = 0
-        """How often an example was left out of a step so far, because it could not be read."""
         self._stream: TextIO | None = None
-        self._open(first_step or -1)  # a run that starts at step 0 says everything again
-        self.bar = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]} [dim]eta"),
-            TimeRemainingColumn(),
-            console=console,
-            expand=True,
-            disable=not show or not console.is_terminal,
-        )
-        self._task = self.bar.add_task("training", total=total_steps, completed=first_step, numbers="")
-        self._last_line = 0.0
+        self._open(first_step, fresh=first_step == 0)  # a run that starts at step 0 says everything again
 
-    def _open(self, step: int) -> None:
+    def _open(self, step: int, *, fresh: bool = False) -> None:
+        kept = [] if self.file is None else self._forget_after(self.file, -1 if fresh else step)
+        self.screen.start_at(step, kept)
         if self.file is None:
             return
-        kept = self._forget_after(self.file, step)
-        self.skipped = sum(entry.get("skipped", False) for entry in kept)
-        self.lost = sum(entry.get("kind") == "skip" for entry in kept)
         try:
             self._stream = open(self.file, "a")  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
@@ -94,7 +76,6 @@ class RunLog:
         if self._stream is not None:
             self._stream.close()
         self._open(step)
-        self.bar.update(self._task, completed=step)
 
     @staticmethod
     def _forget_after(file: Path, step: int) -> list[dict[str, Any]]:
@@ -117,19 +98,18 @@ class RunLog:
         return kept
 
     def __enter__(self) -> RunLog:
-        self.bar.start()
         return self
 
-    def __exit__(self, *unused: Any) -> None:
-        self.bar.stop()
+    def __exit__(self, kind: type[BaseException] | None, *unused: Any) -> None:
         with suppress(OSError):  # a line that did not fit on the disk was complained about when it was written
             if self._stream is not None:
                 self._stream.close()
         for tracker in self.trackers:
-            tracker.finish()
+            tracker.finish(failed=kind is not None)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Appends a line and passes its numbers to the trackers."""
+        """Appends a line, shows it, and passes its numbers to the trackers."""
+        self.screen.hear(entry)
         if self._stream is None:
             return
         size = os.fstat(self._stream.fileno()).st_size
@@ -142,9 +122,13 @@ class RunLog:
                 raise InputError(f"cannot write {self.file}: {error}") from error
             self._take_back(size)
         values = {**entry, **{f"eval/{key}": value for key, value in entry.get("metrics", {}).items()}}
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        for tracker in self.trackers:
-            tracker.log(numbers, step=entry["step"])
+        numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and key != "step"}
+        for tracker in list(self.trackers) if numbers else ():
+            try:
+                tracker.log(numbers, entry["step"])
+            except Exception as error:  # its service, perhaps far away: no reason to lose a run
+                self.trackers.remove(tracker)
+                self.complain(entry["step"], f"--track {tracker.name} fails, it is told no more: {first_line(error)}")
 
     def complain(self, step: int, what: str, examples: Sequence[str] = ()) -> None:
         """Says, and keeps, that something was not as it should be."""
@@ -156,29 +140,10 @@ class RunLog:
         """Says, and keeps, that an example was left out of a step."""
         say(f"[yellow]step {step}:[/] {escape(f'skipped, it cannot be read: {lost}')}")
         self.write({"kind": "skip", "step": step, "example": lost.id, "where": lost.where, "reason": lost.reason})
-        self.lost += 1
 
     def step(self, entry: dict[str, Any]) -> None:
-        """The line of a step, and its essence for the eye."""
+        """The line of a step."""
         self.write({"kind": "step", **entry})
-        self.skipped += entry.get("skipped", False)
-        examples, pages = (
-            f"{s:.1f}" if s < 100 else f"{s:,.0f}" for s in (entry["examples_per_s"], entry["pages_per_s"])
-        )
-        numbers = (
-            f"[dim]loss[/] {entry['loss']:.3f} [dim]lr[/] {entry['learning_rate']:.1e} {examples} [dim]ex/s[/] "
-            f"{pages} [dim]pages/s[/] {entry['tokens_per_s'] / 1000:.1f}k [dim]tok/s[/] "
-            f"{entry['tflops']:.2g} [dim]TFLOP/s[/] "
-            + (f"{entry['mfu']:.0%} [dim]MFU[/] " if "mfu" in entry else "")
-            + f"{entry['memory_gb']:.1f} [dim]GB[/] {entry['data_wait']:.0%} [dim]wait[/]"
-            + (f" {self.skipped} [dim]skipped[/]" if self.skipped else "")
-        )
-        self.bar.update(self._task, completed=entry["step"], numbers=numbers)
-        now = time.monotonic()
-        due = now - self._last_line > SECONDS_BETWEEN_LINES or entry["step"] == self.total
-        if self.show and not console.is_terminal and due:
-            self._last_line = now
-            console.print(f"step {entry['step']}/{self.total}  {numbers}", soft_wrap=True)
 
 
 @contextmanager
@@ -200,25 +165,6 @@ def progress_bar(
         yield lambda count: bar.advance(task, count)
     if show and summary:
         say(f"{title}: {total:,} {unit} in {time.monotonic() - started:.0f} s")
-
-
-def start_trackers(names: Sequence[str], folder: Path, settings: dict[str, Any]) -> list[Any]:
-    """The trackers named by `--track`, told the run's settings, flattened to `group/name`."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    flat = {f"{group}/{name}": value for group, values in settings.items() for name, value in values.items()}
-    plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
-    trackers = []
-    for name in names:
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        try:
-            tracker = kind("phi3v", logging_dir=str(folder)) if kind.requires_logging_directory else kind("phi3v")
-            tracker.start()
-        except ImportError as error:
-            raise InputError(f"--track {name}: {error}; install it with pip install 'phi3v[track]'") from error
-        tracker.store_init_configuration(plain)
-        trackers.append(tracker)
-    return trackers
 
 
 def speak(aloud: bool) -> None:

@@ -59,8 +59,10 @@ from phi3v.parallel.ranks import MissingRank, Ranks, join
 from phi3v.perf import Flops, achieved, device_peak_tflops, training_flops
 from phi3v.report import write_report
 from phi3v.runfolder import check_shared, claim, digests, locked
-from phi3v.runlog import RunLog, say, speak, start_trackers
+from phi3v.runlog import RunLog, console, say, speak
+from phi3v.screen import Screen
 from phi3v.stopping import Stopped, StopRequest
+from phi3v.trackers import start_trackers
 
 # A loss this many times the median of the last ones is complained of.
 SPIKE, SPIKE_WINDOW = 3.0, 50
@@ -176,15 +178,7 @@ def train(run: Run) -> dict[str, Any]:
         ranks.all_do(lambda: None if ranks.is_first else check_shared(folder, holder))
         step = _resume(run, ranks, engine, schedule) if found.started else 0
         cache = ranks.all_do(lambda: keep_features(run, tower, engine, dtype)) if tower else None
-        trackers = start_trackers(run.keeping.track, folder, run.to_dict()) if ranks.is_first else []
-        log = RunLog(
-            folder if ranks.is_first else None,
-            total_steps=total_steps,
-            first_step=step,
-            trackers=trackers,
-            show=run.keeping.progress,
-            drop_lines=run.keeping.on_full_disk == "continue",
-        )
+        log = _start_log(run, ranks, data, total_steps, step)
         with log:
             job = _Job(
                 run=run,
@@ -206,7 +200,8 @@ def train(run: Run) -> dict[str, Any]:
                 scores=ranks.first_does(lambda: scores(checkpoints, step)),
             )
             try:
-                _learn(job, step)
+                with log.screen:
+                    _learn(job, step)
                 return _finish(job)
             except Stopped:
                 _say_how_to_resume(job)
@@ -288,10 +283,11 @@ def _conclude_step(job: _Job, step: int, *, stops: bool) -> None:
 def _finish(job: _Job) -> dict[str, Any]:
     """Saves the model, scores it, writes the report."""
     run, ranks, folder = job.run, job.ranks, job.run.keeping.out
-    if job.log.skipped:
-        say(f"[yellow]note[/]        {job.log.skipped} of {job.total_steps} steps were skipped: they overflowed")
-    if job.log.lost:
-        say(f"[yellow]note[/]        {job.log.lost} times an example was skipped: log.jsonl lists them")
+    screen = job.log.screen
+    if screen.skipped:
+        say(f"[yellow]note[/]        {screen.skipped} of {job.total_steps} steps were skipped: they overflowed")
+    if screen.lost:
+        say(f"[yellow]note[/]        {screen.lost} times an example was skipped: log.jsonl lists them")
     # If the process that wrote the last checkpoint was killed before it could remove an older one.
     ranks.first_does(lambda: forget(job.checkpoints, job.total_steps, run.keeping.keep_checkpoints))
     # What is scored last is what was saved: full weights rounded to the base checkpoint's own precision.
@@ -338,6 +334,28 @@ def _open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack) ->
     write_lengths(data, folder)
     write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))  # last: now the folder is this run's
     return holder
+
+
+def _start_log(run: Run, ranks: Ranks, data: TrainingData, total_steps: int, step: int) -> RunLog:
+    """The log of a run that goes on after `step`, with those who hear it: the screen and the trackers."""
+    folder, keeping = run.keeping.out, run.keeping
+    trackers = start_trackers(keeping.track, folder, run.to_dict(), step) if ranks.is_first else []
+    for tracker in trackers:
+        say(escape(f"{tracker.name:<12}{tracker.where}"))
+    screen = Screen(
+        console,
+        total_steps=total_steps,
+        evaluates=(run.evaluation.eval_every_steps or total_steps) if data.questions else None,
+        saves=keeping.save_every_steps or total_steps,
+        show=keeping.progress and ranks.is_first,
+    )
+    return RunLog(
+        folder if ranks.is_first else None,
+        first_step=step,
+        screen=screen,
+        trackers=trackers,
+        drop_lines=keeping.on_full_disk == "continue",
+    )
 
 
 def _resume(run: Run, ranks: Ranks, engine: Engine, schedule: LRScheduler) -> int:
