@@ -287,6 +287,7 @@ def packs_to_try(run: Run, hardware: Hardware) -> list[tuple[int, int]]:
 
 def look_at(work: Work, run: Run, num_ranks: int) -> tuple[list[Step], dict[str, int], int]:
     """Steps of an epoch, the most of anything that a pack of theirs holds, and how many steps an epoch has."""
+    assert run.data.max_tokens_per_pack is not None  # as in `packs_to_try`
     limits = PackLimits(
         max_tokens_per_pack=run.data.max_tokens_per_pack,
         max_crops_per_pack=run.data.max_crops_per_pack,

@@ -33,7 +33,8 @@ from phi3v.evaluate import predict as answers_of
 from phi3v.files import disk_errors, make_folder, write_text
 from phi3v.jsonfile import parse_object, read_object
 from phi3v.labels import label_tokens
-from phi3v.runlog import SECONDS_BETWEEN_LINES, console, progress_bar, say
+from phi3v.runlog import console, progress_bar, say
+from phi3v.screen import SECONDS_BETWEEN_LINES
 
 PACKS_AT_ONCE = 4
 """What is answered between two writes: about as much as fills so many packs. A kill loses no more."""
