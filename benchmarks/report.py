@@ -2,7 +2,8 @@
 
     python benchmarks/report.py --questions 5000
 
-Makes a run folder with as many questions on as many different pictures, writes its report as `phi3v report` does, and says, as medians of several rounds, how long it takes until
+Makes a run folder with as many questions on as many different pictures, writes its report as `phi3v report` does, and
+says, as medians of several rounds, how long it takes until
 
     first render   the page is opened, its script has run and the first frame after that is painted
     search         a letter is typed, the list is filtered and sorted, and the next frame is painted
