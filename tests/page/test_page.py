@@ -205,7 +205,7 @@ def test_the_keyboard_is_enough(report_page: Path, opened: Open) -> None:
     assert title.inner_text() == "is it number 100?"
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
-    assert page.evaluate(place) == "1"  # and the focus is back where the dialog was left
+    page.wait_for_function(f"{place} === '1'")  # and the focus is back where the dialog was left
 
 
 def test_the_dialog_shows_all_there_is(report_page: Path, opened: Open) -> None:
@@ -263,6 +263,7 @@ def test_on_a_phone_nothing_sticks_out(name: str, request: pytest.FixtureRequest
         )
         assert page.evaluate(f"{sticking_out}.map(node => node.className)") == []
         page.get_by_role("button", name="Close").tap()
+        page.wait_for_function("document.activeElement.matches('button.entry')")
 
 
 @pytest.mark.parametrize("name", ["report_page", "look_page"])
