@@ -339,7 +339,7 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would be in the way of tests that have one of their own
 def browser() -> Iterator[Any]:
     """A headless Chromium, driven by playwright: `page = browser.new_page()`. Debian's, so nothing is downloaded."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -395,7 +395,7 @@ def test_an_unknown_recipe(fails) -> None:
             "phi3v evaluate: --data is missing; for example: phi3v evaluate runs/mine --data data/test.jsonl",
         ),
         ("evaluate x --dta y", "phi3v evaluate has no flag --dta: did you mean --data?"),
-        ("report", "phi3v report: RUN is missing; for example: phi3v report runs/mine"),
+        ("report", "report needs a run folder: phi3v report RUN [RUN ...]"),
         ("--completion tcsh", "--completion tcsh: it must be bash, zsh, fish"),
     ],
 )

@@ -367,4 +367,5 @@ def test_the_command_serves_until_ctrl_c(tiny_model_dir: Path) -> None:
         pass
     started.send_signal(signal.SIGINT)
     rest, _ = started.communicate()
-    assert (rest, started.returncode) == ("ended\n", 0)
+    assert rest.endswith("ended\n")  # and before it what was not yet written when the signal came
+    assert started.returncode == 0

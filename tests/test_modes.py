@@ -178,6 +178,8 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.parametrize("mode", PINNED)
 def test_pinned_losses(tiny_checkpoint_dir, data, tmp_path, mode):
+    if mode == "qlora" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        pytest.skip("bitsandbytes 0.50 decodes rows that are no multiple of 64 otherwise with AVX512")
     steps = steps_of(tiny_checkpoint_dir, data, tmp_path / "run", MODES[mode], 10, max_tokens_per_pack=700)
     expected = [float(loss) for loss in PINNED[mode].split()]
     assert [step["loss"] for step in steps] == pytest.approx(expected, rel=TOLERANCE)

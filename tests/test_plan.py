@@ -22,7 +22,7 @@ from phi3v.config import Run
 from phi3v.errors import InputError
 from phi3v.plan import Row, plan_row
 from phi3v.recipes import RECIPES, find_recipe
-from phi3v.workload import find_work
+from phi3v.workload import KNOWN, find_work
 
 MODES = ("full", "frozen", "lora", "qlora")
 
@@ -111,7 +111,7 @@ def test_one_large_card_trains_the_whole_model_with_an_optimizer_that_keeps_less
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name in KNOWN])
 def test_every_command_starts_the_run_of_its_row(recipe: str, trained: Callable[[str], Run]) -> None:
     pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
     for mode, row in rows_for("A100-80GB", 2, recipe).items():
@@ -268,3 +268,11 @@ def test_the_table_shows_memory_by_part_and_the_recommended_first(capsys: Any) -
     assert "lora recommended" in said
     assert "nothing was measured on a GPU" in said
     assert not math.isnan(float(re.search(r"lora\s+yes\s+([\d.]+)", said)[1]))  # type: ignore[index]
+
+
+def test_the_tiny_model_is_planned_for_ones_own_data_only(
+    tiny_data: Path, planned: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "tiny", "--gpu", "T4"]) == 2
+    assert "tiny learns from data of your own: give it with --train" in capsys.readouterr().err
+    assert planned("tiny", "--train", tiny_data, "--gpu", "T4")["rows"][0]["fits"]

@@ -84,10 +84,10 @@ def demo(
     _gradio()  # before the models, which take their time
     speakers = load_speakers(model, compare, num_crops)
     with served(speakers, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), host, port) as address:
-        say(f"demo  [bold]{escape(address)}[/]  (Ctrl-C ends it)")
-        if not _is_loopback(host):
-            say(f"[yellow]note[/]  whoever reaches --host {escape(host)} can use the model: there is no password")
         try:
+            say(f"demo  [bold]{escape(address)}[/]  (Ctrl-C ends it)")
+            if not _is_loopback(host):
+                say(f"[yellow]note[/]  whoever reaches --host {escape(host)} can use the model: there is no password")
             threading.Event().wait()
         except KeyboardInterrupt:
             say("ended")

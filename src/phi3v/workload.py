@@ -19,10 +19,12 @@ from phi3v.data.tree import Lengths
 from phi3v.errors import InputError
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loading import load_config
-from phi3v.recipes import easy_vqa
+from phi3v.recipes import easy_vqa, tiny
 
 PUBLISHED = ("microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
 """Models whose sizes are the configuration's defaults, and need not be looked up."""
+SMALL = (str(easy_vqa.MODEL), tiny.MODEL)
+"""Names of models that are made when their recipe first runs."""
 
 
 class Known(NamedTuple):
@@ -102,7 +104,8 @@ def find_work(
     config = find_config(base.base.model)
     if train is None:
         assert recipe is not None
-        known = KNOWN[name]
+        if (known := KNOWN.get(name)) is None:
+            raise InputError(f"{name} learns from data of your own: give it with --train")
         crops = num_crops or base.base.num_crops or easy_vqa.NUM_CROPS
         return Work(lengths=known_lengths(known, crops), config=config, num_crops=crops, source=known.source)
     processor = find_processor(base.base.model, num_crops or base.base.num_crops)
@@ -116,12 +119,12 @@ def find_work(
 
 
 def find_config(model: str) -> Phi3VConfig:
-    """The sizes of a model. Those of the published ones, and of the one that easy-VQA makes, are known."""
+    """The sizes of a model. Those of the published ones, and of the one that two recipes make, are known."""
     if Path(model).is_dir():
         return load_config(model)
     if model in PUBLISHED:
         return Phi3VConfig()
-    if model == str(easy_vqa.MODEL):
+    if model in SMALL:
         return Phi3VConfig(**easy_vqa.DECODER, vision_config=easy_vqa.CLIP, vocab_size=448)
     return load_config(model)
 
@@ -133,4 +136,4 @@ def find_processor(model: str, num_crops: int | None) -> Any:
     try:
         return Phi3VProcessor.from_pretrained(model, num_crops=num_crops, local_files_only=True)
     except InputError:
-        return FourLetters(num_crops or (16 if model == PUBLISHED[1] else 4))
+        return FourLetters(num_crops or (easy_vqa.NUM_CROPS if model in SMALL else 16 if model == PUBLISHED[1] else 4))

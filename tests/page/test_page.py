@@ -122,7 +122,8 @@ def test_only_what_a_screen_shows_is_in_the_document(report_page: Path, opened: 
     page = opened(report_page)
     assert shown(page) == f"{NUM_QUESTIONS} shown"
     page.evaluate("document.getElementById('examples').scrollIntoView()")
-    assert 5 < page.locator("button.entry").count() < 60
+    page.wait_for_function("document.querySelectorAll('button.entry').length > 5")
+    assert page.locator("button.entry").count() < 60
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
     page.wait_for_function("[...document.querySelectorAll('button.entry')].some(node => node.dataset.place === '299')")
     assert page.locator("button.entry").count() < 60
