@@ -5,7 +5,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-oldest bench check docs format clean
+.PHONY: quickstart test test-slow test-oldest test-azure bench check docs format clean
 
 quickstart: .venv/.ready
 	$(BIN)/phi3v train easy-vqa --out runs/easy-vqa --resume auto
@@ -19,6 +19,10 @@ test-slow: .venv/.ready
 # The model and the data on the oldest transformers that is supported; .venv has the newest.
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest tests/model tests/data
+
+# Job files as Azure's own package reads them. It wants other versions of opentelemetry than wandb does.
+test-azure: .venv/.ready .venv-azure/.ready
+	PYTHONPATH=.venv-azure $(BIN)/pytest tests/test_launch.py
 
 bench: .venv/.ready
 	$(BIN)/phi3v bench
@@ -39,7 +43,7 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-azure
 
 # torch first and by itself: otherwise another package's requirement would bring a CUDA build of several GB.
 .venv/.ready: pyproject.toml
@@ -52,4 +56,8 @@ clean:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip --disable-pip-version-check install --quiet "$(TORCH)"
 	.venv-oldest/bin/pip --disable-pip-version-check install --quiet --editable ".[dev]" "transformers==$(OLDEST_TRANSFORMERS)"
+	touch $@
+
+.venv-azure/.ready: .venv/.ready
+	$(PIP) install --quiet --target .venv-azure "azure-ai-ml>=1.28"
 	touch $@
