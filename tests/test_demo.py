@@ -358,7 +358,9 @@ def test_what_lets_others_in(host: str, inside: bool) -> None:
 def test_the_command_serves_until_ctrl_c(tiny_model_dir: Path) -> None:
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'phi3v[demo]'")
     command = [sys.executable, "-m", "phi3v", "demo", str(tiny_model_dir)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  (not so in the background)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = subprocess.Popen(command, text=True, preexec_fn=heard, **pipes)
     assert started.stdout is not None
     line = next(line for line in started.stdout if line.startswith("demo"))
     address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
