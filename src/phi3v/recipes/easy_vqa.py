@@ -6,7 +6,7 @@ Split     as published: 4,000 pictures with 38,575 questions to train on, 1,000 
 Model     a small Phi-3.5-vision in the published layout, made here and starting from random weights; its tokenizer has
           the published normaliser, special tokens and byte fallback, and whole words for the words of the questions
 Scores    accuracy on the test split: majority answer 37.3 %, best answer per question text (blind) 67.0 %; this run
-          84.6 % after three epochs, nine minutes on two cores with AVX2 in float32
+          84.6 % after three epochs, nine minutes on two cores with AVX2 in float32 (with AVX512, 80.9 %)
 """
 
 from __future__ import annotations
