@@ -5,7 +5,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-oldest test-azure bench check docs format clean
+.PHONY: quickstart test test-slow test-oldest test-beside bench check docs format clean
 
 quickstart: .venv/.ready
 	$(BIN)/phi3v train easy-vqa --out runs/easy-vqa --resume auto
@@ -20,9 +20,10 @@ test-slow: .venv/.ready
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest tests/model tests/data
 
-# Job files as Azure's own package reads them. It wants other versions of opentelemetry than wandb does.
-test-azure: .venv/.ready .venv-azure/.ready
-	PYTHONPATH=.venv-azure $(BIN)/pytest tests/test_launch.py
+# With packages that cannot live among the others: azure-ai-ml wants other versions of opentelemetry than wandb does, and
+# torchao, where PEFT finds it, complains at every start of parts that this torch cannot load and we do not use.
+test-beside: .venv/.ready .venv-beside/.ready
+	PYTHONPATH=.venv-beside $(BIN)/pytest tests/test_launch.py tests/model/test_fp8.py
 
 bench: .venv/.ready
 	$(BIN)/phi3v bench
@@ -43,7 +44,7 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-oldest .venv-azure
+	rm -rf .venv .venv-oldest .venv-beside
 
 # torch first and by itself: otherwise another package's requirement would bring a CUDA build of several GB.
 .venv/.ready: pyproject.toml
@@ -58,6 +59,7 @@ clean:
 	.venv-oldest/bin/pip --disable-pip-version-check install --quiet --editable ".[dev]" "transformers==$(OLDEST_TRANSFORMERS)"
 	touch $@
 
-.venv-azure/.ready: .venv/.ready
-	$(PIP) install --quiet --target .venv-azure "azure-ai-ml>=1.28"
+.venv-beside/.ready: .venv/.ready
+	$(PIP) install --quiet --target .venv-beside "azure-ai-ml>=1.28"
+	$(PIP) install --quiet --target .venv-beside --no-deps "torchao==0.17.0"
 	touch $@
