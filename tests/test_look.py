@@ -15,7 +15,7 @@ from PIL import Image
 
 from phi3v.cli import main
 from phi3v.data.chat import encode
-from phi3v.data.check import check_lines
+from phi3v.data.check import check
 from phi3v.data.image import CROP, hd_padding, hd_transform
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
@@ -106,7 +106,7 @@ def test_of_a_long_file_those_with_problems_come_first(tmp_path: Path) -> None:
     lines = [line.replace("ID", f"e{n}") for n in range(100)]
     lines[37] = lines[90] = "broken"
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    _, checked = check_lines(tmp_path / "train.jsonl", tmp_path)
+    checked = list(check(tmp_path / "train.jsonl", tmp_path).lines)
     places = [int(one.where.rpartition(":")[2]) - 1 for one in choose(checked, 9)]
     assert places == [0, 14, 28, 37, 43, 57, 71, 85, 90]
     assert choose(checked, 100) == checked

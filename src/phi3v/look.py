@@ -17,7 +17,7 @@ from rich.markup import escape
 from phi3v.chart import Bars, bars, number
 from phi3v.config import check_numbers
 from phi3v.data.chat import Encoded, Example, encode
-from phi3v.data.check import Checked, Findings, check_lines, counted
+from phi3v.data.check import Checked, Findings, check, counted
 from phi3v.data.image import (
     CROP,
     colours,
@@ -73,8 +73,8 @@ def look(
         raise InputError(f"{data}: its page would replace it: choose another --out")
     processor = Phi3VProcessor.from_pretrained(model, num_crops) if model else None
     crops = processor.num_crops if processor else num_crops or 4
-    findings, checked = check_lines(data, image_root, processor, num_crops=crops, num_workers=num_workers)
-    shown = _gallery(data, checked, processor, crops, limit, picture_mb, crop_size)
+    findings = check(data, image_root, processor, num_crops=crops, num_workers=num_workers)
+    shown = _gallery(data, findings.lines, processor, crops, limit, picture_mb, crop_size)
     values = {
         "name": str(data),
         "findings": findings,
@@ -86,7 +86,7 @@ def look(
         "max_listed": MAX_LISTED,
     }
     page = write_page(target, render("look.html.jinja", shown, **values))
-    numbers = {"line": len(checked), "problem": len(findings.problems), "warning": len(findings.warnings)}
+    numbers = {"line": len(findings.lines), "problem": len(findings.problems), "warning": len(findings.warnings)}
     say(", ".join(counted(number, noun) for noun, number in numbers.items()))
     say(f"page    {escape(str(page))}")
     return 0 if findings.ok else 2
@@ -94,20 +94,16 @@ def look(
 
 def _statistics(findings: Findings) -> list[tuple[str, list[str]]]:
     """Rows (of what, mean, median, 95 %, longest) of numbers per example."""
-    shown = {"tokens": findings.tokens, "answer tokens": findings.answer_tokens, "crops": findings.crops}
     return [
         (name, [f"{one.mean:,.1f}", f"{one.p50:,}", f"{one.p95:,}", f"{one.max:,}"])
-        for name, one in shown.items()
-        if one is not None
+        for name, one in findings.statistics.items()
     ]
 
 
 def _histograms(findings: Findings) -> list[Bars]:
-    shown = {"Tokens": findings.tokens, "Answer tokens": findings.answer_tokens, "Crops": findings.crops}
     return [
-        bars(f"{name} per example", one.histogram, noun="examples", note=f"mean {number(one.mean)}")
-        for name, one in shown.items()
-        if one is not None
+        bars(f"{name.capitalize()} per example", one.histogram, noun="examples", note=f"mean {number(one.mean)}")
+        for name, one in findings.statistics.items()
     ]
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -78,10 +78,17 @@ class Findings:
     tokens: Statistics | None
     answer_tokens: Statistics | None
     crops: Statistics | None
+    lines: tuple[Checked, ...] = field(repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
         return not self.problems
+
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """Those that there are, by name."""
+        every = {"tokens": self.tokens, "answer tokens": self.answer_tokens, "crops": self.crops}
+        return {name: one for name, one in every.items() if one is not None}
 
 
 class Checked(NamedTuple):
@@ -105,32 +112,7 @@ def check(
     num_workers: int | None = None,
     console: Console | None = None,
 ) -> Findings:
-    """Everything that is wrong with a data file, and its statistics: what `check_lines` finds in all."""
-    findings, _ = check_lines(
-        path,
-        image_root,
-        processor,
-        num_crops=num_crops,
-        max_tokens=max_tokens,
-        max_pixels=max_pixels,
-        num_workers=num_workers,
-        console=console,
-    )
-    return findings
-
-
-def check_lines(
-    path: str | Path,
-    image_root: str | Path | None = None,
-    processor: Phi3VProcessor | None = None,
-    *,
-    num_crops: int = 4,
-    max_tokens: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    num_workers: int | None = None,
-    console: Console | None = None,
-) -> tuple[Findings, list[Checked]]:
-    """What `check` finds, and line by line what it is made of.
+    """Everything that is wrong with a data file, its statistics, and line by line what they are made of.
 
     processor     counts the tokens and brings its num_crops; without one, `num_crops` holds and no tokens are counted
     max_tokens    more in one example are a problem
@@ -165,7 +147,7 @@ def check_lines(
             if not notes.problems:
                 measures[example.where] = measure
     checked = [Checked(where, example, notes, measures.get(where)) for where, example, notes in parsed]
-    return _findings(str(path), checked, about_files, len(images), has_tokens=processor is not None), checked
+    return _findings(str(path), checked, about_files, len(images), has_tokens=processor is not None)
 
 
 def _findings(
@@ -189,6 +171,7 @@ def _findings(
         tokens=Statistics.of(tokens) if measures and has_tokens else None,
         answer_tokens=Statistics.of(answer_tokens) if measures and has_tokens else None,
         crops=Statistics.of(crops) if measures else None,
+        lines=tuple(checked),
     )
 
 
@@ -206,9 +189,7 @@ def render(findings: Findings, console: Console) -> None:
         "text-only": findings.text_only,
     }
     console.print("  ".join(f"[bold]{number:,}[/] {name}" for name, number in counts.items()), highlight=False)
-    shown = {"tokens": findings.tokens, "answer tokens": findings.answer_tokens, "crops": findings.crops}
-    statistics = {name: one for name, one in shown.items() if one is not None}
-    if statistics:
+    if statistics := findings.statistics:
         table = Table("per example", box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
         for name in ("mean", "p50", "p95", "max"):
             table.add_column(name, justify="right")
