@@ -31,6 +31,11 @@ def data_of(run: Run, ranks: Ranks = ALONE, *, check_first: bool = False) -> Tra
     return read_data(run, processor, load_config(run.base.model), check_first=check_first, ranks=ranks)
 
 
+def test_packs_are_as_long_as_suits_the_device(settings_for: MAKE) -> None:
+    assert data_of(settings_for()).settings.limits.max_tokens_per_pack == 4096
+    assert data_of(settings_for(max_tokens_per_pack=500)).settings.limits.max_tokens_per_pack == 500
+
+
 def fed(run: Run, data: TrainingData, first_step: int, total_steps: int) -> list[list[tuple[str, ...]]]:
     """The ids of the packs of every step."""
     found = steps(run, data, ALONE, first_step=first_step, total_steps=total_steps)

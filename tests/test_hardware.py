@@ -12,7 +12,15 @@ import torch
 
 import phi3v
 from phi3v.errors import InputError
-from phi3v.hardware import environment, name_attention, name_of, peak_memory_gb, pick_attention, pick_dtype
+from phi3v.hardware import (
+    environment,
+    name_attention,
+    name_of,
+    peak_memory_gb,
+    pick_attention,
+    pick_dtype,
+    pick_tokens_per_pack,
+)
 from phi3v.model import flash
 
 CPU = torch.device("cpu")
@@ -23,6 +31,12 @@ def test_what_is_asked_for_is_taken() -> None:
         assert [pick_dtype(name, device) for name in ("bf16", "fp16", "fp32")] == [
             *(torch.bfloat16, torch.float16, torch.float32)
         ]
+
+
+def test_a_pack_holds_what_is_asked_for_or_what_suits_the_device() -> None:
+    gpu = torch.device("cuda")
+    assert [pick_tokens_per_pack(100, device) for device in (CPU, gpu)] == [100, 100]
+    assert [pick_tokens_per_pack(None, device) for device in (CPU, gpu)] == [4096, 8192]
 
 
 @pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, torch.float32)])

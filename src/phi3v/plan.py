@@ -26,7 +26,7 @@ from phi3v.data.plan import PlanSettings, Step, plan_epoch
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.files import write_text
-from phi3v.hardware import name_of
+from phi3v.hardware import name_of, pick_tokens_per_pack
 from phi3v.launch import (
     PAGES,
     Job,
@@ -280,7 +280,7 @@ def every_layer(config: Phi3VConfig) -> int:
 
 def packs_to_try(run: Run, hardware: Hardware) -> list[tuple[int, int]]:
     """Most tokens and crops of a pack: what the run says, and smaller. A CPU is busy enough with the smallest."""
-    own = run.data.max_tokens_per_pack or (max(PACKS) if hardware.card else min(PACKS))
+    own = pick_tokens_per_pack(run.data.max_tokens_per_pack, torch.device("cuda" if hardware.card else "cpu"))
     crops = run.data.max_crops_per_pack or own // TOKENS_PER_CROP
     return [(own, crops), *((tokens, tokens // TOKENS_PER_CROP) for tokens in PACKS if tokens < own)]
 
