@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -138,6 +139,19 @@ def test_the_base_of_an_adapter_is_not_loaded_twice(
     (alone,) = load_speakers(str(tiny_model_dir), None)
     assert last(base, "what is this", red) == last(alone, "what is this", red)
     assert last(tuned, "what is this", red) != last(base, "what is this", red), "the adapter is back on"
+
+
+def test_the_adapter_does_not_go_off_amid_an_answer(lora_run: Path, red: str) -> None:
+    """An answer that was stopped may not have ended yet when the next question comes, in another thread."""
+    tuned, base = load_speakers(str(lora_run), "base")
+    alone = last(tuned, "what is this", red)
+    stopped = converse([base], [()], "what is this", [red], SHORT)
+    next(stopped), next(stopped)
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(last, tuned, "what is this", red)
+        assert wait([answer], timeout=0.3).not_done, "the base has its turn"
+        stopped.close()
+        assert answer.result() == alone
 
 
 def test_the_base_of_a_whole_model_is_the_one_its_run_began_with(
@@ -291,12 +305,13 @@ def test_stop_keeps_what_was_said_and_a_new_conversation_forgets_it(
 def test_how_answers_are_chosen_is_folded_away_and_counts(open_page: Callable[..., Any]) -> None:
     page = open_page(speaker := Scripted("one", "two"), sampling=Sampling(max_new_tokens=7, temperature=0.5))
     assert not page.get_by_label("Longest answer").first.is_visible()
+    page.get_by_text("Sampling").click()  # now, as Gradio builds it only then and a browser is quicker than that
     ask(page, "first")
     bot(page).filter(has_text="one").wait_for()
-    page.get_by_text("Sampling").click()
-    page.get_by_role("spinbutton", name=re.compile("Longest answer")).fill("9")
-    page.get_by_role("spinbutton", name=re.compile("Temperature")).fill("0")
-    page.get_by_role("spinbutton", name=re.compile("Temperature")).press("Tab")
+    for name, value in (("Longest answer", "9"), ("Temperature", "0")):
+        number = page.get_by_role("spinbutton", name=re.compile(name))
+        number.fill(value)
+        number.press("Tab")
     ask(page, "second")
     bot(page, 1).filter(has_text="two").wait_for()
     assert [sampling for _, sampling in speaker.heard] == [

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,15 @@ class Speaker:
     model: Any
     processor: Phi3VProcessor
     without_adapter: bool = False
+    speaking: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Held while it answers. Speakers with one model share it: the adapter must not go off amid an answer."""
 
     def answer(self, turns: Turns, sampling: Sampling) -> Generator[str, None, None]:
         """As `stream`; raises InputError at once for what cannot be asked."""
         return self._alone(stream(self.model, self.processor, turns, sampling))
 
     def _alone(self, answer: Generator[str, None, None]) -> Generator[str]:
-        with self.model.disable_adapter() if self.without_adapter else nullcontext():
+        with self.speaking, self.model.disable_adapter() if self.without_adapter else nullcontext():
             yield from answer
 
 
