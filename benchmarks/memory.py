@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from phi3v.bench import SHAPES, SIZES, WORDS, make_examples, packs_of
+from phi3v.bench.sample import SHAPES, SIZES, WORDS, make_examples, packs_of
 from phi3v.config import Optim
 from phi3v.data.chat import encode
 from phi3v.data.processor import Phi3VProcessor

@@ -16,7 +16,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from phi3v.bench import SAVINGS, SHAPES, WORDS, Timed, Variant, build_model, make_examples, packs_of, run_step
+from phi3v.bench.sample import SHAPES, WORDS, build_model, make_examples, packs_of
+from phi3v.bench.training import Timed, run_step
+from phi3v.bench.ways import SAVINGS, Variant
 from phi3v.config import Optim
 from phi3v.data.chat import encode
 from phi3v.data.processor import Phi3VProcessor

@@ -11,19 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import phi3v.bench as bench
-from phi3v.bench import (
-    SAVINGS,
-    SHAPES,
-    Mode,
-    Shape,
-    hardware_flops,
-    loss_of,
-    make_examples,
-    packs_of,
-    prepare,
-    variants,
-)
+from phi3v.bench import sample
+from phi3v.bench.answering import WAYS
+from phi3v.bench.sample import SHAPES, Mode, Shape, make_examples, packs_of, prepare
+from phi3v.bench.ways import SAVINGS, hardware_flops, loss_of, variants
 from phi3v.cli import main
 from phi3v.data.chat import encode
 from phi3v.data.pack import Pack
@@ -128,7 +119,7 @@ def test_the_command_writes_what_it_prints(
     monkeypatch.setitem(SHAPES, "docvqa", SHAPE)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    monkeypatch.setattr(bench, "SIZES", {"vocab_size": 512, **small, "vision_config": tower})
+    monkeypatch.setattr(sample, "SIZES", {"vocab_size": 512, **small, "vision_config": tower})
     file = tmp_path / "bench.json"
     flags = ["--pages", "1", "--questions", "3", "--rounds", "2", "--no-ablation", "--dtype", "fp32"]
     assert main(["bench", *flags, "--json", str(file)]) == 0
@@ -144,7 +135,7 @@ def test_the_command_writes_what_it_prints(
     shared = found["rows"][names.index("phi3v, 3 questions a page")]
     assert shared["fewer_operations"] > 2
     assert shared["pages_per_s"] == pytest.approx(shared["questions_per_s"] / 3)
-    assert [row["variant"] for row in found["answering"]] == list(bench.WAYS)
+    assert [row["variant"] for row in found["answering"]] == list(WAYS)
     assert all(row["variant"] in told and row["questions_per_s"] > 0 for row in found["answering"])
     assert found["environment"]["torch"]
 

@@ -119,7 +119,7 @@ COMMANDS = {
         ("phi3v merge runs/mine --out models/mine",),
     ),
     "bench": Command(
-        "phi3v.bench:bench",
+        "phi3v.bench.command:bench",
         "Time training against the original recipe's way.",
         ("phi3v bench --tasks memes nlvr2 --modes lora --questions 1",),
     ),
