@@ -150,7 +150,9 @@ def test_what_deserves_a_note(described: Callable[..., list[str]], settings_for:
     assert not [line for line in described(settings_for()) if line.startswith("note")]
     lines = described(settings_for(max_tokens_per_pack=320, warmup_steps=3, max_steps=5))
     assert "note 3 of 5 steps are warm-up (--warmup-steps)" in lines
-    assert any(re.fullmatch(r"note \d+ examples exceed a pack's limits; each gets a pack of its own", x) for x in lines)
+    assert any(
+        re.fullmatch(r"note \d+ examples exceed a pack's limits; their pages get packs of their own", x) for x in lines
+    )
     assert any("3 layers recomputed (--activation-memory)" in line for line in described(settings_for(), recompute=3))
     monkeypatch.setattr("phi3v.describe.has_bf16", lambda device: False)
     lines = described(settings_for(optimizer="adamw-bf16", dtype="auto"))

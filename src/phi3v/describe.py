@@ -84,7 +84,7 @@ def describe(
     if run.optim.optimizer == "adamw-bf16" and not has_bf16(ranks.device):
         _row("[yellow]note[/]", "this hardware has no bf16 arithmetic: adamw-bf16 will be slow")
     if len(oversized := lengths.oversized(limits)):
-        _row("[yellow]note[/]", f"{len(oversized)} examples exceed a pack's limits; each gets a pack of its own")
+        _row("[yellow]note[/]", f"{len(oversized)} examples exceed a pack's limits; their pages get packs of their own")
 
 
 def list_settings(run: Run) -> None:

@@ -7,7 +7,8 @@ prefix again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ class PackLimits:
     """What one pack may hold, and where the RoPE regime changes."""
 
     max_tokens_per_pack: int
-    """Tokens of all trees of a pack together. An example that alone has more gets a pack of its own."""
+    """Tokens of all trees of a pack together. A page of which an example alone has more gets packs of its own, which
+    exceed this by no more than that example's prefix and an eighth of it for questions."""
 
     max_crops_per_pack: int
     """Crops (global and local) of all pages of a pack together. A page that alone has more gets a pack of its own."""
@@ -66,17 +68,11 @@ class Lengths:
     """Tokens that carry loss; 0 for a prompt."""
 
     @classmethod
-    def of(cls, encoded: Sequence[Encoded]) -> Lengths:
-        def column(values: Iterable[int]) -> Ints:
-            return np.fromiter(values, dtype=np.int64, count=len(encoded))
-
-        return cls(
-            page=group(encoded),
-            tokens=column(e.tokens for e in encoded),
-            prefix=column(e.prefix_tokens for e in encoded),
-            crops=column(e.crops for e in encoded),
-            supervised=column(e.num_supervised for e in encoded),
-        )
+    def of(cls, encoded: Iterable[Encoded]) -> Lengths:
+        """Of examples that are looked at once, one after the other."""
+        rows = ((page, e.tokens, e.prefix_tokens, e.crops, e.num_supervised) for page, e in _paged(encoded))
+        page, tokens, prefix, crops, supervised = np.fromiter(rows, dtype=(np.int64, 5)).T.copy()
+        return cls(page=page, tokens=tokens, prefix=prefix, crops=crops, supervised=supervised)
 
     def __len__(self) -> int:
         return len(self.page)
@@ -86,7 +82,7 @@ class Lengths:
         return int(self.page.max()) + 1 if len(self) else 0
 
     def oversized(self, limits: PackLimits) -> Ints:
-        """The examples that alone exceed a budget, so that each of them is planned into a pack of its own."""
+        """The examples that alone exceed a budget, so that their pages are planned into packs of their own."""
         return np.flatnonzero((self.tokens > limits.max_tokens_per_pack) | (self.crops > limits.max_crops_per_pack))
 
 
@@ -101,19 +97,25 @@ class PackTree(NamedTuple):
     crops: int
 
 
-def group(encoded: Sequence[Encoded]) -> Ints:
+def group(encoded: Iterable[Encoded]) -> Ints:
     """Number of the page of each example, [n], counted in order of first appearance.
 
     Two examples share a page when their images and the token ids up to the last image are the same. An example
     without a prefix (text only, or an image that comes after an answer) has a page to itself.
     """
+    return np.fromiter((page for page, _ in _paged(encoded)), dtype=np.int64)
+
+
+def _paged(encoded: Iterable[Encoded]) -> Iterator[tuple[int, Encoded]]:
+    """Every example with the number of its page."""
     pages: dict[object, int] = {}
-    numbers = np.empty(len(encoded), dtype=np.int64)
     for index, example in enumerate(encoded):
-        shared = example.prefix > 0
-        key: object = (example.images, example.ids[: example.prefix].tobytes()) if shared else index
-        numbers[index] = pages.setdefault(key, len(pages))
-    return numbers
+        key: object = index
+        if example.prefix > 0:
+            names = "\0".join((*example.images, "")).encode("utf-8", "surrogatepass")
+            # Not the text itself: it would stay, for every page.
+            key = hashlib.blake2b(names + example.ids[: example.prefix].tobytes(), digest_size=16).digest()
+        yield pages.setdefault(key, len(pages)), example
 
 
 def make_trees(
@@ -122,18 +124,24 @@ def make_trees(
     """The trees of some examples, in the order of the examples.
 
     One tree a page, except that examples of different RoPE regimes never share one, and that a tree over
-    `max_tokens_per_pack` is cut. `growth` is what every example may still add when it is a prompt: room for it is
-    kept, but the regime is the prompt's own.
+    `max_tokens_per_pack` is cut: one that its first example exceeds alone, where its branches have an eighth of that
+    budget, for these few cost less than the prefix again. `growth` is what every example may still add when it is a
+    prompt: room for it is kept, but the regime is the prompt's own.
     """
     columns = (lengths.page, lengths.tokens, lengths.prefix, lengths.crops)
     rows = zip(examples.tolist(), weights.tolist(), *(column[examples].tolist() for column in columns), strict=True)
+
+    def most(tree: PackTree, prefix: int) -> int:
+        budget = limits.max_tokens_per_pack
+        return budget if tree.tokens <= budget else prefix + budget // 8
+
     trees: list[PackTree] = []
     newest: dict[tuple[int, bool], int] = {}  # page and regime -> its tree that may still grow
     for example, weight, page, tokens, prefix, crops in rows:
         long = tokens > limits.original_max
         branch = tokens - prefix + growth
         at = newest.get((page, long)) if limits.share_prefix else None
-        if at is not None and trees[at].tokens + branch <= limits.max_tokens_per_pack:
+        if at is not None and trees[at].tokens + branch <= most(trees[at], prefix):
             tree = trees[at]
             trees[at] = tree._replace(
                 examples=(*tree.examples, example), weights=(*tree.weights, weight), tokens=tree.tokens + branch
