@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,6 +18,7 @@ from phi3v.config import Run
 from phi3v.data.loader import MicroBatch, training_packs
 from phi3v.data.plan import plan_epoch
 from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths
 from phi3v.errors import InputError
 from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps
@@ -91,21 +93,49 @@ class Two(Ranks):
         return work()
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneByOne(Two):
+    """As many of the other's items at a time as there are own ones."""
+
+    def gather(self, items: Sequence[Any]) -> list[list[Any]]:
+        others = replace(self, others=[next(self.others) for _ in items])  # type: ignore[call-overload]
+        return Two.gather(others, items)
+
+
+@pytest.mark.parametrize("at_once", [4, 4096])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_rank_encodes_its_share_and_all_have_all(
-    rank: int, settings_for: MAKE, monkeypatch: pytest.MonkeyPatch
+    rank: int, at_once: int, settings_for: MAKE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, count, encode = settings_for(), [0], feed.encode
     whole = data_of(run)
+    monkeypatch.setattr(feed, "ENCODED_AT_ONCE", at_once)
 
     def counted(*arguments: Any) -> Any:
         count[0] += 1
         return encode(*arguments)
 
     monkeypatch.setattr(feed, "encode", counted)
-    data = data_of(run, Two(rank=rank, others=whole.encoded[1 - rank :: 2]))
+    data = data_of(run, OneByOne(rank=rank, others=iter(whole.encoded[1 - rank :: 2])))  # type: ignore[arg-type]
     assert count == [7]
     assert [encoded.id for encoded in data.encoded] == [encoded.id for encoded in whole.encoded]
+    assert list(data.examples) == read_jsonl(run.data.train)  # type: ignore[arg-type]
+
+
+def test_examples_and_their_encoding_stay_on_disk(settings_for: MAKE, tiny_data: Path, tmp_path: Path) -> None:
+    """What stays in memory of an example is a few numbers."""
+    lines = tiny_data.read_text().splitlines()
+    used = []
+    for times in (20, 120):
+        (tmp_path / "many.jsonl").write_text("\n".join(lines * times))
+        run = settings_for(train=tmp_path / "many.jsonl", image_root=tiny_data.parent / "images")
+        data_of(run)  # what is loaded once
+        tracemalloc.start()
+        data = data_of(run)
+        used.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(data.encoded) == 14 * times
+    assert (used[1] - used[0]) / (100 * 14) < 300, used
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,7 +102,9 @@ class Scoring(NamedTuple):
     labels: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, by: Literal["generate", "labels", "both"], labels: tuple[str, ...], examples: list[Example]) -> Scoring:
+    def of(
+        cls, by: Literal["generate", "labels", "both"], labels: tuple[str, ...], examples: Iterable[Example]
+    ) -> Scoring:
         """With the labels that `examples` have as answers, unless some are given. Raises InputError for free text."""
         if by == "generate":
             return cls()

@@ -6,9 +6,11 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ from phi3v.data.chat import Encoded, Example, encode
 from phi3v.data.check import Statistics, check
 from phi3v.data.image import read_size
 from phi3v.data.loader import MicroBatch, Reading, training_packs
+from phi3v.data.ondisk import OnDisk
 from phi3v.data.pack import Lost
 from phi3v.data.plan import PackPlan, PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.schema import read_jsonl
+from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.data.tree import Lengths, PackLimits
 from phi3v.errors import InputError
 from phi3v.evaluate import read_questions
@@ -37,8 +40,8 @@ from phi3v.runlog import say
 class TrainingData:
     """The examples of a run, what a plan must know of them, and the questions it is evaluated on."""
 
-    examples: list[Example]
-    encoded: list[Encoded]
+    examples: Sequence[Example]
+    encoded: Sequence[Encoded]
     lengths: Lengths
     settings: PlanSettings
     reading: Reading
@@ -79,8 +82,8 @@ def read_data(
     assert run.data.train is not None
     if check_first:
         ranks.first_does(lambda: _check(run, processor, config))
-    examples = read_jsonl(run.data.train, run.data.image_root)
-    encoded = _encode(examples, processor, ranks, {} if check_first else read_sizes(run.keeping.out))
+    sizes = {} if check_first else read_sizes(run.keeping.out)
+    examples, encoded = encode_all(iter_jsonl(run.data.train, run.data.image_root), processor, ranks, sizes)
     lengths = Lengths.of(encoded)
     settings = PlanSettings(
         batch_size=run.data.batch_size,
@@ -122,22 +125,35 @@ def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig) -> None:
             raise InputError(f"{findings.problems[0]}{more}")
 
 
-def _encode(
-    examples: list[Example], processor: Phi3VProcessor, ranks: Ranks, known: Mapping[str, tuple[int, int]]
-) -> list[Encoded]:
-    """Each rank encodes its share, headers of the pictures included, and hears of the others'."""
+ENCODED_AT_ONCE = 4096
+"""Examples between two meetings of the ranks; so many are in memory, however many there are."""
 
-    @functools.cache  # a page has many questions
+
+def encode_all(
+    examples: Iterator[Example],
+    processor: Phi3VProcessor,
+    ranks: Ranks,
+    known: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> tuple[OnDisk[Example], OnDisk[Encoded]]:
+    """The examples, as they are and encoded. Each rank encodes its share, headers of the pictures included, and hears
+    of the others'. `known` are (width, height) of images that need not be looked at.
+    """
+
+    @functools.lru_cache(NAMES_KEPT)  # a page has many questions
     def sizes(image: str) -> tuple[int, int]:
         return known[image] if image in known else read_size(image)
 
-    def share() -> list[Encoded]:
-        return [encode(example, processor, sizes) for example in examples[ranks.rank :: ranks.num]]
+    def share(some: list[Example]) -> list[Encoded]:
+        return [encode(example, processor, sizes) for example in some[ranks.rank :: ranks.num]]
 
-    encoded: list[Any] = [None] * len(examples)
-    for rank, found in enumerate(ranks.gather(ranks.all_do(share))):
-        encoded[rank :: ranks.num] = found
-    return encoded
+    read, encoded = OnDisk[Example](), OnDisk[Encoded]()
+    while some := list(islice(examples, ENCODED_AT_ONCE)):
+        whole: list[Any] = [None] * len(some)
+        for rank, found in enumerate(ranks.gather(ranks.all_do(functools.partial(share, some)))):
+            whole[rank :: ranks.num] = found
+        read.extend(some)
+        encoded.extend(whole)
+    return read, encoded
 
 
 SIZES = "images.json"

@@ -309,7 +309,7 @@ def _finish(job: _Job) -> dict[str, Any]:
             tables = lambda: label_tables(read_predictions(folder / "predictions.jsonl"), job.scoring.labels)  # noqa: E731
             result["labels"] = ranks.first_does(tables)
         result["before"] = ranks.first_does(lambda: _score_before(folder))
-        result["baselines"] = baselines(job.data.examples, job.data.questions)
+        result["baselines"] = ranks.first_does(lambda: baselines(job.data.examples, job.data.questions))
 
     def conclude() -> None:
         write_text(folder / "metrics.json", json.dumps(result, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from phi3v.config import Run
 from phi3v.data.chat import encode
 from phi3v.data.image import hd_size, num_image_tokens, num_tiles, read_size
 from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor
-from phi3v.data.schema import read_jsonl
+from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.data.tree import Lengths
 from phi3v.errors import InputError
 from phi3v.model.configuration import Phi3VConfig
@@ -109,13 +110,12 @@ def find_work(
         crops = num_crops or base.base.num_crops or easy_vqa.NUM_CROPS
         return Work(lengths=known_lengths(known, crops), config=config, num_crops=crops, source=known.source)
     processor = find_processor(base.base.model, num_crops or base.base.num_crops)
-    encoded = [encode(example, processor, read_size) for example in read_jsonl(train, image_root)]
-    if not encoded:
-        raise InputError(f"{train}: no examples")
+    sizes = functools.lru_cache(NAMES_KEPT)(read_size)  # a page has many questions
+    lengths = Lengths.of(encode(example, processor, sizes) for example in iter_jsonl(train, image_root))
     counted = "every picture and text measured"
     if isinstance(processor, FourLetters):
         counted = f"every picture measured; texts at {LETTERS_PER_TOKEN} letters a token, as the tokenizer is not here"
-    return Work(lengths=Lengths.of(encoded), config=config, num_crops=processor.num_crops, source=counted)
+    return Work(lengths=lengths, config=config, num_crops=processor.num_crops, source=counted)
 
 
 def find_config(model: str) -> Phi3VConfig:

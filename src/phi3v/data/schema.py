@@ -38,6 +38,9 @@ OPTIONAL_KEYS = frozenset({"source", "answers", "group", "closed_turns", "images
 MAX_LINE_BYTES = 2**22
 """Longest line: a context of 131,072 tokens has 0.6 MB of English, and 1 MB of Chinese written as \\uXXXX."""
 
+NAMES_KEPT = 2**16
+"""Images of which something is remembered while a file is read, as a page has many questions: 20 MB at most."""
+
 MAX_VALUES = 100_000
 """Most values (of texts, numbers, lists, objects) in a line; twenty thousand turns have as many."""
 
@@ -51,22 +54,27 @@ class Notes:
 
 
 def read_jsonl(path: str | Path, image_root: str | Path | None = None, *, prompts: bool = False) -> list[Example]:
-    """The examples of a file. Raises InputError, "file:line: what is wrong", on the first problem.
+    """The examples of a file, as `iter_jsonl` reads them."""
+    return list(iter_jsonl(path, image_root, prompts=prompts))
+
+
+def iter_jsonl(path: str | Path, image_root: str | Path | None = None, *, prompts: bool = False) -> Iterator[Example]:
+    """The examples of a file, one by one. Raises InputError, "file:line: what is wrong", on the first problem.
 
     With `prompts` the last turn of each may wait for its answer. Images are resolved to absolute paths inside the image
     root but neither opened nor looked for.
     """
     resolve = image_resolver(path, image_root)
-    examples = []
+    empty = True
     for where, line in lines(path):
         notes = Notes()
         example = parse(line, where, resolve, notes, prompts=prompts)
         if example is None or notes.problems:
             raise InputError(f"{where}: {notes.problems[0]}")
-        examples.append(example)
-    if not examples:
+        yield example
+        empty = False
+    if empty:
         raise InputError(f"{path}: no examples")
-    return examples
 
 
 def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
@@ -92,7 +100,7 @@ def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[
         raise InputError(f"--image-root {root}: no such folder")
     real_root = os.path.realpath(root)
 
-    @functools.cache
+    @functools.lru_cache(NAMES_KEPT)
     def resolve(name: str) -> str:
         if not os.path.isdir(real_root):
             raise InputError(f"the image root {root} is no folder (--image-root)")

@@ -36,7 +36,7 @@ from rich.markup import escape
 
 from phi3v.config import Base, Keeping, Run
 from phi3v.data.archive import unpack
-from phi3v.data.schema import lines, read_jsonl
+from phi3v.data.schema import iter_jsonl, lines
 from phi3v.data.video import pyav, sample_frames
 from phi3v.errors import InputError
 from phi3v.files import make_folder, write_text
@@ -195,7 +195,7 @@ def is_converted(folder: Path, num_frames: int | None = None) -> bool:
     train = folder / "ucf101_train.jsonl"
     if (folder / UNFINISHED).exists() or not train.exists():
         return False
-    if num_frames is not None and (found := len(read_jsonl(train)[0].images)) != num_frames:
+    if num_frames is not None and (found := len(next(iter_jsonl(train)).images)) != num_frames:
         raise InputError(f"{folder} was converted with --num_frames {found}, not {num_frames}: name another folder")
     return True
 
