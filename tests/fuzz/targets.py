@@ -93,6 +93,8 @@ def _header(content: bytes) -> bytes:
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn")
 FORBIDDEN += ("socket.connect", "socket.getaddrinfo", "urllib.Request", "pickle.find_class")
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod")
+OURS = {f"phi3v.data.chat.{name}" for name in ("Encoded", "Example", "Turn")}  # what the data set on disk is made of
+OURS |= {f"numpy.{core}.numeric._frombuffer" for core in ("_core", "core")} | {"numpy.dtype"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 _watching: list[Path] = []
@@ -129,12 +131,13 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watching:
         return
     place = str(_watching[-1])
-    if event in FORBIDDEN:
+    if event in FORBIDDEN and not (event == "pickle.find_class" and ".".join(arguments) in OURS):
         _seen.append(f"{event} {arguments!r}")
     elif event == "open":
         file, mode, flags = arguments
         writes = (isinstance(flags, int) and flags & WRITING) or (isinstance(mode, str) and set(mode) & set("wax+"))
-        if writes and not _is_harmless(file, place):
+        unnamed = not isinstance(file, int) and os.path.isdir(file)  # a temporary file, gone when it is closed
+        if writes and not unnamed and not _is_harmless(file, place):
             _seen.append(f"open {file!r} {mode} for writing")
     elif event in CHANGES:
         files = [file for file in arguments if isinstance(file, str | bytes)]
