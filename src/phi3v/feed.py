@@ -125,7 +125,7 @@ def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig) -> None:
             raise InputError(f"{findings.problems[0]}{more}")
 
 
-ENCODED_AT_ONCE = 4096
+ENCODED_AT_ONCE = 1024
 """Examples between two meetings of the ranks; so many are in memory, however many there are."""
 
 
