@@ -151,7 +151,7 @@ def test_the_adapter_does_not_go_off_amid_an_answer(lora_run: Path, red: str) ->
         answer = threads.submit(last, tuned, "what is this", red)
         assert wait([answer], timeout=0.3).not_done, "the base has its turn"
         stopped.close()
-        assert answer.result() == alone
+        assert answer.result(timeout=60) == alone
 
 
 def test_the_base_of_a_whole_model_is_the_one_its_run_began_with(

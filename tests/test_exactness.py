@@ -370,7 +370,7 @@ def test_a_page_cut_by_a_budget_still_counts_once(model, processor, encoded, one
     few = [encoded[name] for name in NAMES]
     plan = plan_of(few, tokens=BORDER, questions="expected")
     packs = packs_of(few, processor, plan, num_ranks=2)
-    # Pages within the budget are cut at it; one beyond it takes some of its questions along.
+    # Cut, and still with several questions in a tree.
     assert Lengths.of(few).num_pages < sum(len(pack.layout.trees) for pack in packs) < len(NAMES)
     assert_same(packed(model, packs), weighted(one_by_one, mean_of_pages(NAMES)))
 

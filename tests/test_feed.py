@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,13 +17,15 @@ import torch
 
 from phi3v import feed
 from phi3v.config import Run
+from phi3v.data.chat import Example
 from phi3v.data.loader import MicroBatch, training_packs
+from phi3v.data.ondisk import OnDisk
 from phi3v.data.plan import plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.tree import Lengths
 from phi3v.errors import InputError
-from phi3v.feed import StepPacks, TrainingData, examples_of, read_data, steps
+from phi3v.feed import StepPacks, TrainingData, encode_all, examples_of, read_data, steps
 from phi3v.model.loading import load_config
 from phi3v.parallel.ranks import ALONE, Ranks
 
@@ -94,32 +98,88 @@ class Two(Ranks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneByOne(Two):
-    """As many of the other's items at a time as there are own ones."""
+class Thread(Ranks):
+    """A rank that is a thread."""
 
-    def gather(self, items: Sequence[Any]) -> list[list[Any]]:
-        others = replace(self, others=[next(self.others) for _ in items])  # type: ignore[call-overload]
-        return Two.gather(others, items)
+    desk: list[Any]
+    barrier: threading.Barrier
+
+    def _every(self, item: Any) -> list[Any]:
+        self.desk[self.rank] = item
+        self.barrier.wait()
+        found = list(self.desk)
+        self.barrier.wait()
+        return found
 
 
-@pytest.mark.parametrize("at_once", [4, 1024])
-@pytest.mark.parametrize("rank", [0, 1])
+def together(num: int, work: Callable[[Thread], Any]) -> list[Any]:
+    """What every rank returns, or the InputError it raises. One that raises alone leaves others waiting: they fail."""
+    desk, barrier = [None] * num, threading.Barrier(num, timeout=20)
+
+    def of(rank: int) -> Any:
+        try:
+            return work(Thread(rank=rank, num=num, desk=desk, barrier=barrier))
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(num) as threads:
+        return list(threads.map(of, range(num)))
+
+
+@pytest.mark.parametrize("at_once", [3, 512])
+@pytest.mark.parametrize("num", [2, 3])
 def test_each_rank_encodes_its_share_and_all_have_all(
-    rank: int, at_once: int, settings_for: MAKE, monkeypatch: pytest.MonkeyPatch
+    num: int, at_once: int, tiny_data: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, count, encode = settings_for(), [0], feed.encode
-    whole = data_of(run)
-    monkeypatch.setattr(feed, "ENCODED_AT_ONCE", at_once)
+    """Also where the last examples are fewer than the ranks, or not a multiple."""
+    processor, examples = Phi3VProcessor.from_pretrained(tiny_model_dir), read_jsonl(tiny_data)
+    encoded, encode = list[str](), feed.encode
 
-    def counted(*arguments: Any) -> Any:
-        count[0] += 1
-        return encode(*arguments)
+    def counted(example: Example, *arguments: Any) -> Any:
+        encoded.append(example.id)
+        return encode(example, *arguments)
 
     monkeypatch.setattr(feed, "encode", counted)
-    data = data_of(run, OneByOne(rank=rank, others=iter(whole.encoded[1 - rank :: 2])))  # type: ignore[arg-type]
-    assert count == [7]
-    assert [encoded.id for encoded in data.encoded] == [encoded.id for encoded in whole.encoded]
-    assert list(data.examples) == read_jsonl(run.data.train)  # type: ignore[arg-type]
+    monkeypatch.setattr(feed, "ENCODED_AT_ONCE", at_once)
+    for count in (14, 13, 10, 1):
+        encoded.clear()
+        for read, found in together(num, lambda ranks: encode_all(examples[:count], processor, ranks)):  # noqa: B023
+            assert list(read) == examples[:count]
+            assert [one.id for one in found] == [example.id for example in examples[:count]]
+        assert sorted(encoded) == sorted(example.id for example in examples[:count]), "each once"
+
+
+def test_what_one_rank_cannot_do_all_say(
+    tiny_data: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a rank that waits for another: an unreadable line, a full disk, another file."""
+    processor, examples = Phi3VProcessor.from_pretrained(tiny_model_dir), read_jsonl(tiny_data)
+    monkeypatch.setattr(feed, "ENCODED_AT_ONCE", 2)
+
+    def broken_after(count: int) -> Iterator[Example]:
+        yield from examples[:count]
+        raise InputError("train.jsonl:8: input/output error")
+
+    def said(of_second: Callable[[], Any]) -> list[str]:
+        work = lambda ranks: encode_all(of_second() if ranks.rank == 1 else iter(examples), processor, ranks)  # noqa: E731
+        found = together(2, work)
+        assert all(isinstance(error, InputError) for error in found)
+        return [str(error) for error in found]
+
+    assert said(lambda: broken_after(7)) == ["train.jsonl:8: input/output error"] * 2
+    other = "--train is not the same for all ranks: after 4 examples they read [4, 1]"
+    assert said(lambda: iter(examples[:5])) == [other] * 2
+
+    extend, made = OnDisk.extend, list[OnDisk[Any]]()
+
+    def full_for_the_third(self: OnDisk[Any], items: Any) -> None:
+        made.extend([self] if all(self is not other for other in made) else [])
+        if made[2:3] == [self]:
+            raise InputError("/tmp: No space left on device")
+        extend(self, items)
+
+    monkeypatch.setattr(OnDisk, "extend", full_for_the_third)
+    assert said(lambda: iter(examples)) == ["/tmp: No space left on device"] * 2
 
 
 def test_examples_and_their_encoding_stay_on_disk(settings_for: MAKE, tiny_data: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -125,35 +125,48 @@ def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig) -> None:
             raise InputError(f"{findings.problems[0]}{more}")
 
 
-ENCODED_AT_ONCE = 1024
-"""Examples between two meetings of the ranks; so many are in memory, however many there are."""
+ENCODED_AT_ONCE = 512
+"""Examples of a rank between two meetings; those of all ranks are in memory, however many there are on disk."""
 
 
 def encode_all(
-    examples: Iterator[Example],
+    examples: Iterable[Example],
     processor: Phi3VProcessor,
     ranks: Ranks,
     known: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> tuple[OnDisk[Example], OnDisk[Encoded]]:
     """The examples, as they are and encoded. Each rank encodes its share, headers of the pictures included, and hears
     of the others'. `known` are (width, height) of images that need not be looked at.
+
+    Raises InputError, on all ranks, for what cannot be read or kept on any, and when they do not read the same.
     """
 
     @functools.lru_cache(NAMES_KEPT)  # a page has many questions
     def sizes(image: str) -> tuple[int, int]:
         return known[image] if image in known else read_size(image)
 
-    def share(some: list[Example]) -> list[Encoded]:
-        return [encode(example, processor, sizes) for example in some[ranks.rank :: ranks.num]]
+    left = iter(examples)
 
-    read, encoded = OnDisk[Example](), OnDisk[Encoded]()
-    while some := list(islice(examples, ENCODED_AT_ONCE)):
-        whole: list[Any] = [None] * len(some)
-        for rank, found in enumerate(ranks.gather(ranks.all_do(functools.partial(share, some)))):
-            whole[rank :: ranks.num] = found
+    def next_share() -> tuple[list[Example], list[Encoded]]:
+        some = list(islice(left, ENCODED_AT_ONCE * ranks.num))
+        return some, [encode(example, processor, sizes) for example in some[ranks.rank :: ranks.num]]
+
+    def keep(some: list[Example], whole: list[Any]) -> None:
         read.extend(some)
         encoded.extend(whole)
-    return read, encoded
+
+    read, encoded = ranks.all_do(lambda: (OnDisk[Example](), OnDisk[Encoded]()))
+    while True:
+        some, mine = ranks.all_do(next_share)
+        counts = [count for (count,) in ranks.gather([len(some)])]
+        if len(set(counts)) > 1:
+            raise InputError(f"--train is not the same for all ranks: after {len(read):,} examples they read {counts}")
+        if not some:
+            return read, encoded
+        whole: list[Any] = [None] * len(some)
+        for rank, share in enumerate(ranks.gather(mine)):
+            whole[rank :: ranks.num] = share
+        ranks.all_do(functools.partial(keep, some, whole))
 
 
 SIZES = "images.json"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 import warnings
@@ -70,6 +71,7 @@ def test_a_forked_process_reads_it_as_well() -> None:
 
 def test_the_file_has_no_name_and_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gc.collect()  # of other tests
     before = len(os.listdir("/proc/self/fd"))
     found = kept(["a"])
     assert list(tmp_path.iterdir()) == []
@@ -81,16 +83,32 @@ def test_the_file_has_no_name_and_goes_with_it(tmp_path: Path, monkeypatch: pyte
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+FULL = """
+import resource, signal
+from phi3v.data.ondisk import OnDisk
+from phi3v.errors import InputError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+found = OnDisk()
+found.extend([b"a" * 500])
+try:
+    found.extend([b"b" * 900])
+except InputError as error:
+    print(error)
+assert found[:] == [b"a" * 500]
+"""
 
-    class Full:
-        def write(self, data: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-        def close(self) -> None: ...
+def test_a_full_disk_is_named_in_one_line(tmp_path: Path) -> None:
+    """And what was written before is there; nothing more is said when the process ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout == f"{tmp_path}: File too large; the data set is kept there (TMPDIR names another)\n"
+    assert (done.stderr, done.returncode) == ("", 0)
 
-    found = OnDisk[str]()
-    found._file = Full()  # type: ignore[assignment]
-    with pytest.raises(InputError, match=rf"{tmp_path}: No space left on device; the data set is kept there \(TMPDIR"):
-        found.extend(["a"])
+
+def test_a_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match=rf"{tmp_path}/gone: No such file or directory; the data set is kept there"):
+        OnDisk[str]()

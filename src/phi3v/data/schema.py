@@ -38,8 +38,8 @@ OPTIONAL_KEYS = frozenset({"source", "answers", "group", "closed_turns", "images
 MAX_LINE_BYTES = 2**22
 """Longest line: a context of 131,072 tokens has 0.6 MB of English, and 1 MB of Chinese written as \\uXXXX."""
 
-NAMES_KEPT = 2**14
-"""Images of which something is remembered while a file is read, as a page has many questions: 5 MB at most."""
+NAMES_KEPT = 2**16
+"""Images of which something is remembered while a file is read, as a page has many questions: about 20 MB at most."""
 
 MAX_VALUES = 100_000
 """Most values (of texts, numbers, lists, objects) in a line; twenty thousand turns have as many."""

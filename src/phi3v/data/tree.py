@@ -27,8 +27,8 @@ class PackLimits:
     """What one pack may hold, and where the RoPE regime changes."""
 
     max_tokens_per_pack: int
-    """Tokens of all trees of a pack together. A page of which an example alone has more gets packs of its own, which
-    exceed this by no more than that example's prefix and an eighth of it for questions."""
+    """Tokens of all trees of a pack together. An example that alone has more gets a pack of its own. So does a page
+    that leaves less than an eighth of this for its questions: that much they get, before the page is computed again."""
 
     max_crops_per_pack: int
     """Crops (global and local) of all pages of a pack together. A page that alone has more gets a pack of its own."""
@@ -113,8 +113,8 @@ def _paged(encoded: Iterable[Encoded]) -> Iterator[tuple[int, Encoded]]:
         key: object = index
         if example.prefix > 0:
             names = "\0".join((*example.images, "")).encode("utf-8", "surrogatepass")
-            # Not the text itself: it would stay, for every page.
-            key = hashlib.blake2b(names + example.ids[: example.prefix].tobytes(), digest_size=16).digest()
+            shared = names + repr(example.image_sizes).encode() + example.ids[: example.prefix].tobytes()
+            key = hashlib.blake2b(shared, digest_size=16).digest()  # not the text itself, which would stay
         yield pages.setdefault(key, len(pages)), example
 
 
@@ -124,24 +124,20 @@ def make_trees(
     """The trees of some examples, in the order of the examples.
 
     One tree a page, except that examples of different RoPE regimes never share one, and that a tree over
-    `max_tokens_per_pack` is cut: one that its first example exceeds alone, where its branches have an eighth of that
-    budget, for these few cost less than the prefix again. `growth` is what every example may still add when it is a
+    `max_tokens_per_pack` is cut, unless all its branches together have less than an eighth of that: such a cut would
+    save little memory and cost the prefix again. `growth` is what every example may still add when it is a
     prompt: room for it is kept, but the regime is the prompt's own.
     """
     columns = (lengths.page, lengths.tokens, lengths.prefix, lengths.crops)
     rows = zip(examples.tolist(), weights.tolist(), *(column[examples].tolist() for column in columns), strict=True)
-
-    def most(tree: PackTree, prefix: int) -> int:
-        budget = limits.max_tokens_per_pack
-        return budget if tree.tokens <= budget else prefix + budget // 8
-
+    budget = limits.max_tokens_per_pack
     trees: list[PackTree] = []
     newest: dict[tuple[int, bool], int] = {}  # page and regime -> its tree that may still grow
     for example, weight, page, tokens, prefix, crops in rows:
         long = tokens > limits.original_max
         branch = tokens - prefix + growth
         at = newest.get((page, long)) if limits.share_prefix else None
-        if at is not None and trees[at].tokens + branch <= most(trees[at], prefix):
+        if at is not None and trees[at].tokens + branch <= max(budget, prefix + budget // 8):
             tree = trees[at]
             trees[at] = tree._replace(
                 examples=(*tree.examples, example), weights=(*tree.weights, weight), tokens=tree.tokens + branch
