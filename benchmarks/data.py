@@ -8,7 +8,7 @@ links to a few pictures, as many as there would be. For speed one process, witho
 The file is checked before, as in training: that opens every picture and holds every line, for a while.
 
 Expected: a page is decoded, resized and cut by PIL, 0.15 s or so on one core; an example's text and token ids lie on
-disk, so that 0.3 kB or so of it stay in memory; pictures never stay.
+disk, so that 0.2 kB or so of it stay in memory; pictures never stay.
 """
 
 from __future__ import annotations
