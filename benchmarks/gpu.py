@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from phi3v.bench.sample import SHAPES, SIZES, WORDS, make_examples, packs_of
+from phi3v.bench.sample import SHAPES, SIZES, WORDS, config_of, make_examples, packs_of
 from phi3v.config import Optim
 from phi3v.data.chat import encode
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.tree import PackLimits
 from phi3v.files import write_text
 from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_device, why_not_compile
-from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model import Phi3VForCausalLM
 from phi3v.model.compiling import compile_layers
 from phi3v.model.fp8 import learn_in_fp8
 from phi3v.model.parts import add_lora, freeze, recompute_layers
@@ -71,14 +71,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def build(how: dict[str, Any], processor: Phi3VProcessor, dtype: torch.dtype, *, tiny: bool) -> Any:
     """Random weights on the device, with what learns."""
-    sizes: dict[str, Any] = SIZES if tiny else {}
-    factors = [1.0] * (sizes["hidden_size"] // sizes["num_attention_heads"] // 2 if tiny else 48)
-    config = Phi3VConfig(
-        rope_scaling={"type": "su", "short_factor": factors, "long_factor": factors},
-        image_token_id=processor.image_token_id,
-        pad_token_id=processor.pad_token_id,
-        **sizes,
-    )
+    config = config_of(processor, SIZES if tiny else {})
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from phi3v.bench.sample import SHAPES, SIZES, WORDS, make_examples, packs_of
+from phi3v.bench.sample import SHAPES, SIZES, WORDS, config_of, make_examples, packs_of
 from phi3v.config import Optim
 from phi3v.data.chat import encode
 from phi3v.data.processor import Phi3VProcessor
@@ -73,14 +73,7 @@ def measure(name: str, layers: int = LAYERS) -> Measured:
         limits = PackLimits(max_tokens_per_pack=4096, max_crops_per_pack=32)
         packs, step = packs_of(encoded, processor, frozenset({"packs", "pages"}), limits)
     before = _held()
-    sizes = {**SIZES, "num_hidden_layers": layers}
-    factors = [1.0] * (sizes["hidden_size"] // sizes["num_attention_heads"] // 2)
-    config = Phi3VConfig(
-        rope_scaling={"type": "su", "short_factor": factors, "long_factor": factors},
-        image_token_id=processor.image_token_id,
-        pad_token_id=processor.pad_token_id,
-        **sizes,
-    )
+    config = config_of(processor, {**SIZES, "num_hidden_layers": layers})
     torch.manual_seed(0)
     model: Any = Phi3VForCausalLM(config)
     freeze(model, how["frozen"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,17 +57,21 @@ SIZES: dict[str, Any] = {
 """The real model's proportions: head and vision weigh about what they weigh there."""
 
 
-def build_model(mode: Mode, processor: Phi3VProcessor, device: torch.device, dtype: torch.dtype) -> Any:
-    """Random weights, 24 million of them instead of four billion."""
-    ones = [1.0] * (SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2)
-    config = Phi3VConfig(
+def config_of(processor: Phi3VProcessor, sizes: Mapping[str, Any]) -> Phi3VConfig:
+    """Of a model for random weights, with the processor's tokens; sizes that are not given are the real model's."""
+    ones = [1.0] * (sizes.get("hidden_size", 3072) // sizes.get("num_attention_heads", 32) // 2)
+    return Phi3VConfig(
         rope_scaling={"type": "su", "short_factor": ones, "long_factor": ones},
         image_token_id=processor.image_token_id,
         pad_token_id=processor.pad_token_id,
-        **SIZES,
+        **sizes,
     )
+
+
+def build_model(mode: Mode, processor: Phi3VProcessor, device: torch.device, dtype: torch.dtype) -> Any:
+    """Random weights, 24 million of them instead of four billion."""
     torch.manual_seed(0)
-    return prepare(Phi3VForCausalLM(config).to(device), mode, dtype)
+    return prepare(Phi3VForCausalLM(config_of(processor, SIZES)).to(device), mode, dtype)
 
 
 def prepare(model: Any, mode: Mode, dtype: torch.dtype) -> Any:
