@@ -1,5 +1,7 @@
 """Which examples share a page, and how pages become trees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,6 +33,12 @@ def test_examples_with_the_same_images_and_beginning_share_a_page(fabricate, ima
         fabricate(3, -1, a, 5, -2),
     ]
     assert group(examples).tolist() == [0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8]
+
+
+def test_a_picture_that_was_replaced_meanwhile_is_another_page(fabricate, images):
+    """Its prefix has another length: a branch of the one cannot follow the other."""
+    one = fabricate(3, images[0], 5, -2)
+    assert group([one, replace(one, image_sizes=((336, 672),)), one]).tolist() == [0, 1, 0]
 
 
 def test_lengths_of_examples(fabricate, images):

@@ -100,8 +100,8 @@ class PackTree(NamedTuple):
 def group(encoded: Iterable[Encoded]) -> Ints:
     """Number of the page of each example, [n], counted in order of first appearance.
 
-    Two examples share a page when their images and the token ids up to the last image are the same. An example
-    without a prefix (text only, or an image that comes after an answer) has a page to itself.
+    Two examples share a page when their images, with their sizes, and the token ids up to the last image are the same.
+    An example without a prefix (text only, or an image that comes after an answer) has a page to itself.
     """
     return np.fromiter((page for page, _ in _paged(encoded)), dtype=np.int64)
 
@@ -124,9 +124,9 @@ def make_trees(
     """The trees of some examples, in the order of the examples.
 
     One tree a page, except that examples of different RoPE regimes never share one, and that a tree over
-    `max_tokens_per_pack` is cut, unless all its branches together have less than an eighth of that: such a cut would
-    save little memory and cost the prefix again. `growth` is what every example may still add when it is a
-    prompt: room for it is kept, but the regime is the prompt's own.
+    `max_tokens_per_pack` is cut, unless all its branches together have no more than an eighth of that: such a cut would
+    save little memory and cost the prefix again. `growth` is what every example may still add when it is a prompt:
+    room for it is kept, but the regime is the prompt's own.
     """
     columns = (lengths.page, lengths.tokens, lengths.prefix, lengths.crops)
     rows = zip(examples.tolist(), weights.tolist(), *(column[examples].tolist() for column in columns), strict=True)
