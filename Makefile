@@ -26,9 +26,9 @@ test-beside: .venv/.ready .venv-beside/.ready
 	PYTHONPATH=.venv-beside $(BIN)/pytest tests/test_launch.py tests/model/test_fp8.py
 
 bench: .venv/.ready
-	$(BIN)/phi3v bench
-	$(BIN)/python benchmarks/plan.py
-	$(BIN)/python benchmarks/ranks.py --ranks 2
+	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.ranks --ranks 2
 
 check: .venv/.ready
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What the data side costs: memory by the number of examples, and pages a second that a core reads.
 
-    python benchmarks/data.py [--examples 1000 10000 100000] [--pages 40] [--json FILE]
+    python -m benchmarks.data [--examples 1000 10000 100000] [--pages 40] [--json FILE]
 
 Pages are letters (1275 x 1650, 17 crops) in JPEG with four questions each. For memory every number of examples is a
 process of its own that reads and encodes a data file, plans its epoch and makes the first packs; its pages are hard
@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.bench.sample import ANSWER, SHAPES, WORDS
 from PIL import Image
 
-from phi3v.bench.sample import ANSWER, SHAPES, WORDS
+from phi3v.base.files import write_text
+from phi3v.base.hardware import environment, pick_device
+from phi3v.base.ranks import ALONE
 from phi3v.data.check import check
-from phi3v.data.loader import Reading, training_packs
-from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import iter_jsonl
-from phi3v.data.tree import Lengths, PackLimits
-from phi3v.feed import encode_all
-from phi3v.files import write_text
-from phi3v.hardware import environment, pick_device
-from phi3v.parallel.ranks import ALONE
+from phi3v.packing.loader import Reading, training_packs
+from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
+from phi3v.train.feed import encode_all
 
 QUESTIONS, PICTURES = 4, 40
 LIMITS = PackLimits(max_tokens_per_pack=8192, max_crops_per_pack=64)
@@ -110,7 +110,7 @@ def main() -> None:
     for examples, max_packs in [*((n, 5) for n in arguments.examples), (QUESTIONS * arguments.pages, None)]:
         with tempfile.TemporaryDirectory() as folder:
             file = make_data(Path(folder), -(-examples // QUESTIONS))
-            command = [sys.executable, __file__, "--read", str(file)]
+            command = [sys.executable, "-m", "benchmarks.data", "--read", str(file)]
             command += [] if max_packs is None else ["--max-packs", str(max_packs)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])

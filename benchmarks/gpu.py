@@ -1,11 +1,11 @@
 """Training at the real size on one GPU: examples/s, MFU and peak memory, by what learns and how.
 
-    python benchmarks/gpu.py [--rows full lora ...] [--steps 5] [--pages 16] [--json benchmarks/results/NAME.json]
-    python benchmarks/gpu.py --tiny            # on a CPU, a small model: does every row run?
+    python -m benchmarks.gpu [--rows full lora ...] [--steps 5] [--pages 16] [--json benchmarks/results/NAME.json]
+    python -m benchmarks.gpu --tiny            # on a CPU, a small model: does every row run?
 
 First the tests of tests/gpu, then a row after another, each in a process of its own, so that one that fails (memory, a
 package that is missing) costs no other. Weights are random, pages are letters of 17 crops; a row runs the steps of
-`phi3v train`: its packs, its engine, its optimizer. MFU counts what the objective needs (phi3v.perf).
+`phi3v train`: its packs, its engine, its optimizer. MFU counts what the objective needs (phi3v.train.flops).
 
 Expected from arithmetic, bf16 on one H100 (989 TFLOP/s) at 45 % of it, four questions a page: full 22 questions/s,
 frozen 29, LoRA 33, LoRA over a frozen tower 37; with one question a page 5.9, 7.1, 8.7.
@@ -24,24 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.bench.sample import SHAPES, SIZES, WORDS, config_of, make_examples, packs_of
 
-from phi3v.bench.sample import SHAPES, SIZES, WORDS, config_of, make_examples, packs_of
-from phi3v.config import Optim
-from phi3v.data.chat import encode
+from phi3v.base.config import Optim
+from phi3v.base.files import write_text
+from phi3v.base.hardware import environment, peak_memory_gb, pick_attention, pick_device, why_not_compile
+from phi3v.base.ranks import ALONE
+from phi3v.data.encode import encode
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.tree import PackLimits
-from phi3v.files import write_text
-from phi3v.hardware import environment, peak_memory_gb, pick_attention, pick_device, why_not_compile
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.compiling import compile_layers
 from phi3v.model.fp8 import learn_in_fp8
 from phi3v.model.parts import add_lora, freeze, recompute_layers
 from phi3v.model.quantization import Quantization, quantize
-from phi3v.optim import build_optimizer
-from phi3v.parallel import build_engine
-from phi3v.parallel.ranks import ALONE
-from phi3v.perf import achieved, device_peak_tflops, training_flops
+from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
+from phi3v.train.engines import build_engine
+from phi3v.train.flops import achieved, device_peak_tflops, training_flops
+from phi3v.train.optim import build_optimizer
 
 EVERYTHING: dict[str, Any] = {"questions": 4, "frozen": (), "adapters": False, "nf4": False, "recompute": False}
 EVERYTHING |= {"optimizer": "adamw-bf16", "attention": "auto", "compile": True, "fp8": False}
@@ -172,7 +172,9 @@ def main() -> None:
     print(f"{'':<36}{'pages/s':>9}{'questions/s':>13}{'TFLOP/s':>9}{'MFU':>6}{'GB':>7}")
     size = ["--pages", str(given.pages), "--steps", str(given.steps), *(["--tiny"] if given.tiny else [])]
     for name in given.rows:
-        done = subprocess.run([sys.executable, __file__, "--one", name, *size], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.gpu", "--one", name, *size], capture_output=True, text=True
+        )
         if done.returncode:
             content["failed"][name] = done.stderr.strip().splitlines()[-1]
             print(f"{name:<36}failed: {content['failed'][name]}", flush=True)

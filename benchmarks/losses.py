@@ -1,8 +1,8 @@
 """Ten steps of every mode, to the last bit: what a change that is not about numerics must leave alone.
 
-    python benchmarks/losses.py FOLDER                          before the change: data, a model, losses.json
-    python benchmarks/losses.py FOLDER                          after it: compared, exit status 1 if a bit differs
-    python benchmarks/losses.py FOLDER --flags "--decay matrices"    with further flags for every run
+    python -m benchmarks.losses FOLDER                          before the change: data, a model, losses.json
+    python -m benchmarks.losses FOLDER                          after it: compared, exit status 1 if a bit differs
+    python -m benchmarks.losses FOLDER --flags "--decay matrices"    with further flags for every run
 
 It talks to the command line alone, so that it runs over any version of the sources (`PYTHONPATH=.../src`). Losses and
 gradient norms are compared as hexadecimal floats. They hold for one machine and one set of packages.

@@ -1,11 +1,11 @@
 """Is the estimate of memory right? Measured peaks of small models here, and the guide's table of its own runs.
 
-    python benchmarks/memory.py [--rows full lora ...] [--json benchmarks/results/memory-NAME.json]
+    python -m benchmarks.memory [--rows full lora ...] [--json benchmarks/results/memory-NAME.json]
 
 Every row is a process of its own: a small model in the real one's proportions trains on letter pages, and the most
 memory it held in its second optimizer step, above what it held before there was a model, is compared with
-`phi3v.memory.estimate`. The guide's table (8, 16 and 32 GPUs, its own code) is compared with `original_gb`, which adds
-to the estimate what that code holds on top. docs/plan.md says what came out.
+`phi3v.train.memory.estimate`. The guide's table (8, 16 and 32 GPUs, its own code) is compared with `original_gb`, which
+adds to the estimate what that code holds on top. docs/plan.md says what came out.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from benchmarks.bench.sample import SHAPES, SIZES, WORDS, config_of, make_examples, packs_of
 
-from phi3v.bench.sample import SHAPES, SIZES, WORDS, config_of, make_examples, packs_of
-from phi3v.config import Optim
-from phi3v.data.chat import encode
+from phi3v.base.config import Optim
+from phi3v.base.files import write_text
+from phi3v.base.hardware import DTYPES, environment
+from phi3v.base.ranks import ALONE
+from phi3v.data.encode import encode
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.tree import PackLimits
-from phi3v.files import write_text
-from phi3v.hardware import DTYPES, environment
-from phi3v.memory import BUCKET, CONTEXT_GB, DEEPSPEED_BUFFERS, estimate
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze, recompute_layers
 from phi3v.model.quantization import Quantization, quantize
-from phi3v.optim import build_optimizer
-from phi3v.parallel import build_engine
-from phi3v.parallel.engine import bare
-from phi3v.parallel.ranks import ALONE
+from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
+from phi3v.train.engines import build_engine
+from phi3v.train.engines.engine import bare
+from phi3v.train.memory import BUCKET, CONTEXT_GB, DEEPSPEED_BUFFERS, estimate
+from phi3v.train.optim import build_optimizer
 
 EMBEDDER = ("vision", "projector")
 EVERYTHING: dict[str, Any] = {"frozen": (), "lora": False, "recompute": 0, "dtype": "fp32", "optimizer": "adamw"}
@@ -129,7 +129,7 @@ def measure_apart(name: str) -> Measured:
     """One row, in a process of its own whose allocator gives back at once what is freed."""
     tidy = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--one", name],
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name],
         capture_output=True,
         text=True,
         env={**os.environ, **tidy},

@@ -1,8 +1,8 @@
 """Does cost grow linearly with the length of a pack? Training steps over the same pages in packs of 4k to 32k tokens.
 
-    python benchmarks/packs.py [--tokens 4096 8192 16384 32768] [--rounds 2] [--json FILE]
+    python -m benchmarks.packs [--tokens 4096 8192 16384 32768] [--rounds 2] [--json FILE]
 
-Pages are letters of 17 crops with four questions; the model is the small one of `phi3v bench`, its image embedder
+Pages are letters of 17 crops with four questions; the model is the small one of `benchmarks.bench`, its image embedder
 frozen, on a CPU with every layer recomputed, so that 32k tokens fit in memory. The lengths take turns. A branch sees
 its own page alone, so attention costs the same in any pack: tokens/s should not change by more than 15 %.
 """
@@ -16,17 +16,18 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from phi3v.bench.sample import SHAPES, WORDS, build_model, make_examples, packs_of
-from phi3v.bench.training import Timed, run_step
-from phi3v.bench.ways import SAVINGS, Variant
-from phi3v.config import Optim
-from phi3v.data.chat import encode
+from benchmarks.bench.sample import SHAPES, WORDS, build_model, make_examples, packs_of
+from benchmarks.bench.training import Timed, run_step
+from benchmarks.bench.ways import SAVINGS, Variant
+
+from phi3v.base.config import Optim
+from phi3v.base.files import write_text
+from phi3v.base.hardware import environment, pick_device, pick_dtype
+from phi3v.data.encode import encode
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.tree import PackLimits
-from phi3v.files import write_text
-from phi3v.hardware import environment, pick_device, pick_dtype
-from phi3v.optim import build_optimizer
+from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
+from phi3v.train.optim import build_optimizer
 
 QUESTIONS = 4
 

@@ -1,4 +1,4 @@
-"""How long the plan of an epoch takes, its memory, and how full its packs are. `python benchmarks/plan.py --help`.
+"""How long the plan of an epoch takes, its memory, and how full its packs are. `python -m benchmarks.plan --help`.
 
 The mix is synthetic: document pages (17 or 13 crops, 2 to 6 questions), photographs (13 crops, one question), pairs of
 photographs (26 crops) and text-only conversations, in equal parts.
@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 
-from phi3v.data.plan import PlanSettings, plan_epoch
-from phi3v.data.tree import Lengths, PackLimits
+from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.trees import Lengths, PackLimits
 
 
 def realistic_lengths(num_examples: int, seed: int = 0) -> Lengths:

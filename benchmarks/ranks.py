@@ -1,6 +1,6 @@
 """N ranks = 1 rank: how far apart are losses, gradient norms and weights, for every engine and mode?
 
-    python benchmarks/ranks.py [--ranks 2 4] [--engines ddp fsdp2 zero1 zero2 zero3] [--modes full frozen lora qlora]
+    python -m benchmarks.ranks [--ranks 2 4] [--engines ddp fsdp2 zero1 zero2 zero3] [--modes full frozen lora qlora]
                                [--optimizers sgd adamw] [--dtype fp32] [--json FILE]
 
 A tiny random model learns ten steps with everything in them that makes ranks differ: pages and texts mixed, several
@@ -33,20 +33,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from phi3v.audit import ALWAYS_ZERO
-from phi3v.config import Optim
-from phi3v.data.chat import Encoded
+from phi3v.base.config import Optim
+from phi3v.base.hardware import DTYPES, environment, pick_device
+from phi3v.base.ranks import ALONE, Ranks, join, leave
+from phi3v.data.encode import Encoded
 from phi3v.data.image import hd_size
-from phi3v.data.loader import MicroBatch, Reading, training_packs
-from phi3v.data.plan import EpochPlan, PlanSettings
-from phi3v.data.tree import Lengths, PackLimits
-from phi3v.hardware import DTYPES, environment, pick_device
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze
 from phi3v.model.quantization import Quantization, quantize
-from phi3v.optim import build_optimizer, reach
-from phi3v.parallel import Engine, build_engine
-from phi3v.parallel.ranks import ALONE, Ranks, join, leave
+from phi3v.packing.loader import MicroBatch, Reading, training_packs
+from phi3v.packing.schedule import EpochPlan, PlanSettings
+from phi3v.packing.trees import Lengths, PackLimits
+from phi3v.train.audit import ALWAYS_ZERO
+from phi3v.train.engines import Engine, build_engine
+from phi3v.train.optim import build_optimizer, reach
 
 IMAGE_TOKEN, NUM_CROPS, VOCABULARY = 431, 2, 432
 QUIET = 1e-6

@@ -1,6 +1,6 @@
 """How smooth is a report of many predictions? Measured in a headless Chromium, up to the frame that is painted.
 
-    python benchmarks/report.py --questions 5000
+    python -m benchmarks.report --questions 5000
 
 Makes a run folder with as many questions on as many different pictures, writes its report as `phi3v report` does, and
 says, as medians of several rounds, how long it takes until
@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from phi3v.report import write_report
+from phi3v.publish.report import write_report
 
 PAINTED = "await new Promise(done => requestAnimationFrame(() => setTimeout(done)));"
 TIMED = "async () => { const start = performance.now(); %s " + PAINTED + " return performance.now() - start; }"

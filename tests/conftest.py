@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from phi3v.config import Run
+from phi3v.base.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.vision import CLIPVisionTransformer
-from phi3v.train import train
+from phi3v.train.loop import train
 
 HERE = Path(__file__).parent
 hypothesis.settings.register_profile("phi3v", deadline=None)  # tests never assert a time

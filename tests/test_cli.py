@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from phi3v import __version__, checkpoint
+from phi3v import __version__
+from phi3v.base.config import Run
 from phi3v.cli import COMMANDS, main
-from phi3v.config import Run
 from phi3v.model.loading import load_model
+from phi3v.train import checkpoint
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_an_interrupted_command_has_the_shells_status(training, monkeypatch, cap
     def interrupt(run: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("phi3v.train.train", interrupt)
+    monkeypatch.setattr("phi3v.train.loop.train", interrupt)
     assert main([str(word) for word in training()]) == 130
 
 
@@ -183,7 +184,7 @@ def test_a_bug_of_ours_keeps_its_traceback(training, monkeypatch) -> None:
     def bug(run: Any) -> None:
         raise ValueError("not the user's fault")
 
-    monkeypatch.setattr("phi3v.train.train", bug)
+    monkeypatch.setattr("phi3v.train.loop.train", bug)
     with pytest.raises(ValueError, match="not the user's fault"):
         main([str(word) for word in training()])
 
@@ -296,7 +297,7 @@ def test_an_unreadable_image_is_named(data, training, fails) -> None:
 
 def test_an_image_that_breaks_during_training_is_named(data, training, fails, monkeypatch, tmp_path: Path) -> None:
     """As on a network drive that goes away."""
-    from phi3v.runlog import RunLog
+    from phi3v.train.runlog import RunLog
 
     file = data({})
     log_step = RunLog.step
@@ -512,7 +513,7 @@ def test_a_full_disk_while_saving(training, fails, tmp_path: Path, monkeypatch) 
 
 
 def test_a_full_disk_while_logging(training, fails, monkeypatch) -> None:
-    from phi3v import runlog
+    from phi3v.train import runlog
 
     class Full(io.TextIOWrapper):
         write = full_disk

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from original import parser
 from phi3v import cli, usage
 from phi3v.cli import COMMANDS, main
 from phi3v.data.check import check
-from phi3v.original import parser
 from phi3v.recipes import find_recipe
 from phi3v.recipes.table import markdown
 

@@ -25,17 +25,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from phi3v.data.chat import Encoded, Example, Turn, encode, questions
-from phi3v.data.loader import Reading
-from phi3v.data.pack import Pack, make_pack
-from phi3v.data.plan import EpochPlan, PlanSettings, plan_epoch
+from phi3v.data.encode import Encoded, Example, Turn, encode, questions
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.tree import Lengths, PackLimits
-from phi3v.evaluate import answer
-from phi3v.loss import weighted_cross_entropy
-from phi3v.metrics import clean
+from phi3v.infer.evaluate import answer
+from phi3v.infer.metrics import clean
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze, recompute_layers
+from phi3v.packing.loader import Reading
+from phi3v.packing.loss import weighted_cross_entropy
+from phi3v.packing.pack import Pack, make_pack
+from phi3v.packing.schedule import EpochPlan, PlanSettings, plan_epoch
+from phi3v.packing.trees import Lengths, PackLimits
 
 TOLERANCE = 1e-5
 BORDER = 360  # tokens of the longest example in the short RoPE regime
@@ -419,7 +419,7 @@ def memory_of_logits():
         return weighted_cross_entropy(logits, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phi3v.loss.weighted_cross_entropy", seen)
+        patch.setattr("phi3v.packing.loss.weighted_cross_entropy", seen)
         yield largest
 
 

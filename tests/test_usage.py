@@ -14,7 +14,7 @@ from tyro._errors import on_parse_error
 from tyro.conf import OmitArgPrefixes, arg
 
 from phi3v import usage
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 import sys
 
+from original import main
 from phi3v.cli import status_of
-from phi3v.original import main
 
 if __name__ == "__main__":
     sys.exit(status_of(lambda: main("hateful_memes")))

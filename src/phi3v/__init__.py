@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi3v.base.errors import InputError
     from phi3v.data.processor import Phi3VProcessor
-    from phi3v.errors import InputError
     from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VModel
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Phi3VConfig", "Phi3VForCausalLM", "Phi3VModel", "Phi3VProcessor"]
 
 ROOMS = {
-    "InputError": "phi3v.errors",
+    "InputError": "phi3v.base.errors",
     "Phi3VConfig": "phi3v.model",
     "Phi3VForCausalLM": "phi3v.model",
     "Phi3VModel": "phi3v.model",

@@ -22,8 +22,8 @@ from tyro.conf import OmitArgPrefixes as Flat
 from tyro.conf import arg
 
 from phi3v import __version__, usage
-from phi3v.config import Run
-from phi3v.errors import InputError, RankError
+from phi3v.base.config import Run
+from phi3v.base.errors import InputError, RankError
 from phi3v.recipes import RECIPES, find_recipe, load_recipe
 
 
@@ -45,7 +45,7 @@ class Command:
 
 COMMANDS = {
     "convert": Command(
-        "phi3v.convert:convert",
+        "phi3v.data.convert:convert",
         "Turn data of another layout into jsonl to train on.",
         ("phi3v convert imagefolder photos --out data --val-fraction 0.1",),
     ),
@@ -55,17 +55,17 @@ COMMANDS = {
         ("phi3v check data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
     ),
     "look": Command(
-        "phi3v.look:look",
+        "phi3v.publish.look:look",
         "Show data on a page as the model will see it.",
         ("phi3v look data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
     ),
     "plan": Command(
-        "phi3v.plan:plan",
+        "phi3v.plan.command:plan",
         "Say what fits on which GPUs, and the command to run.",
         ("phi3v plan --train data/train.jsonl --gpu 4090", "phi3v plan docvqa --gpu H100 --num-gpus 8 --azure job.yml"),
     ),
     "train": Command(
-        "phi3v.train:train",
+        "phi3v.train.loop:train",
         "Fine-tune a model: checks the data, trains, evaluates, saves, reports.",
         (
             "phi3v train --train data/train.jsonl --eval data/val.jsonl --out runs/mine --lora",
@@ -84,44 +84,39 @@ COMMANDS = {
         ("phi3v recipes docvqa", "phi3v recipes forkme > my_task.py       the template of your own"),
     ),
     "evaluate": Command(
-        "phi3v.evaluate:evaluate",
+        "phi3v.infer.evaluate:evaluate",
         "Answer every question of a data file and score the answers.",
         ("phi3v evaluate runs/mine --data data/test.jsonl",),
     ),
     "report": Command(
-        "phi3v.report:report",
+        "phi3v.publish.report:report",
         "Show one run, or several beside each other, as one HTML page.",
         ("phi3v report runs/mine", "phi3v report runs/lora runs/full --out compared.html"),
     ),
     "chat": Command(
-        "phi3v.chat:chat",
+        "phi3v.infer.chat:chat",
         "Ask about pictures, once or in a conversation.",
         ('phi3v chat runs/mine --image page.png "What is the total?"',),
     ),
     "demo": Command(
-        "phi3v.demo:demo",
+        "phi3v.infer.demo:demo",
         "Talk to a model in the browser, beside another if you like.",
         ("phi3v demo runs/mine --compare base",),
     ),
     "predict": Command(
-        "phi3v.predict:predict",
+        "phi3v.infer.predict:predict",
         "Answer every question of a data file, to a file; resumable.",
         ("phi3v predict runs/mine data/questions.jsonl --out answers.jsonl",),
     ),
     "export": Command(
-        "phi3v.export:export",
+        "phi3v.publish.export:export",
         "Make of a run a tested folder to publish or to serve.",
         ("phi3v export runs/mine --out models/mine",),
     ),
     "merge": Command(
-        "phi3v.merge:merge",
+        "phi3v.publish.merge:merge",
         "Merge the adapter of a LoRA or QLoRA run into its base model.",
         ("phi3v merge runs/mine --out models/mine",),
-    ),
-    "bench": Command(
-        "phi3v.bench.command:bench",
-        "Time training against the original recipe's way.",
-        ("phi3v bench --tasks memes nlvr2 --modes lora --questions 1",),
     ),
 }
 
@@ -163,7 +158,7 @@ def _status(work: Callable[[], Any]) -> int:
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return _end(2)
     except RuntimeError as error:
-        from phi3v.parallel.ranks import lost_another
+        from phi3v.base.ranks import lost_another
 
         if not lost_another(error):
             raise
@@ -201,6 +196,8 @@ def _run(given: list[str]) -> Any:
 def _unknown(name: str) -> NoReturn:
     if name in RECIPES:
         raise InputError(f"{name} is a recipe: phi3v train {name}")
+    if name == "bench":
+        raise InputError("phi3v bench is no longer a command: run `python -m benchmarks.bench` in a checkout")
     words = [*COMMANDS, "--help", "--version", "--completion"]
     raise InputError(f"phi3v has no command {name}: {usage.nearest(name, words, 'phi3v --help lists them')}")
 
@@ -244,8 +241,8 @@ def _silence() -> None:
     """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
     from transformers.utils import logging as transformers_logging
 
-    from phi3v.hardware import quiet_deepspeed
-    from phi3v.runlog import speak
+    from phi3v.base.hardware import quiet_deepspeed
+    from phi3v.train.runlog import speak
 
     speak(_rank() == 0)
     quiet_deepspeed()
@@ -295,7 +292,7 @@ def _training(module: Any, words: list[str]) -> tuple[Callable[..., Any], list[s
         Args:
             recipe: One of `phi3v recipes`, whose data and settings are the defaults; or --recipe FILE, your own.
         """
-        from phi3v import train as room
+        from phi3v.train import loop as room
 
         if recipe is not None:  # the first word would have been taken
             raise InputError(f"the recipe comes first: phi3v train {recipe} ...")
@@ -340,7 +337,7 @@ def check(
     """
     from phi3v.data import check as room
     from phi3v.data.processor import Phi3VProcessor
-    from phi3v.runlog import console
+    from phi3v.train.runlog import console
 
     processor = Phi3VProcessor.from_pretrained(model) if model else None
     findings = room.check(

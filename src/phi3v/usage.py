@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro import _errors as events  # tyro's hook for failures; private, hence tyro's upper bound in pyproject.toml
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 
 VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 NUMBERS = {"N": "a whole number", "X": "a number"}

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phi3v.base.errors import InputError
 from phi3v.data import archive as room
 from phi3v.data.archive import unpack
-from phi3v.errors import InputError
 
 TREE = {"set/a/one.avi": bytes(range(256)) * 300, "set/a/empty.avi": b"", "set/b/zwei ü.avi": b"x" * 5000}
 Entry = tuple[str, bytes | None, int]  # name, content (None: a folder), Unix mode

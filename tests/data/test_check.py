@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from phi3v.base.errors import InputError
 from phi3v.data import check as module
-from phi3v.data.chat import encode
 from phi3v.data.check import Findings, Statistics, check, render
+from phi3v.data.encode import encode
 from phi3v.data.image import EXIF_ORIENTATION
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
-from phi3v.errors import InputError
 
 
 @pytest.fixture(scope="module")

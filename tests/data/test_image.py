@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from phi3v.base.errors import InputError
 from phi3v.data.image import (
     CROP,
     EXIF_ORIENTATION,
@@ -31,7 +32,6 @@ from phi3v.data.image import (
     read_size,
     tiles_of,
 )
-from phi3v.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "processor" / "cases.json").read_text())["cases"]

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from phi3v.base.errors import InputError
 from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, expand
-from phi3v.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "tokenizer" / "cases.json").read_text())

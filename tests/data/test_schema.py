@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from phi3v.data.chat import Turn
+from phi3v.base.errors import InputError
+from phi3v.data.encode import Turn
 from phi3v.data.schema import Notes, image_resolver, lines, parse, read_jsonl
-from phi3v.errors import InputError
 
 GOOD = {"id": "1", "source": "s", "conversations": [{"images": ["a.png"], "user": "what", "assistant": "red"}]}
 

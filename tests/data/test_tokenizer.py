@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from phi3v.base.errors import InputError
 from phi3v.data import tokenizer as room
 from phi3v.data.tokenizer import read_tokenizer
-from phi3v.errors import InputError
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phi3v.base.errors import InputError
 from phi3v.data import video as room
 from phi3v.data.video import frame_indices, sample_frames
-from phi3v.errors import InputError
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'phi3v[video]'")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from phi3v.config import Base, Data, Evaluation, Keeping, Optim, Run, Tuning
-from phi3v.train import train
+from phi3v.base.config import Base, Data, Evaluation, Keeping, Optim, Run, Tuning
+from phi3v.train.loop import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -29,21 +29,21 @@ import torch
 from PIL import Image
 from torch import nn
 
-from phi3v.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from phi3v.config import load_run
-from phi3v.convert import read
+from phi3v.base.config import load_run
+from phi3v.base.errors import MAX_LENGTH, InputError
+from phi3v.base.ranks import Ranks
+from phi3v.base.runfolder import claim
 from phi3v.data.archive import unpack
 from phi3v.data.check import check
+from phi3v.data.convert import read
 from phi3v.data.image import hd_size, hd_transform, load_image, read_picture, read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
-from phi3v.errors import MAX_LENGTH, InputError
 from phi3v.model.loading import load_config, load_model
 from phi3v.model.phi3v import Phi3VForCausalLM
-from phi3v.parallel.ranks import Ranks
-from phi3v.parallel.replicated import Replicated
-from phi3v.report import write_report
-from phi3v.runfolder import claim
+from phi3v.publish.report import write_report
+from phi3v.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from phi3v.train.engines.replicated import Replicated
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -93,7 +93,7 @@ def _header(content: bytes) -> bytes:
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn")
 FORBIDDEN += ("socket.connect", "socket.getaddrinfo", "urllib.Request", "pickle.find_class")
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod")
-OURS = {f"phi3v.data.chat.{name}" for name in ("Encoded", "Example", "Turn")}  # what the data set on disk is made of
+OURS = {f"phi3v.data.encode.{name}" for name in ("Encoded", "Example", "Turn")}  # what the data set on disk is made of
 OURS |= {f"numpy.{core}.numeric._frombuffer" for core in ("_core", "core")} | {"numpy.dtype"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -226,7 +226,7 @@ def _resume(place: Path) -> None:
 
 def _vouch(folder: Path) -> None:
     """Makes the manifest true: whoever forges a file forges its checksum, too."""
-    from phi3v.checkpoint import MANIFEST, _entry
+    from phi3v.train.checkpoint import MANIFEST, _entry
 
     files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     (folder / MANIFEST).write_text(json.dumps({file.name: _entry(file) for file in files}))

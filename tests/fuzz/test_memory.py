@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from targets import TARGETS, Target
 
+from phi3v.base.errors import InputError
 from phi3v.data import image as room
 from phi3v.data.image import load_image
 from phi3v.data.schema import read_jsonl
-from phi3v.errors import InputError
 
 MB = 2**20
 

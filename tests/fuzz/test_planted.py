@@ -18,18 +18,18 @@ from safetensors import SafetensorError
 from targets import watched
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from phi3v.chat import chat
-from phi3v.checkpoint import newest_checkpoint
-from phi3v.config import Base, Data, Evaluation, Keeping, Optim, Run, Tuning, load_run
+from phi3v.base.config import Base, Data, Evaluation, Keeping, Optim, Run, Tuning, load_run
+from phi3v.base.errors import InputError
 from phi3v.data.check import check
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.errors import InputError
-from phi3v.evaluate import evaluate
-from phi3v.look import look
-from phi3v.merge import merge
+from phi3v.infer.chat import chat
+from phi3v.infer.evaluate import evaluate
 from phi3v.model.loading import load_config, load_model
-from phi3v.report import write_report
-from phi3v.train import train
+from phi3v.publish.look import look
+from phi3v.publish.merge import merge
+from phi3v.publish.report import write_report
+from phi3v.train.checkpoint import newest_checkpoint
+from phi3v.train.loop import train
 
 PICKLES = (
     *("pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "adapter_model.bin", "training_args.bin", "tf_model.h5"),
@@ -191,7 +191,7 @@ def test_the_watch_sees_what_it_must(planted: Path, marker: Path) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_planted_code_never_runs(entry: str, planted: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phi3v.hardware._commit", lambda: None)  # starts git, but for no file's sake
+    monkeypatch.setattr("phi3v.base.hardware._commit", lambda: None)  # starts git, but for no file's sake
     with watched(planted):
         ENTRIES[entry](planted)
     assert not marker.exists()

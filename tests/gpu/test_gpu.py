@@ -20,21 +20,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from phi3v.config import Base, Data, Keeping, Optim, Run, Tuning
-from phi3v.data.chat import Encoded, Example, Turn, encode, questions
-from phi3v.data.loader import Reading, prompt_packs
-from phi3v.data.pack import Pack, make_pack
-from phi3v.data.plan import PlanSettings, plan_epoch
+from phi3v.base.config import Base, Data, Keeping, Optim, Run, Tuning
+from phi3v.data.encode import Encoded, Example, Turn, encode, questions
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.tree import Lengths, PackLimits
-from phi3v.layout import Layout, Tree
-from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VForCausalLM, flash
 from phi3v.model.attention import PackedAttention
 from phi3v.model.compiling import compile_layers
 from phi3v.model.fp8 import CAPABILITY, learn_in_fp8
 from phi3v.model.generation import generate_pack
-from phi3v.train import train
+from phi3v.packing.layout import Layout, Tree
+from phi3v.packing.loader import Reading, prompt_packs
+from phi3v.packing.loss import weighted_cross_entropy
+from phi3v.packing.pack import Pack, make_pack
+from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.trees import Lengths, PackLimits
+from phi3v.train.loop import train
 
 CUDA = torch.device("cuda")
 pytestmark = [

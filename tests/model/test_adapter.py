@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.model.adapter import CONFIG, WEIGHTS, read_adapter_config
 from phi3v.model.loading import load_model
 

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
-from phi3v.errors import InputError
-from phi3v.layout import Layout, Tree
+from phi3v.base.errors import InputError
 from phi3v.model import attention, flash
 from phi3v.model.attention import BACKENDS, PackedAttention
+from phi3v.packing.layout import Layout, Tree
 
 trees = st.builds(
     Tree,

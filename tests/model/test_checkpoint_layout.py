@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 
 GOLDEN = Path(__file__).parents[1] / "golden"

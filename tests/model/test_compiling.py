@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from phi3v.layout import Layout, Tree
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.compiling import compile_layers
 from phi3v.model.parts import add_lora, freeze
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.model.vision import crops_needed
-from phi3v.parallel.engine import bare
+from phi3v.packing.layout import Layout, Tree
+from phi3v.train.engines.engine import bare
 
 PACKS = [
     [Tree(20, (3, 4, 7), False)],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.model import Phi3VConfig
 from phi3v.model.loading import load_config
 

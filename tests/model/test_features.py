@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from phi3v.data.chat import Encoded, Example, Turn, encode
+from phi3v.base.errors import InputError, RankError
+from phi3v.data.encode import Encoded, Example, Turn, encode
 from phi3v.data.image import digest_of
-from phi3v.data.loader import Reading, prompt_packs, training_packs
-from phi3v.data.pack import Pack
-from phi3v.data.plan import PlanSettings, plan_epoch
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.tree import Lengths, PackLimits
-from phi3v.errors import InputError, RankError
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.features import FeatureCache, digest_of_tower
 from phi3v.model.parts import freeze, set_precision
+from phi3v.packing.loader import Reading, prompt_packs, training_packs
+from phi3v.packing.pack import Pack
+from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.trees import Lengths, PackLimits
 
 SIZES = {"square": (64, 64), "wide": (100, 40), "tall": (40, 90)}
 SEPARATORS = "model.vision_embed_tokens.sub_GN"

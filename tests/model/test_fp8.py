@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from phi3v.base.config import Run
 from phi3v.cli import main
-from phi3v.config import Run
-from phi3v.layout import Layout, Tree
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.compiling import compile_layers
 from phi3v.model.fp8 import learn_in_fp8
-from phi3v.train import train
+from phi3v.packing.layout import Layout, Tree
+from phi3v.train.loop import train
 
 LAYOUT = Layout.of([Tree(20, (3, 4, 7), False), Tree(0, (9,), False)])
 ROWS = torch.arange(1, LAYOUT.tokens, 3)

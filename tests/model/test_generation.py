@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from phi3v.layout import Layout, Tree
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.generation import generate_pack
 from phi3v.model.phi3v import CACHE
+from phi3v.packing.layout import Layout, Tree
 
 IMAGE, GRID = 95, (1, 1)
 NUM_IMAGE_TOKENS = 313

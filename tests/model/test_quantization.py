@@ -16,18 +16,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from phi3v.data.chat import Example, Turn, encode
-from phi3v.data.loader import Reading, training_packs
-from phi3v.data.pack import Pack
-from phi3v.data.plan import PlanSettings, plan_epoch
+from phi3v.base.errors import InputError
+from phi3v.data.encode import Example, Turn, encode
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.tree import Lengths, PackLimits
-from phi3v.errors import InputError
-from phi3v.loss import weighted_cross_entropy
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.loading import load_model, save_model
 from phi3v.model.parts import add_lora, count_parameters, freeze, quantised_weights, set_precision, widen
 from phi3v.model.quantization import Quantization, quantize, read_quantization
+from phi3v.packing.loader import Reading, training_packs
+from phi3v.packing.loss import weighted_cross_entropy
+from phi3v.packing.pack import Pack
+from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.trees import Lengths, PackLimits
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
 
@@ -272,7 +272,7 @@ def test_packs_are_their_examples_one_by_one(tiny_checkpoint_dir: Path, step: Ca
 
 
 def test_a_pack_without_tokens_gives_gradients_of_zeros(tiny_checkpoint_dir: Path, packs: list[Pack]) -> None:
-    from phi3v.data.pack import make_pack
+    from phi3v.packing.pack import make_pack
 
     model = adapted(quantized(tiny_checkpoint_dir))
     empty = make_pack([], [], image_token_id=packs[0].layout.tokens, num_crops=1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from phi3v.base.errors import InputError
 from phi3v.data.image import global_view, normalize
-from phi3v.errors import InputError
 from phi3v.model import Phi3VConfig
 from phi3v.model.vision import ImageEmbedding, crops_needed, crops_of_pixel_values, crops_of_tiles
 

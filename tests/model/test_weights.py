@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.weights import INDEX, WHOLE, checkpoint_shapes, file_shapes
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from transformers import conversion_mapping
 
-import phi3v.train
+import phi3v.train.loop
 from phi3v.cli import main
 
 # -- what can go wrong, by the name of the function; every one is called before the run begins -----------------------
@@ -76,14 +76,14 @@ def places(record: str) -> None:
 
 
 PLACES = {
-    "phi3v.train:_open_folder": "opening the folder",
-    "phi3v.train:_learn": "training",
-    "phi3v.train:_finish": "finishing",
-    "phi3v.train:_score": "evaluation",
-    "phi3v.train:save_checkpoint": "checkpoint",
-    "phi3v.train:save_model": "final model",
-    "phi3v.train:write_report": "report",
-    "phi3v.train:load_checkpoint": "resuming",
+    "phi3v.train.loop:_open_folder": "opening the folder",
+    "phi3v.train.loop:_learn": "training",
+    "phi3v.train.loop:_finish": "finishing",
+    "phi3v.train.loop:_score": "evaluation",
+    "phi3v.train.loop:save_checkpoint": "checkpoint",
+    "phi3v.train.loop:save_model": "final model",
+    "phi3v.train.loop:write_report": "report",
+    "phi3v.train.loop:load_checkpoint": "resuming",
 }
 
 
@@ -137,7 +137,7 @@ def half_written(call: int) -> None:
             os.truncate(file, file.stat().st_size // 2)
             DEEDS["die"]()
 
-    _wrap("phi3v.checkpoint:save_file", half)
+    _wrap("phi3v.train.checkpoint:save_file", half)
 
 
 def half_a_line(call: int) -> None:
@@ -151,7 +151,7 @@ def half_a_line(call: int) -> None:
             DEEDS["die"]()
         write(log, entry)
 
-    _wrap("phi3v.runlog:RunLog.write", half)
+    _wrap("phi3v.train.runlog:RunLog.write", half)
 
 
 def measured(record: str, every: int) -> None:
@@ -172,7 +172,7 @@ def measured(record: str, every: int) -> None:
             with open(record, "a") as stream:
                 stream.write(json.dumps(counts) + "\n")
 
-    _wrap("phi3v.runlog:RunLog.step", after)
+    _wrap("phi3v.train.runlog:RunLog.step", after)
 
 
 def _dawdle(seconds: float) -> None:
@@ -242,7 +242,7 @@ def run(order: dict[str, Any]) -> int:
 def _import_what_runs_import() -> None:
     Image.init()
     conversion_mapping.get_checkpoint_conversion_mapping("phi3_v")
-    for module in ("phi3v.chat", "phi3v.convert", "phi3v.merge", "phi3v.recipes", "deepspeed"):
+    for module in ("phi3v.infer.chat", "phi3v.data.convert", "phi3v.publish.merge", "phi3v.recipes", "deepspeed"):
         with suppress(ImportError):
             importlib.import_module(module)
 

@@ -28,7 +28,7 @@ def flip(file: Path) -> None:
 def killed(night: Any) -> Path:
     """The folder of a run that was killed in step 9, with checkpoints of steps 3, 4 and 6. Not to be changed."""
     run = night.folder / "killed"
-    death = ["when", "phi3v.parallel.replicated:Replicated.step", [9], "die"]
+    death = ["when", "phi3v.train.engines.replicated:Replicated.step", [9], "die"]
     assert night.run(run, death, keep_checkpoints=3)[0] == -9
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["3", "4", "6"]
     return run
@@ -51,7 +51,7 @@ def test_the_damage_is_named(damage: Any, name: str, said: str, night: Any, kill
     shutil.copytree(killed, run)
     newest, before = run / "checkpoints/step-000006", run / "checkpoints/step-000004"
     damage(newest / name)
-    status, lines = night.run(run, ["when", "phi3v.train:_learn", [1], "die"], resume="auto")
+    status, lines = night.run(run, ["when", "phi3v.train.loop:_learn", [1], "die"], resume="auto")
     assert status == -9, lines
     assert re.search(f"damaged checkpoint passed over: {newest / name}{said}", lines)
     assert f"resuming from {before}\n" in lines
@@ -64,8 +64,8 @@ def test_the_newest_whole_one_is_used_and_the_damaged_ones_make_room(
     run = tmp_path / "run"
     shutil.copytree(killed, run)
     flip(run / "checkpoints/step-000004" / WEIGHTS)
-    broken = ["when", "phi3v.checkpoint:_sha256", [1], "fail"]
-    death = ["when", "phi3v.checkpoint:save_file", [2], "die"]  # step 4 has been saved anew
+    broken = ["when", "phi3v.train.checkpoint:_sha256", [1], "fail"]
+    death = ["when", "phi3v.train.checkpoint:save_file", [2], "die"]  # step 4 has been saved anew
     status, said = night.run(run, broken, death, resume="auto", keep_checkpoints=1)
     assert status == -9, said
     assert f"passed over: {run}/checkpoints/step-000006/{WEIGHTS} cannot be read: Input/output error" in said

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phi3v.checkpoint import damage
+from phi3v.train.checkpoint import damage
 
 LEFT = Callable[[Path], dict[str, Any]]
 ONE_CHECKPOINT = 1400  # KiB, with the rest of a run folder
@@ -68,7 +68,7 @@ def test_a_run_continues_without_checkpoints(night: Any, left_by: LEFT, disk: Sm
 def test_a_log_loses_whole_lines_only(night: Any, left_by: LEFT, disk: SmallDisk) -> None:
     """A full disk takes what fits of a line: half a line would spoil the next, and the report."""
     disk.holds(4000)
-    run, filler, step = disk.folder / "run", disk.folder / "filler", "phi3v.parallel.replicated:Replicated.step"
+    run, filler, step = disk.folder / "run", disk.folder / "filler", "phi3v.train.engines.replicated:Replicated.step"
     flags = {"max_steps": 48, "save_every_steps": 1000, "eval_every_steps": 1000}
     mischief = [["when", step, [10], "fill", filler], ["when", step, [40], "remove", filler]]
     status, said = night.run(run, *mischief, on_full_disk="continue", **flags)

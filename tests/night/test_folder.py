@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from phi3v.config import load_run
-from phi3v.errors import InputError
-from phi3v.train import train
+from phi3v.base.config import load_run
+from phi3v.base.errors import InputError
+from phi3v.train.loop import train
 
 LEFT = Callable[[Path], dict[str, Any]]
-STEP = "phi3v.parallel.replicated:Replicated.step"
+STEP = "phi3v.train.engines.replicated:Replicated.step"
 
 
 def test_a_second_writer_is_kept_out_and_a_dead_one_is_not(night: Any, left_by: LEFT, tmp_path: Path) -> None:
     """The dead one has left a worker behind that is still busy, and holds what it inherited."""
     run = tmp_path / "run"
-    busy = ["when", "phi3v.data.loader:make_pack", [2], "sleep", 120.0]
+    busy = ["when", "phi3v.packing.loader:make_pack", [2], "sleep", 120.0]
     going = night.start(run, ["when", STEP, [1], "signal", signal.SIGSTOP], busy, num_workers=2, eval_before=False)
     while Path(f"/proc/{going.process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.05)
@@ -50,7 +50,7 @@ def test_a_second_writer_is_kept_out_and_a_dead_one_is_not(night: Any, left_by: 
 def test_two_runs_that_begin_at_once(night: Any, tmp_path: Path) -> None:
     """The other one has begun while this one was still loading its model."""
     run, calm = tmp_path / "run", night.undisturbed()
-    other = ["when", "phi3v.train:_open_folder", [1], "copy", calm, run]
+    other = ["when", "phi3v.train.loop:_open_folder", [1], "copy", calm, run]
     status, said = night.run(run, other, resume="auto")
     assert (status, said.splitlines()[-1]) == (2, f"error: --out {run}: another run has begun here meanwhile")
     assert (run / "metrics.json").read_bytes() == (calm / "metrics.json").read_bytes()

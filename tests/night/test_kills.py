@@ -27,10 +27,10 @@ def test_one_run_killed_again_and_again(night: Any, left_by: LEFT, tmp_path: Pat
     for mischief in (
         changes("rename config.json"),
         changes("rename environment.json"),
-        ["when", "phi3v.evaluate:generate_pack", [1], "die"],
+        ["when", "phi3v.infer.evaluate:generate_pack", [1], "die"],
         ["half_a_line", 2],
         ["half_written", 1],
-        ["when", "phi3v.parallel.replicated:Replicated.step", [6], "die"],
+        ["when", "phi3v.train.engines.replicated:Replicated.step", [6], "die"],
         changes("rename checkpoints/step-000006"),
         changes("remove checkpoints/step-000003/state.json"),
         changes("rename final"),
@@ -66,7 +66,7 @@ def test_killed_before_every_change_of_its_folder(night: Any, left_by: LEFT, tmp
 def test_killed_five_times_at_random(seed: int, workers: int, night: Any, left_by: LEFT, tmp_path: Path) -> None:
     """The moments are counted in time of the processor, so that they do not depend on how busy the machine is."""
     chance, record, places = random.Random(seed), tmp_path / "places", Counter[str]()
-    slow = [["slow", "phi3v.checkpoint:save_file", 0.05], ["slow", "phi3v.files:flush", 0.02]]
+    slow = [["slow", "phi3v.train.checkpoint:save_file", 0.05], ["slow", "phi3v.base.files:flush", 0.02]]
     runs = iter(range(100))
     run = tmp_path / str(next(runs))
     while places.total() < 5:

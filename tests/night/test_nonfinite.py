@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-LOSS = "phi3v.loss:weighted_cross_entropy"  # called once a step: every step here is one pack
+LOSS = "phi3v.packing.loss:weighted_cross_entropy"  # called once a step: every step here is one pack
 LOG = Callable[[Path], list[dict[str, Any]]]
 NAN, ROLLBACK = math.nan, {"on_nonfinite": "rollback", "eval_every_steps": 1000}
 

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 LEFT = Callable[[Path], dict[str, Any]]
-STEP = "phi3v.train:_seed"  # called once at the beginning of every step, before its packs are read
+STEP = "phi3v.train.loop:_seed"  # called once at the beginning of every step, before its packs are read
 
 
 @pytest.mark.parametrize("busy_with", ["make_pack", "send_handle"])
 def test_data_workers_are_killed(busy_with: str, night: Any, left_by: LEFT, tmp_path: Path) -> None:
     """Every other step, while they are busy with a pack, or are handing it over."""
-    busy = ["when", f"phi3v.data.loader:{busy_with}", list(range(100)), "sleep", 0.05]
-    killer = ["when", "phi3v.parallel.replicated:Replicated.step", [1, 3, 5, 7, 9], "kill a worker"]
-    by_handle = ["put", "phi3v.data.loader:THROUGH_PIPE", 1000]
+    busy = ["when", f"phi3v.packing.loader:{busy_with}", list(range(100)), "sleep", 0.05]
+    killer = ["when", "phi3v.train.engines.replicated:Replicated.step", [1, 3, 5, 7, 9], "kill a worker"]
+    by_handle = ["put", "phi3v.packing.loader:THROUGH_PIPE", 1000]
     status, said = night.run(tmp_path / "run", busy, killer, by_handle, num_workers=2)
     assert status == 0, said
     assert "a data worker died (exit signal 9; out of memory?); another begins its pack again: " in said
@@ -44,7 +44,7 @@ def test_an_image_that_vanishes_stops_the_run_until_it_is_back(
     run, blue = tmp_path / "run", data.with_name("images") / "blue.png"
     flags = {"train": data, "eval": data.with_name("eval.jsonl")}
     calm = night.undisturbed(**flags)
-    mischief = [["when", STEP, [5], "remove", blue], ["put", "phi3v.data.loader:Reading.retry_pause_s", 0.001]]
+    mischief = [["when", STEP, [5], "remove", blue], ["put", "phi3v.packing.loader:Reading.retry_pause_s", 0.001]]
     status, said = night.run(run, *mischief, num_workers=workers, **flags)
     assert status == 2
     error = said.splitlines()[-1]

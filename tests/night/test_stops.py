@@ -33,14 +33,14 @@ def test_a_run_stopped_again_and_again(night: Any, left_by: LEFT, tmp_path: Path
     run = tmp_path / "run"
     arguments: list[str] | None = None
     for target, number, where in (
-        ("phi3v.evaluate:generate_pack", signal.SIGTERM, "before the first step"),
-        ("phi3v.parallel.replicated:Replicated.learn", signal.SIGINT, "after step 1, which is saved"),
-        ("phi3v.checkpoint:save_file", signal.SIGTERM, "after step 4, which is saved"),
-        ("phi3v.evaluate:generate_pack", signal.SIGINT, "after step 4, which is saved"),
-        ("phi3v.evaluate:generate_pack", signal.SIGTERM, "after step 4, which is saved"),
-        ("phi3v.parallel.replicated:Replicated.step", signal.SIGTERM, "after step 5, which is saved"),
-        ("phi3v.train:save_model", signal.SIGTERM, "after step 10, which is saved"),
-        ("phi3v.evaluate:generate_pack", signal.SIGINT, "after step 10, which is saved"),
+        ("phi3v.infer.evaluate:generate_pack", signal.SIGTERM, "before the first step"),
+        ("phi3v.train.engines.replicated:Replicated.learn", signal.SIGINT, "after step 1, which is saved"),
+        ("phi3v.train.checkpoint:save_file", signal.SIGTERM, "after step 4, which is saved"),
+        ("phi3v.infer.evaluate:generate_pack", signal.SIGINT, "after step 4, which is saved"),
+        ("phi3v.infer.evaluate:generate_pack", signal.SIGTERM, "after step 4, which is saved"),
+        ("phi3v.train.engines.replicated:Replicated.step", signal.SIGTERM, "after step 5, which is saved"),
+        ("phi3v.train.loop:save_model", signal.SIGTERM, "after step 10, which is saved"),
+        ("phi3v.infer.evaluate:generate_pack", signal.SIGINT, "after step 10, which is saved"),
     ):
         mischief = ["when", target, [1], "signal", number]
         status, said = night.run(run, mischief, arguments=arguments, **SMALL_PACKS)
@@ -55,8 +55,8 @@ def test_a_run_stopped_again_and_again(night: Any, left_by: LEFT, tmp_path: Path
 
 
 def test_a_second_ctrl_c_stops_at_once(night: Any, left_by: LEFT, tmp_path: Path) -> None:
-    press = ["when", "phi3v.parallel.replicated:Replicated.step", [5], "signal", signal.SIGINT]
-    status, said = night.run(tmp_path / "run", press, press, ["put", "phi3v.stopping:SAME_PRESS_S", -1])
+    press = ["when", "phi3v.train.engines.replicated:Replicated.step", [5], "signal", signal.SIGINT]
+    status, said = night.run(tmp_path / "run", press, press, ["put", "phi3v.base.stopping:SAME_PRESS_S", -1])
     assert (status, said.splitlines()[-1]) == (130, "interrupted")
     assert night.run(tmp_path / "run", resume="auto")[0] == 0
     assert left_by(tmp_path / "run") == left_by(night.undisturbed())

@@ -13,18 +13,9 @@ from typing import Any
 
 import pytest
 
-from phi3v.config import Run
-from phi3v.errors import InputError
-from phi3v.recipes.conversion import (
-    MADE_FROM,
-    Picture,
-    Record,
-    Source,
-    converting,
-    each,
-    folder_for,
-    with_converted,
-)
+from phi3v.base.config import Run
+from phi3v.base.errors import InputError
+from phi3v.recipes.conversion import MADE_FROM, Picture, Record, Source, converting, each, folder_for, with_converted
 from phi3v.recipes.table import TaskOptions
 
 Read = Callable[[Path], list[dict[str, Any]]]

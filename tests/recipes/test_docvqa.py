@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from phi3v.config import Data, Run
-from phi3v.errors import InputError
+from phi3v.base.config import Data, Run
+from phi3v.base.errors import InputError
 from phi3v.recipes import docvqa
 from phi3v.recipes.docvqa import Options, prepare, settings
 

@@ -16,11 +16,11 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.config import Run, load_run
-from phi3v.data.chat import encode, questions
+from phi3v.base.config import Run, load_run
+from phi3v.base.errors import InputError
+from phi3v.data.encode import encode, questions
 from phi3v.data.schema import read_jsonl
-from phi3v.errors import InputError
-from phi3v.metrics import baselines
+from phi3v.infer.metrics import baselines
 from phi3v.recipes import easy_vqa, find_recipe
 
 package = pytest.importorskip("easy_vqa", reason="easy-VQA is not installed: pip install 'phi3v[easy-vqa]'")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.recipes.hateful_memes import Options, prepare, settings
 
 Read = Callable[[Path], list[dict[str, Any]]]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from phi3v.data.chat import encode
+from phi3v.base.errors import InputError
+from phi3v.data.encode import encode
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
-from phi3v.errors import InputError
 from phi3v.recipes.nlvr2 import Options, prepare, settings
 
 Read = Callable[[Path], list[dict[str, Any]]]

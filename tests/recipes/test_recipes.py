@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.recipes import RECIPES, find_recipe, forkme, load_recipe
 
 Read = Callable[[Path], list[dict[str, Any]]]
 
 MINIMAL = """
 from dataclasses import dataclass
-from phi3v.config import Run
+from phi3v.base.config import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -132,7 +132,7 @@ def test_the_template_says_what_is_missing(content: str | None, message: str, tm
 
 def test_settings_of_a_run_that_was_written_are_read_again(tmp_path: Path) -> None:
     """What a recipe chooses fits in a run folder's config.json."""
-    from phi3v.config import load_run
+    from phi3v.base.config import load_run
 
     for name in RECIPES:
         run = find_recipe(name).settings()

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.recipes.sources import (
     CAULDRON_COLUMNS,
     find_file,

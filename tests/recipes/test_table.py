@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from phi3v.config import Run
+from phi3v.base.config import Run
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze
 from phi3v.recipes import RECIPES, docvqa, find_recipe, forkme, hateful_memes, load_recipe, nlvr2

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from phi3v.base.config import load_run
+from phi3v.base.errors import InputError
 from phi3v.cli import main
-from phi3v.config import load_run
 from phi3v.data.schema import read_jsonl
-from phi3v.errors import InputError
 from phi3v.recipes import find_recipe, ucf101
 from phi3v.recipes.ucf101 import LISTS, Options, convert, is_converted, prepare, settings
 

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from phi3v.base.config import load_run
 from phi3v.cli import main
-from phi3v.config import load_run
 
 Write = Callable[[ModuleType, Path], None]
 

@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
-from phi3v.errors import InputError
-from phi3v.files import written_whole
+from phi3v.base.errors import InputError
+from phi3v.base.files import written_whole
 
 MAX_MEMBERS = 1_000_000
 

@@ -22,11 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from phi3v.data.chat import Example, answer_text, encode, user_text
+from phi3v.base.errors import InputError, one_line
+from phi3v.data.encode import Example, answer_text, encode, user_text
 from phi3v.data.image import MAX_PIXELS, Picture, hd_size, num_tiles, read_picture
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import Notes, image_resolver, lines, parse
-from phi3v.errors import InputError, one_line
 
 SMALL = 500  # with fewer examples and images than this, starting worker processes takes longer than it saves
 CONTROL_TOKEN = re.compile(r"<\|(?:user|assistant|system|end|endoftext|placeholder\d+)\|>|</?s>|<unk>")

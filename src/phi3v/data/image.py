@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 
 CROP = 336
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-from phi3v import jsonfile
+from phi3v.base import jsonfile
+from phi3v.base.errors import InputError
 from phi3v.data.image import MEAN, STD, hd_transform, load_image, num_image_tokens, pixel_values
 from phi3v.data.tokenizer import named_errors, read_tokenizer
-from phi3v.errors import InputError
 
 ImageSource = Image.Image | str | Path
 

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phi3v import jsonfile
-from phi3v.data.chat import Example, Turn
-from phi3v.errors import InputError
+from phi3v.base import jsonfile
+from phi3v.base.errors import InputError
+from phi3v.data.encode import Example, Turn
 
 EXAMPLE_KEYS: dict[str, type] = {
     "id": str,

@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from phi3v.errors import InputError
-from phi3v.jsonfile import KINDS, NULL, OBJECT, check_values, one_of, parse_object
+from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import KINDS, NULL, OBJECT, check_values, one_of, parse_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SETTINGS: dict[str, type] = {

@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from PIL import Image
 
+from phi3v.base.errors import InputError
 from phi3v.data.image import MAX_PIXELS
-from phi3v.errors import InputError
 
 
 def sample_frames(path: str | Path, num_frames: int) -> list[Image.Image]:

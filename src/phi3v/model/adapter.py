@@ -13,8 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from phi3v.errors import InputError
-from phi3v.jsonfile import FLAG, TEXT, Rule, by_name, check_values, number, one_of, read_object, several, whole
+from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import FLAG, TEXT, Rule, by_name, check_values, number, one_of, read_object, several, whole
 from phi3v.model.weights import file_shapes, refuse_other
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

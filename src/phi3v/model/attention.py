@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from phi3v.layout import Layout, Tree
 from phi3v.model import flash
+from phi3v.packing.layout import Layout, Tree
 
 BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 # Branches of one tree share a masked call up to this many tokens (or the prefix, if longer): past that, the masked-out

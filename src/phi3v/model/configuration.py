@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from phi3v.errors import InputError
-from phi3v.jsonfile import FLAG, NULL, OBJECT, check_values, number, read_object, several, whole
+from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import FLAG, NULL, OBJECT, check_values, number, read_object, several, whole
 
 # The published code keeps CLIP ViT-L/14-336 in code, not in config.json; so do we.
 CLIP_VIT_L_336: dict[str, Any] = {

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phi3v.errors import InputError, RankError
-from phi3v.files import make_folder, write_among_others
+from phi3v.base.errors import InputError, RankError
+from phi3v.base.files import make_folder, write_among_others
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.vision import SIDE, crops_needed, crops_of_tiles
 

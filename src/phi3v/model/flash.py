@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phi3v.errors import InputError
-from phi3v.layout import Layout
+from phi3v.base.errors import InputError
+from phi3v.packing.layout import Layout
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 256

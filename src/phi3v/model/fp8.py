@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 from phi3v.model.phi3v import Phi3VForCausalLM
 
 CAPABILITY = (8, 9)

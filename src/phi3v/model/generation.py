@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from phi3v.layout import Layout, Tree
 from phi3v.model.attention import Attend
 from phi3v.model.phi3v import Phi3VForCausalLM
+from phi3v.packing.layout import Layout, Tree
 
 if TYPE_CHECKING:
-    from phi3v.data.pack import Pack
+    from phi3v.packing.pack import Pack
 
 
 @torch.no_grad()

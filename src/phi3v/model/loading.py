@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from phi3v.base.errors import InputError
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.errors import InputError
 from phi3v.model.adapter import CONFIG as ADAPTER_CONFIG
 from phi3v.model.adapter import load_adapter, read_adapter_config
 from phi3v.model.configuration import Phi3VConfig

@@ -24,25 +24,19 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from phi3v.base.errors import InputError
 from phi3v.data.image import CROP
-from phi3v.errors import InputError
-from phi3v.layout import Layout, Tree
-from phi3v.loss import ROWS_PER_CHUNK, loss_of_rows
 from phi3v.model.attention import Attend, CachedAttention, PackedAttention
 from phi3v.model.configuration import Phi3VConfig, read_generation_config
 from phi3v.model.decoder import Phi3VDecoderLayer, RMSNorm
 from phi3v.model.rope import LongRope
-from phi3v.model.vision import (
-    CLIPEmbeddings,
-    ImageEmbedding,
-    crops_of_pixel_values,
-    crops_of_tiles,
-    grid_of,
-)
+from phi3v.model.vision import CLIPEmbeddings, ImageEmbedding, crops_of_pixel_values, crops_of_tiles, grid_of
 from phi3v.model.weights import Shapes, checkpoint_shapes, refuse_other
+from phi3v.packing.layout import Layout, Tree
+from phi3v.packing.loss import ROWS_PER_CHUNK, loss_of_rows
 
 if TYPE_CHECKING:
-    from phi3v.data.pack import Pack
+    from phi3v.packing.pack import Pack
 
 # From transformers 5.24 on `past_key_values` is called `cache`; older releases know only the old name. We take both.
 CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"

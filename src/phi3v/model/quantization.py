@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from phi3v.errors import InputError
-from phi3v.jsonfile import read_object
+from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import read_object
 
 Part = Literal["vision", "projector"]
 """What may be quantised beside the decoder."""

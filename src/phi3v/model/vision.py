@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phi3v.base.errors import InputError
 from phi3v.data.image import CROP, global_view, normalize
-from phi3v.errors import InputError
 from phi3v.model.configuration import Phi3VConfig
 
 SIDE = 24  # patches along a crop

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from phi3v.errors import InputError
-from phi3v.jsonfile import OBJECT, TEXT, by_name, check_values, read_object
+from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import OBJECT, TEXT, by_name, check_values, read_object
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from phi3v.errors import InputError
+from phi3v.base.errors import InputError
 
 RECIPES = ("easy-vqa", "tiny", "docvqa", "hateful-memes", "nlvr2", "ucf101")
 PARTS = ("Options", "settings", "prepare")

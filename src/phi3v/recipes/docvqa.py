@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3v.config import Base, Data, Keeping, Run
-from phi3v.errors import InputError
-from phi3v.jsonfile import read_object
+from phi3v.base.config import Base, Data, Keeping, Run
+from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import read_object
 from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from phi3v.config import Base, Data, Keeping, Run
-from phi3v.errors import InputError
+from phi3v.base.config import Base, Data, Keeping, Run
+from phi3v.base.errors import InputError
 from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import find_file, nothing_found, with_keys
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode

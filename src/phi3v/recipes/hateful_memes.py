@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phi3v.config import Base, Evaluation, Keeping, Run
-from phi3v.errors import InputError
+from phi3v.base.config import Base, Evaluation, Keeping, Run
+from phi3v.base.errors import InputError
 from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,

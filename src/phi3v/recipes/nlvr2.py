@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from phi3v.config import Base, Keeping, Run
-from phi3v.errors import InputError
-from phi3v.metrics import sentence_of
+from phi3v.base.config import Base, Keeping, Run
+from phi3v.base.errors import InputError
+from phi3v.infer.metrics import sentence_of
 from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,

@@ -14,8 +14,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from phi3v.errors import InputError
-from phi3v.jsonfile import parse
+from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import parse
 from phi3v.recipes.conversion import Record, Source, each
 
 ROWS_AT_ONCE = 16

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phi3v.config import Base, Data, Evaluation, Keeping, Optim, Run
+from phi3v.base.config import Base, Data, Evaluation, Keeping, Optim, Run
 from phi3v.recipes.easy_vqa import build_checkpoint
 
 MODEL = "tiny"

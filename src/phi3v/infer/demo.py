@@ -1,0 +1,269 @@
+"""A conversation in the browser: pictures and questions, answers as they are written, one model or two side by side.
+
+The page and its server use no network but the loopback (or the `--host` that was asked for): no analytics, no fonts or
+scripts from elsewhere, no tunnel. What a model or a user writes is shown as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import html
+import ipaddress
+import os
+import tempfile
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from phi3v.base.config import check_numbers, load_run
+from phi3v.base.errors import InputError
+from phi3v.data.encode import Turn
+from phi3v.data.image import load_image
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.infer.evaluate import model_folder
+from phi3v.infer.stream import Sampling, load_to_talk, stream
+from phi3v.model.adapter import read_adapter_config
+from phi3v.model.loading import ADAPTER_CONFIG
+from phi3v.train.runlog import say
+
+Turns = tuple[Turn, ...]
+LONGEST_ANSWER = 4096
+# Gradio's buttons on a chat and its messages: one would clear what is shown and no more, another share it on the web.
+CSS = ".talk { min-height: 22rem } .talk .message-buttons, .talk [aria-label=Clear] { display: none !important }"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speaker:
+    """One who answers: a model, or the base of an adapter that is loaded anyway."""
+
+    title: str
+    model: Any
+    processor: Phi3VProcessor
+    without_adapter: bool = False
+    speaking: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Held while it answers. Speakers with one model share it: the adapter must not go off amid an answer."""
+
+    def answer(self, turns: Turns, sampling: Sampling) -> Generator[str, None, None]:
+        """As `stream`; raises InputError at once for what cannot be asked."""
+        return self._alone(stream(self.model, self.processor, turns, sampling))
+
+    def _alone(self, answer: Generator[str, None, None]) -> Generator[str]:
+        with self.speaking, self.model.disable_adapter() if self.without_adapter else nullcontext():
+            yield from answer
+
+
+def demo(
+    model: str,
+    /,
+    *,
+    compare: str | None = None,
+    num_crops: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+) -> None:
+    """Talk to a model in the browser: several pictures, several turns, answers as they are written.
+
+    Args:
+        model: A run folder (its final model), or a model or adapter folder, or a name on the Hub.
+        compare: Another model that answers beside it. `base`: the one that MODEL was fine-tuned from.
+        num_crops: Tiles an image may be cut into. Default: the checkpoint's own.
+        max_new_tokens: Longest answer, in tokens. It can be changed on the page.
+        temperature: 0 always takes the likeliest token; higher is more varied. It can be changed on the page.
+        host: Address to listen at. Any but the loopback lets others in, without a password.
+        port: Port to listen at. Default: the first free one from 7860 on.
+    """
+    check_numbers(locals())
+    if port is not None and not 0 < port < 2**16:
+        raise InputError(f"--port is {port}, it must be from 1 to 65535")
+    if max_new_tokens > LONGEST_ANSWER:
+        raise InputError(f"--max-new-tokens is {max_new_tokens}, it must be at most {LONGEST_ANSWER} here")
+    _gradio()  # before the models, which take their time
+    speakers = load_speakers(model, compare, num_crops)
+    with served(speakers, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), host, port) as address:
+        try:
+            say(f"demo  [bold]{escape(address)}[/]  (Ctrl-C ends it)")
+            if not _is_loopback(host):
+                say(f"[yellow]note[/]  whoever reaches --host {escape(host)} can use the model: there is no password")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            say("ended")
+
+
+def load_speakers(model: str, compare: str | None, num_crops: int | None = None) -> list[Speaker]:
+    """The model, and the one that `--compare` names. The base of an adapter is not loaded twice."""
+    folder = Path(model_folder(model))
+    adapted = (folder / ADAPTER_CONFIG).is_file()
+    base = read_adapter_config(folder)["base_model_name_or_path"] if adapted else None
+    if compare == "base" and base is None:
+        compare = _trained_from(model)
+    found, processor = load_to_talk(model, num_crops)
+    speakers = [Speaker(title=model, model=found, processor=processor)]
+    if compare is None:
+        return speakers
+    if base is not None and (compare in ("base", base) or Path(compare).resolve() == Path(base).resolve()):
+        return [*speakers, replace(speakers[0], title=f"{base} (without the adapter)", without_adapter=True)]
+    try:
+        other, other_processor = load_to_talk(compare, processor.num_crops)
+    except InputError as error:
+        raise InputError(f"--compare: {error}") from error
+    return [*speakers, Speaker(title=compare, model=other, processor=other_processor)]
+
+
+def _trained_from(model: str) -> str:
+    if not (Path(model) / "config.json").is_file() or not (Path(model) / "final").is_dir():
+        raise InputError(f"--compare base: {model} does not say what it was fine-tuned from; name that model instead")
+    return load_run(Path(model)).base.model
+
+
+@contextmanager
+def served(speakers: Sequence[Speaker], sampling: Sampling, host: str, port: int | None) -> Iterator[str]:
+    """The page, at the address that it yields, for as long as the block lasts; then uploaded pictures are gone too."""
+    gr = _gradio()
+    with tempfile.TemporaryDirectory(prefix="phi3v-demo-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        page = build_page(speakers, sampling)
+        system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+        try:
+            _, address, _ = page.queue().launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                quiet=True,
+                ssr_mode=False,
+                footer_links=[],
+                enable_monitoring=False,
+                theme=gr.themes.Default(**system),  # Gradio's own would be fetched from a font server
+                css=CSS,
+            )
+        except (OSError, ValueError) as error:
+            at = f"--host {host}" + (f" --port {port}" if port is not None else "")
+            raise InputError(f"{at}: {str(error).strip().splitlines()[0]}") from error
+        try:
+            yield address
+        finally:
+            page.close(verbose=False)
+
+
+def build_page(speakers: Sequence[Speaker], sampling: Sampling) -> Any:
+    """The Gradio page: one conversation for every speaker, all asked the same questions."""
+    gr = _gradio()
+    with gr.Blocks(title="phi3v demo", analytics_enabled=False, fill_height=True) as page:
+        talks = gr.State([()] * len(speakers))
+        with gr.Row():
+            shown = [
+                gr.Chatbot(
+                    label=speaker.title,
+                    render_markdown=False,
+                    latex_delimiters=[],
+                    height="60vh",
+                    buttons=[],
+                    allow_file_downloads=False,
+                    elem_classes="talk",
+                    placeholder="Add pictures, ask a question.",
+                )
+                for speaker in speakers
+            ]
+        box = gr.MultimodalTextbox(
+            file_types=["image"], file_count="multiple", placeholder="Ask about the pictures", show_label=False
+        )
+        with gr.Row():
+            anew = gr.Button("New conversation", size="sm")
+            stop = gr.Button("Stop", size="sm")
+        with gr.Accordion("Sampling", open=False):
+            knobs = [
+                gr.Slider(
+                    0,
+                    max(2, sampling.temperature),
+                    sampling.temperature,
+                    step=0.05,
+                    label="Temperature (0: the likeliest token)",
+                ),
+                gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top-p (where the temperature is not 0)"),
+                gr.Slider(1, LONGEST_ANSWER, sampling.max_new_tokens, step=1, label="Longest answer, in tokens"),
+            ]
+
+        def ask(
+            message: dict[str, Any], talks: list[Turns], temperature: float, top_p: float, most: float
+        ) -> Iterator[list[Any]]:
+            chosen = Sampling(max_new_tokens=int(most), temperature=temperature, top_p=top_p)
+            emptied = gr.MultimodalTextbox(value=None)
+            try:
+                for answered in converse(speakers, talks, message["text"], message["files"], chosen):
+                    yield [emptied, answered, *map(_messages, answered)]
+                    emptied = gr.skip()  # the next question may be in it by now
+            except InputError as error:  # as a warning: an error would cover the conversation
+                gr.Warning(html.escape(str(error)), duration=None)
+                yield [gr.skip()] * (2 + len(speakers))
+
+        asked = box.submit(
+            ask, [box, talks, *knobs], [box, talks, *shown], api_visibility="private", show_progress="hidden"
+        )
+        stop.click(None, cancels=[asked], api_visibility="private")
+        blank = [None, [()] * len(speakers), *([] for _ in speakers)]
+        anew.click(lambda: blank, None, [box, talks, *shown], cancels=[asked], api_visibility="private")
+    return page
+
+
+def converse(
+    speakers: Sequence[Speaker], talks: Sequence[Turns], text: str, files: Sequence[str], sampling: Sampling
+) -> Iterator[list[Turns]]:
+    """The conversations, one for each speaker, while the next question is answered, by one speaker after the other.
+
+    Raises InputError before the first, naming the picture by its own name, for what cannot be asked.
+    """
+    if not text.strip():
+        raise InputError("write a question to go with the pictures" if files else "write a question")
+    for file in files:
+        try:
+            load_image(file)
+        except InputError as error:
+            raise InputError(str(error).replace(str(Path(file).parent) + os.sep, "")) from error
+    turn = Turn(user=text.strip(), assistant=None, images=tuple(files))
+    # A turn that was stopped before its first word has no answer: it was not asked.
+    answered = [(*(turn for turn in talk if turn.assistant is not None), turn) for talk in talks]
+    answers = [speaker.answer(talk, sampling) for speaker, talk in zip(speakers, answered, strict=True)]
+    yield list(answered)
+    for number, answer in enumerate(answers):
+        with closing(answer):  # stopped, it must not go on being written
+            said = ""
+            for said in filter(None, answer):
+                answered[number] = (*answered[number][:-1], replace(turn, assistant=said))
+                yield list(answered)
+        if not said:
+            answered[number] = (*answered[number][:-1], replace(turn, assistant=""))
+            yield list(answered)
+
+
+def _messages(turns: Turns) -> list[dict[str, Any]]:
+    """As a Gradio chat shows them. It renders HTML, also without Markdown: what is text is escaped."""
+    found: list[dict[str, Any]] = []
+    for turn in turns:
+        found += [{"role": "user", "content": {"path": image}} for image in turn.images]
+        answer = "…" if turn.assistant is None else turn.assistant or "(nothing)"
+        found.append({"role": "user", "content": html.escape(turn.user, quote=False)})
+        found.append({"role": "assistant", "content": html.escape(answer, quote=False)})
+    return found
+
+
+def _gradio() -> Any:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise InputError(f"phi3v demo needs Gradio ({error}): pip install 'phi3v[demo]'") from error
+    return gradio
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

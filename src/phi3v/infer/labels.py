@@ -1,0 +1,150 @@
+"""Closed answer sets: how likely is each label as the answer to a question?
+
+The score of a label is log p(label | page, question), the sum over its own tokens, as training has them, and the
+`<|end|>` after them: the logarithm of the probability that the model writes exactly this and stops. `<|end|>` counts,
+or "a" would gain from every answer that only begins like it ("ab"). What training learns past it (a newline and
+`<|endoftext|>`) says nothing about the answer and is left away, also from the length that decides the RoPE regime.
+
+Every label is a branch. What the branches of a page share is computed once; `share` says what that is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from phi3v.base.errors import InputError
+from phi3v.base.ranks import ALONE, Ranks
+from phi3v.base.stopping import Stopped
+from phi3v.data.encode import Encoded, Example, answer_text, encode
+from phi3v.data.image import read_size
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.infer.metrics import normalize_answer
+from phi3v.packing.loader import Reading, prompt_packs
+from phi3v.packing.trees import PackLimits, group
+from phi3v.train.runlog import progress_bar, say
+
+MAX_LABELS = 101  # the classes of UCF101, the largest closed set of the recipes
+
+
+def closed_answers(examples: Iterable[Example]) -> tuple[str, ...] | None:
+    """The answers of a task with few of them, sorted; None if they are free text (or there is but one).
+
+    Few means at most MAX_LABELS, each given twice on average. Of spellings that `accuracy` cannot tell apart the most
+    frequent one is kept.
+    """
+    counts = Counter(turn.assistant.strip() for e in examples for turn in e.turns if turn.assistant)
+    spellings = {normalize_answer(text): text for text, _ in reversed(counts.most_common())}
+    few = 2 <= len(spellings) <= min(MAX_LABELS, counts.total() // 2)
+    return tuple(sorted(spellings.values())) if few else None
+
+
+@torch.no_grad()
+def score_labels(
+    model: Any,
+    processor: Phi3VProcessor,
+    prompts: Sequence[Example],
+    labels: Sequence[str],
+    *,
+    limits: PackLimits,
+    reading: Reading,
+    dtype: torch.dtype,
+    title: str = "scoring labels",
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+    leave_off: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """log p(label | page, question) for P prompts and L labels: [P, L] float64, on the CPU.
+
+    Every rank takes its share and hears of all. `leave_off` is asked before every pack; Stopped is raised, on all
+    ranks, when it says so on any. Raises InputError for labels that cannot compete, and as `encode` and `prompt_packs`.
+    """
+    assert all(prompt.turns[-1].assistant is None for prompt in prompts)
+    sizes = functools.cache(read_size)  # a page has many questions
+    endings = label_tokens(labels, processor)
+    branches = Branches(share([encode(prompt, processor, sizes) for prompt in prompts], len(labels)), endings)
+    packs = prompt_packs(branches, limits, reading, max_new_tokens=0, rank=ranks.rank, num_ranks=ranks.num, tell=say)
+    device = next(model.parameters()).device
+    mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    scores = torch.zeros(len(branches), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        with progress_bar(title, len(branches), "labels", show=progress, summary=False) as advance, mixed:
+            for numbers, on_cpu in ranks.own(packs):
+                if ranks.any(leave_off()):
+                    raise Stopped
+                pack = on_cpu.to(device, non_blocking=True)
+                losses = F.cross_entropy(model(pack=pack).logits, pack.targets, reduction="none")
+                at = torch.tensor(numbers, dtype=torch.int64)[on_cpu.branch]
+                scores.index_add_(0, at, -losses.double().cpu())
+                advance(len(numbers) * ranks.num)  # the others are about as far
+    finally:
+        model.train(was_training)
+    whole = torch.tensor(ranks.total(*scores.tolist()), dtype=torch.float64)  # what others scored is 0 here
+    return whole.view(len(prompts), len(labels))
+
+
+def label_tokens(labels: Sequence[str], processor: Phi3VProcessor) -> list[NDArray[np.int32]]:
+    """The ids of each label as an answer in training, up to and with `<|end|>`.
+
+    Raises InputError for fewer than two labels, an empty one, and two that are one answer to `accuracy`.
+    """
+    if len(labels) < 2:
+        raise InputError(f"--labels needs at least 2 labels, got {len(labels)}")
+    seen: dict[str, str] = {}
+    for label in labels:
+        if not label.strip():
+            raise InputError("--labels: a label is empty")
+        if (key := normalize_answer(label)) in seen:
+            raise InputError(f"--labels: {seen[key]!r} and {label!r} are the same answer to `accuracy`")
+        seen[key] = label
+    return [
+        np.array(processor.token_ids(f"<|assistant|>\n{answer_text(label)}<|end|>")[1:], dtype=np.int32)
+        for label in labels
+    ]
+
+
+def share(prompts: Sequence[Encoded], num_labels: int) -> list[Encoded]:
+    """The prompts with the prefixes that their labels should share: page by page the cheaper of two.
+
+    A tree has one prefix, so a page of P tokens with questions of q1, q2, ... tokens and L labels is either one tree,
+    whose branches repeat the question with every label, or a tree for every question, which repeat the page:
+
+        P + L (q1 + q2 + ...)   or   (P + q1) + (P + q2) + ...   tokens, and those of the labels, equally many
+    """
+    page = group(prompts)
+    shared = np.array([prompt.prefix_tokens for prompt in prompts])
+    own = np.array([prompt.tokens for prompt in prompts]) - shared
+    once = shared + num_labels * np.bincount(page, own)[page]
+    every = np.bincount(page, shared + own)[page]
+    by_question = every <= once
+    return [
+        replace(prompt, prefix=len(prompt.ids)) if alone else prompt
+        for prompt, alone in zip(prompts, by_question, strict=True)
+    ]
+
+
+class Branches(Sequence[Encoded]):
+    """Every prompt with every label as its answer, made when asked for: number n is prompt n // L with label n % L."""
+
+    def __init__(self, prompts: Sequence[Encoded], labels: Sequence[NDArray[np.int32]]) -> None:
+        self.prompts, self.labels = prompts, labels
+
+    def __len__(self) -> int:
+        return len(self.prompts) * len(self.labels)
+
+    def __getitem__(self, number: int) -> Encoded:  # type: ignore[override]  # no slices
+        prompt, label = self.prompts[number // len(self.labels)], self.labels[number % len(self.labels)]
+        ids = np.concatenate([prompt.ids, label])
+        return replace(prompt, ids=ids, supervised=np.arange(len(ids)) >= len(prompt.ids))

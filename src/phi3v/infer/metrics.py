@@ -1,0 +1,286 @@
+"""How good are the answers? Pure functions on text; no tensors, no files.
+
+Every metric takes one prediction and the answers accepted for its question and returns a number from 0 to 1; `score`
+is their mean over a whole evaluation. A question with several accepted answers is scored against the best of them.
+Where labels were scored or examples form groups, `score` says more; `label_tables` has what is no single number.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+from phi3v.base.errors import InputError
+
+if TYPE_CHECKING:
+    from phi3v.data.encode import Example
+
+NUM_VQA_ANNOTATORS = 10
+
+
+class Prediction(TypedDict):
+    """One line of predictions.jsonl: a question, its accepted answers, and what the model said."""
+
+    id: str
+    source: str
+    where: str
+    images: list[str]
+    user: str
+    answers: list[str]
+    prediction: str
+    correct: bool
+    anls: float
+    num_tokens: int
+    label_log_probs: NotRequired[dict[str, float]]
+    """log p(label | page, question) of every label of a closed set."""
+    group: NotRequired[str]
+    """Examples that count for `consistency` only together."""
+
+
+def clean(prediction: str) -> str:
+    """The model's text as the original recipe scores it: without outer whitespace, then without outer full stops."""
+    return prediction.strip().strip(".")
+
+
+def normalize_answer(text: str) -> str:
+    """The form in which `accuracy` compares: "Yes." and "yes" are the same answer."""
+    return clean(text).lower()
+
+
+def accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the whole answer is right but for case, outer whitespace and full stops (the original recipe's accuracy)."""
+    return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the answer is right to the letter; only outer whitespace is forgiven."""
+    return float(prediction.strip() in {answer.strip() for answer in answers})
+
+
+def levenshtein(a: str, b: str) -> int:
+    """The least number of insertions, deletions and substitutions of one character that turn `a` into `b`."""
+    previous = list(range(len(b) + 1))  # previous[j] = distance(a[:i], b[:j])
+    for i, left in enumerate(a, start=1):
+        current = [i]
+        for j, right in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (left != right)))
+        previous = current
+    return previous[-1]
+
+
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity as the original recipe has it: case counts, and half wrong is wrong.
+
+    With NL = levenshtein / length of the longer text: 1 - NL where NL < 0.5, else 0 (Biten et al. 2019,
+    arXiv:1907.00490, tau = 0.5). An empty prediction scores 0, and so does every one where no answer is known.
+    """
+    text = clean(prediction)
+    distances = [levenshtein(text, answer) / max(len(text), len(answer), 1) for answer in answers] if text else [1.0]
+    best = min(distances, default=1.0)
+    return 1 - best if best < 0.5 else 0.0
+
+
+def anls_official(prediction: str, answers: Sequence[str]) -> float:
+    """ANLS as the DocVQA challenge server scores it (rrc.cvc.uab.es): case and runs of whitespace do not count.
+
+    Like the server, and unlike the paper and `anls`, a similarity of exactly 0.5 still counts.
+    """
+    text = clean(prediction)
+    if not text:
+        return 0.0
+    folded = " ".join(text.lower().split())
+    best = max(
+        1 - levenshtein(folded, " ".join(answer.lower().split())) / max(len(text), len(answer)) for answer in answers
+    )
+    return best if best >= 0.5 else 0.0
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA v2 accuracy: an answer that three of ten annotators gave is right (Antol et al. 2015, arXiv:1505.00468).
+
+    min(1, matches / 3), averaged over the ten leave-one-out sets of nine annotators. Texts are always normalised; the
+    official evaluation skips that where all annotators agree, and then fails "Yes" against ten times "yes". Fewer than
+    ten answers are no votes but accepted alternatives, and the metric is `accuracy`.
+    """
+    if len(answers) < NUM_VQA_ANNOTATORS:
+        return accuracy(prediction, answers)
+    text = _vqa_normalize(prediction)
+    votes = [_vqa_normalize(answer) for answer in answers]
+    agreed = votes.count(text)
+    return sum(min(1.0, (agreed - (vote == text)) / 3) for vote in votes) / len(votes)
+
+
+def _vqa_normalize(text: str) -> str:
+    """Lower case, number words as digits, no articles, and punctuation as the VQA v2 evaluation treats it.
+
+    A mark that touches a space anywhere is dropped, as are all of them where a comma stands between digits; any other
+    becomes a space; full stops stay only before a digit. The official table of contractions ("dont" is "don't") is
+    replaced by dropping all apostrophes, which equates the same pairs and a few more ("its" and "it's").
+    """
+    thousands = re.search(r"\d,\d", text) is not None
+    plain = text
+    for mark in _VQA_PUNCTUATION:
+        plain = plain.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
+    plain = re.sub(r"\.(?!\d)", "", plain).replace("'", "")
+    words = (_VQA_NUMBERS.get(word, word) for word in plain.lower().split())
+    return " ".join(word for word in words if word not in {"a", "an", "the"})
+
+
+_VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_VQA_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
+_VQA_NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "accuracy": accuracy,
+    "exact_match": exact_match,
+    "anls": anls,
+    "anls_official": anls_official,
+    "vqa_accuracy": vqa_accuracy,
+}
+
+
+def score(predictions: Iterable[Prediction]) -> dict[str, float]:
+    """The mean of every metric over all questions, and their number: {"accuracy": .., .., "questions": n}.
+
+    Where every prediction has them, its `label_log_probs` add `label_accuracy`, the accuracy of the likeliest label,
+    and, for two labels, `auroc`; its `group` adds `consistency`. Raises InputError when there is nothing to score.
+    """
+    scored = list(predictions)
+    if not scored:
+        raise InputError("there are no questions to score")
+    means = {
+        name: _mean(metric(line["prediction"], line["answers"]) for line in scored) for name, metric in METRICS.items()
+    }
+    if all("label_log_probs" in line for line in scored):
+        means["label_accuracy"] = _mean(accuracy(likeliest(line), line["answers"]) for line in scored)
+        means |= _auroc_of_two_labels(scored)
+    if all("group" in line for line in scored):
+        means["consistency"] = consistency(
+            (line["group"], accuracy(line["prediction"], line["answers"]) == 1) for line in scored
+        )
+    return {**means, "questions": len(scored)}
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def likeliest(line: Prediction) -> str:
+    """The label with the highest log-probability, the first of equal ones."""
+    return max(line["label_log_probs"], key=line["label_log_probs"].__getitem__)
+
+
+def _auroc_of_two_labels(scored: Sequence[Prediction]) -> dict[str, float]:
+    """{"auroc": ..} by log p(a) - log p(b); {} for more labels than two, or if all answers are the same label.
+
+    Which of the labels is the positive one does not matter: swapping them turns every score around as well. A question
+    that accepts both labels or neither has no class and is left out.
+    """
+    sides: tuple[list[float], list[float]] = ([], [])
+    for line in scored:
+        if len(line["label_log_probs"]) != 2:
+            return {}
+        right = [accuracy(label, line["answers"]) == 1 for label in line["label_log_probs"]]
+        if sum(right) == 1:
+            first, second = line["label_log_probs"].values()
+            sides[right.index(True)].append(first - second)
+    return {"auroc": auroc(*sides)} if all(sides) else {}
+
+
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Area under the ROC curve, from the scores of the positive and of the negative examples (at least one each).
+
+    It is the probability that a positive example has the higher score, ties counting half (Mann-Whitney's U / n m).
+    """
+    ordered = sorted(negative)
+    wins = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in positive)
+    return wins / (2 * len(positive) * len(negative))
+
+
+def consistency(graded: Iterable[tuple[str, bool]]) -> float:
+    """Share of the groups all of whose examples are right, from (group, right) of every example.
+
+    NLVR2 (Suhr et al. 2019, arXiv:1811.00491) groups by sentence: `sentence_of`.
+    """
+    groups: dict[str, bool] = {}
+    for group, right in graded:
+        groups[group] = groups.get(group, True) and right
+    return sum(groups.values()) / len(groups)
+
+
+def sentence_of(identifier: str) -> str:
+    """The group of an NLVR2 example: its identifier, `split-set-pair-sentence`, without the pair of images.
+
+    As in the data set's own evaluation (github.com/lil-lab/nlvr, nlvr2/eval/metrics.py). Raises InputError.
+    """
+    parts = identifier.split("-")
+    if len(parts) != 4:
+        raise InputError(f"{identifier!r} is no identifier of NLVR2, like dev-850-0-1")
+    return "-".join(parts[:2] + parts[3:])
+
+
+def label_tables(predictions: Iterable[Prediction], labels: Sequence[str]) -> dict[str, Any]:
+    """What became of every label, for metrics.json:
+
+        {"labels": [..], "confusion": [[..], ..], "per_class": {label: {"precision", "recall", "f1", "support"}}}
+
+    confusion[i][j] counts the questions with answer labels[i] to which labels[j] was said; the last row and the last
+    column are for texts that are no label. A question that accepts several answers counts for the one that was said,
+    or for the first. Precision is 0 for a label that was never said, recall for one that was never the answer.
+    """
+    other = len(labels)
+    numbers = {normalize_answer(label): number for number, label in enumerate(labels)}
+    confusion = [[0] * (other + 1) for _ in range(other + 1)]
+    for line in predictions:
+        said, *accepted = (
+            numbers.get(normalize_answer(text), other) for text in (line["prediction"], *line["answers"])
+        )
+        confusion[said if said in accepted else accepted[0]][said] += 1
+
+    def grades(number: int) -> dict[str, float]:
+        right, support = confusion[number][number], sum(confusion[number])
+        said = sum(row[number] for row in confusion)
+        return {
+            "precision": right / said if said else 0.0,
+            "recall": right / support if support else 0.0,
+            "f1": 2 * right / (said + support) if said + support else 0.0,
+            "support": support,
+        }
+
+    per_class = {label: grades(number) for number, label in enumerate(labels)}
+    return {"labels": list(labels), "confusion": confusion, "per_class": per_class}
+
+
+def baselines(train: Iterable[Example], test: Sequence[Example]) -> dict[str, float]:
+    """The accuracy on `test` of two models that never look at a picture, both fitted on every turn of `train`.
+
+    majority  always gives the most frequent answer
+    blind     gives the most frequent answer to the very same question text, the majority answer to an unseen text
+
+    `test` holds questions (`data.chat.questions`): the last turn is the one that is asked. Ties go to the answer that
+    was seen first. Raises InputError when either side holds no answers.
+    """
+    everything: Counter[str] = Counter()
+    by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for example in train:
+        for turn in example.turns:
+            if turn.assistant is not None:
+                everything[turn.assistant] += 1
+                by_text[turn.user][turn.assistant] += 1
+    if not everything or not test:
+        raise InputError("baselines need at least one training answer and one test question")
+    majority = everything.most_common(1)[0][0]
+    blind = {text: counts.most_common(1)[0][0] for text, counts in by_text.items()}
+
+    def accuracy_of(guess: Callable[[str], str]) -> float:
+        return sum(accuracy(guess(example.turns[-1].user), example.answers) for example in test) / len(test)
+
+    return {
+        "majority": accuracy_of(lambda text: majority),
+        "blind": accuracy_of(lambda text: blind.get(text, majority)),
+    }

@@ -1,0 +1,257 @@
+"""Which examples are in which pack, of which rank, of which optimizer step: arithmetic on lengths, nothing else.
+
+A plan is a pure function of (lengths, settings, seed, epoch). Every rank computes the same plan and takes its own part
+of it. Its invariant: the loss of a step is the sum of weight * cross entropy over the supervised rows of all its packs
+on all ranks, however many packs and ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from phi3v.base.errors import InputError
+from phi3v.packing.trees import Floats, Ints, Lengths, PackLimits, PackTree, make_trees
+
+Questions = Literal["all", "expected", "random"]
+Weighting = Literal["example", "token"]
+PackPlan = tuple[PackTree, ...]
+"""The trees of one pack: one forward pass of one rank. It may be empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What an optimizer step is made of."""
+
+    batch_size: int
+    """Examples (`questions="all"`) or pages (`"expected"`, `"random"`) of an optimizer step, over all ranks."""
+
+    questions: Questions = "all"
+    """What counts when a page has several questions. `all`: every question is an example. `expected`: the page
+    counts once, its questions averaged. `random`: the page counts once, with one question drawn anew every epoch;
+    `expected` is the expectation of that draw."""
+
+    weighting: Weighting = "example"
+    """`example`: mean over the supervised tokens of each example, then over the examples. `token`: mean over all
+    supervised tokens of the step."""
+
+    limits: PackLimits
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size is {self.batch_size}, it must be at least 1")
+        if self.questions == "expected" and self.weighting == "token":
+            raise InputError(
+                "--questions expected cannot be combined with --weighting token (a ratio of sums is no expectation): "
+                "use --weighting example, or --questions all"
+            )
+
+
+class Step(NamedTuple):
+    """One optimizer step, counted over all ranks."""
+
+    number: int
+    """Within the epoch, from 0."""
+    examples: int
+    pages: int
+    tokens: int
+    """Tokens the decoder runs over, each shared prefix once a tree."""
+    crops: int
+    packs: int
+    """Packs of every rank: equal, so that some may be empty."""
+    rows: int
+    """Supervised rows: tokens that carry loss."""
+    pairs: int
+    """A query token and a key token that it sees: what attention has to compute."""
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The steps of one epoch: step k sees the examples `order[bounds[k]:bounds[k + 1]]`, page by page.
+
+    Only the order is held; a step is packed when it is asked for, so a run resumes at any step at no cost.
+    """
+
+    lengths: Lengths = field(repr=False)
+    settings: PlanSettings
+    order: Ints = field(repr=False)
+    bounds: Ints = field(repr=False)
+
+    def __len__(self) -> int:
+        """Number of steps, the same in every epoch."""
+        return len(self.bounds) - 1
+
+    def examples(self, step: int) -> Ints:
+        """The examples of a step."""
+        return self.order[self.bounds[step] : self.bounds[step + 1]]
+
+    def weights(self, step: int) -> Floats:
+        """Loss weight of every supervised token of each example of a step, in the order of `examples(step)`.
+
+        With n supervised tokens in an example, E examples and S supervised tokens in the step, and q questions of
+        a page among P pages:
+
+            example             1 / (n E)
+            example, expected   1 / (n q P)
+            token               1 / S
+        """
+        examples = self.examples(step)
+        supervised = self.lengths.supervised[examples]
+        if self.settings.weighting == "token":
+            return np.full(len(examples), 1.0 / supervised.sum())
+        if self.settings.questions == "expected":
+            _, page, questions = np.unique(self.lengths.page[examples], return_inverse=True, return_counts=True)
+            return 1.0 / (supervised * questions[page] * len(questions))
+        return 1.0 / (supervised * len(examples))
+
+    def packs(self, step: int, num_ranks: int = 1) -> tuple[Step, list[list[PackPlan]]]:
+        """A step and its packs by rank. Which examples a step holds, and their weights, do not depend on the ranks."""
+        examples = self.examples(step)
+        trees = make_trees(examples, self.weights(step), self.lengths, self.settings.limits)
+        ranks = pack_trees(trees, self.settings.limits, num_ranks)
+        counts = Step(
+            number=step,
+            examples=len(examples),
+            pages=len(np.unique(self.lengths.page[examples])),
+            tokens=sum(tree.tokens for tree in trees),
+            crops=sum(tree.crops for tree in trees),
+            packs=len(ranks[0]),
+            rows=int(self.lengths.supervised[examples].sum()),
+            pairs=self._pairs(trees),
+        )
+        return counts, ranks
+
+    def _pairs(self, trees: Sequence[PackTree]) -> int:
+        """A prefix is causal; a branch sees all of the prefix, and itself causally."""
+        examples = np.array([i for tree in trees for i in tree.examples], dtype=np.int64)
+        prefixes = self.lengths.prefix[[tree.examples[0] for tree in trees]]
+        prefix, tokens = self.lengths.prefix[examples], self.lengths.tokens[examples]
+        branch = tokens - prefix
+        return int((prefixes * (prefixes + 1) // 2).sum() + (branch * prefix + branch * (branch + 1) // 2).sum())
+
+
+def plan_epoch(lengths: Lengths, settings: PlanSettings, *, seed: int, epoch: int) -> EpochPlan:
+    """The steps of an epoch: pages in a new order, each with all its questions (`random`: one of them).
+
+    Every example is seen once an epoch (`random`: every page once). Steps hold exactly `batch_size` units, the
+    last one of an epoch the rest; with `questions="all"` a step border may cut a page in two.
+    """
+    unlabelled = np.flatnonzero(lengths.supervised == 0)
+    if len(unlabelled):
+        raise InputError(f"training example {unlabelled[0] + 1} has no answer token to learn from")
+    num_units = len(lengths) if settings.questions == "all" else lengths.num_pages
+    if settings.batch_size > num_units:
+        unit = "examples" if settings.questions == "all" else "pages"
+        raise InputError(f"--batch-size {settings.batch_size} is larger than the training data ({num_units} {unit})")
+
+    questions = np.bincount(lengths.page, minlength=lengths.num_pages)
+    pages = np.argsort(_random_bits(seed, epoch, "pages", lengths.num_pages), kind="stable")
+    place = np.empty_like(pages)
+    place[pages] = np.arange(len(pages))
+    order = np.argsort(place[lengths.page], kind="stable")
+    ends = questions[pages].cumsum()
+    if settings.questions == "random":
+        draw = _random_bits(seed, epoch, "question", lengths.num_pages) % questions.astype(np.uint64)
+        order = order[ends - questions[pages] + draw.astype(np.int64)[pages]]
+    if settings.questions == "expected":
+        bounds = np.append(0, ends)[:: settings.batch_size]
+    else:
+        bounds = np.arange(0, len(order), settings.batch_size)
+    if bounds[-1] < len(order):
+        bounds = np.append(bounds, len(order))
+    return EpochPlan(lengths, settings, order, bounds)
+
+
+def _random_bits(seed: int, epoch: int, purpose: Literal["pages", "question"], count: int) -> np.ndarray:
+    """[count] uint64. Raw bits and a stable sort, because NumPy may change what `Generator.permutation` returns."""
+    source = np.random.SeedSequence([seed, epoch, ("pages", "question").index(purpose)])
+    return np.random.PCG64(source).random_raw(count)
+
+
+def plan_prompts(
+    lengths: Lengths, limits: PackLimits, *, max_new_tokens: int, num_ranks: int = 1, pages_at_once: int = 256
+) -> Iterator[list[list[PackPlan]]]:
+    """Packs by rank for generation, over all ranks every prompt once, each page with all its prompts.
+
+    The pages go in order, `pages_at_once` packed together. Every branch keeps room for `max_new_tokens`.
+    """
+    order = np.argsort(lengths.page, kind="stable")
+    ends = np.bincount(lengths.page, minlength=lengths.num_pages).cumsum()
+    bounds = [0, *ends[pages_at_once - 1 : -1 : pages_at_once], len(order)]
+    for start, end in pairwise(bounds):
+        prompts = order[start:end]
+        trees = make_trees(prompts, np.zeros(len(prompts)), lengths, limits, growth=max_new_tokens)
+        yield pack_trees(trees, limits, num_ranks)
+
+
+def pack_trees(trees: Sequence[PackTree], limits: PackLimits, num_ranks: int) -> list[list[PackPlan]]:
+    """Packs by rank, the same number for every rank, within both budgets except for a tree that alone exceeds one.
+
+    Best-fit decreasing says how few packs are needed. That number, rounded up to a multiple of the ranks, is then
+    filled evenly, so that no rank waits for another; where an even filling does not fit, best fit stays and the
+    missing packs are empty.
+    """
+    bins = _best_fit(trees, limits)
+    num_packs = max(1, -(-len(bins) // num_ranks)) * num_ranks
+    bins = _even_fit(trees, limits, num_packs) or bins
+    packs: list[PackPlan] = [tuple(bin.trees) for bin in sorted(bins, key=lambda bin: -bin.load)]
+    packs += [()] * (num_packs - len(packs))
+    rounds = [packs[start : start + num_ranks] for start in range(0, num_packs, num_ranks)]
+    # Packs of a round run side by side and are alike in size; every second round is dealt backwards.
+    dealt = [packs_of if number % 2 == 0 else packs_of[::-1] for number, packs_of in enumerate(rounds)]
+    return [list(column) for column in zip(*dealt, strict=True)]
+
+
+class _Bin:
+    """A pack being filled. Its load is tokens and crops as parts of their budgets, in integers, the same everywhere."""
+
+    def __init__(self, limits: PackLimits) -> None:
+        self.limits = limits
+        self.trees: list[PackTree] = []
+        self.tokens = self.crops = self.load = 0
+
+    def has_room(self, tree: PackTree) -> bool:
+        within_tokens = self.tokens + tree.tokens <= self.limits.max_tokens_per_pack
+        return not self.trees or (
+            self.limits.pack and within_tokens and self.crops + tree.crops <= self.limits.max_crops_per_pack
+        )
+
+    def add(self, tree: PackTree) -> None:
+        self.trees.append(tree)
+        self.tokens += tree.tokens
+        self.crops += tree.crops
+        self.load += _load(tree, self.limits)
+
+
+def _load(tree: PackTree, limits: PackLimits) -> int:
+    return tree.tokens * limits.max_crops_per_pack + tree.crops * limits.max_tokens_per_pack
+
+
+def _largest_first(trees: Sequence[PackTree], limits: PackLimits) -> list[PackTree]:
+    return sorted(trees, key=lambda tree: -_load(tree, limits))
+
+
+def _best_fit(trees: Sequence[PackTree], limits: PackLimits) -> list[_Bin]:
+    """Each tree into the fullest pack that has room, or a new one."""
+    bins: list[_Bin] = []
+    for tree in _largest_first(trees, limits):
+        best = max((bin for bin in bins if bin.has_room(tree)), key=lambda bin: bin.load, default=None)
+        if best is None:
+            bins.append(best := _Bin(limits))
+        best.add(tree)
+    return bins
+
+
+def _even_fit(trees: Sequence[PackTree], limits: PackLimits, num_packs: int) -> list[_Bin] | None:
+    """Each tree into the emptiest pack that has room; None if a tree finds no room in `num_packs` packs."""
+    bins = [_Bin(limits) for _ in range(num_packs)]
+    for tree in _largest_first(trees, limits):
+        emptiest = min((bin for bin in bins if bin.has_room(tree)), key=lambda bin: bin.load, default=None)
+        if emptiest is None:
+            return None
+        emptiest.add(tree)
+    return bins

@@ -1,0 +1,121 @@
+"""A LoRA adapter into its base model, checked: the merged model must say what the two said together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from rich.markup import escape
+from torch import Tensor
+
+from phi3v.base.errors import InputError
+from phi3v.base.files import written_whole
+from phi3v.base.hardware import name_of, pick_device, pick_dtype
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.infer.evaluate import model_folder
+from phi3v.model.adapter import read_adapter_config
+from phi3v.model.loading import ADAPTER_CONFIG, load_model, save_model
+from phi3v.model.parts import set_precision, widen
+from phi3v.model.quantization import read_quantization
+from phi3v.train.runlog import say
+
+PROBE = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\nA chart with three bars.<|end|>\n"
+# Relative difference of the logits (L2) that rounding may cause: of the merged weights to their own precision (bf16: 8
+# bits), and of sums in another order. A merge gone wrong is off by as much as the adapter changed.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Merged(NamedTuple):
+    """A whole model that was an adapter and its base, in the base's own precision."""
+
+    model: Any
+    processor: Phi3VProcessor
+    base: str
+    """A folder, or a name on the Hub."""
+    before: Tensor
+    """Logits of the probe, of the base with its adapter."""
+    after: Tensor
+    """The same, of the model."""
+
+
+def merge(run: str, /, *, out: Path) -> Path:
+    """Merge the adapter of a LoRA or QLoRA run into its base model.
+
+    The result is a checkpoint in the published layout, in the base model's own precision: not quantised, even if the
+    adapter was trained on a quantised base. Its logits are compared with those of the base and the adapter before
+    anything is written, and with those of the model that was trained if that was quantised. `phi3v export` does this,
+    too, and adds a model card and what other programs need.
+
+    Args:
+        run: A run folder, or an adapter folder.
+        out: Where the merged model goes. It must not exist.
+    """
+    folder = source_folder(run, out)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{run}: there is no adapter to merge (no {ADAPTER_CONFIG}); is it already a whole model?")
+    merged = merge_adapter(folder, pick_device())
+    with written_whole(out) as temporary:
+        save_model(merged.model, merged.processor, temporary, carry_from=merged.base)
+    say(f"merged model  {escape(str(out))}")
+    return out
+
+
+def source_folder(run: str, out: Path) -> Path:
+    """The folder of the model of a run. Raises InputError without one, and when there is something at `out`."""
+    folder = Path(model_folder(run))
+    if not folder.is_dir():
+        raise InputError(f"{run}: no such model folder")
+    if out.exists():
+        raise InputError(f"--out {out} exists already: choose another folder")
+    return folder
+
+
+def merge_adapter(folder: Path, device: torch.device) -> Merged:
+    """The adapter in a folder merged into its base, on `device`. Raises InputError when that changes what they say."""
+    quantized = None
+    if how := read_quantization(folder):
+        say(f"loading the model that was trained on its base in {how}, then the whole one")
+        quantized = probe(*load_model(folder, device=device), device)
+    model, processor = load_model(folder, as_trained=False)
+    own = model.dtype
+    before = probe(model, processor, device)
+    merged = model.merge_and_unload(safe_merge=True).requires_grad_(False)
+    set_precision(merged, own)
+    after = probe(merged, processor, device)
+    difference, limit = distance(after, before), TOLERANCE[own]
+    say(
+        f"logits before and after merging differ by {difference:.1e} "
+        f"(relative, {name_of(own)}; at most {limit:.0e} allowed)"
+    )
+    if not difference <= limit:
+        raise InputError(
+            f"{folder}: merging changed the model, its logits differ by {difference:.1e}; nothing was written"
+        )
+    if quantized is not None:
+        say(
+            f"the merged model is not quantised: its logits differ by {distance(after, quantized):.1e} (relative) "
+            "from those of the model that was trained"
+        )
+    set_precision(merged, own)
+    return Merged(merged, processor, read_adapter_config(folder)["base_model_name_or_path"], before, after)
+
+
+def distance(logits: Tensor, expected: Tensor) -> float:
+    """L2 of the difference, relative to that of what is expected; infinite where the shapes differ."""
+    return float((logits - expected).norm() / expected.norm()) if logits.shape == expected.shape else float("inf")
+
+
+def probe(model: Any, processor: Phi3VProcessor, device: torch.device) -> Tensor:
+    """Logits [L, V], float32, of one picture and a sentence. The model is on `device` afterwards.
+
+    It is also as wide as the device computes fast, because bf16 takes a CPU without units for it a hundred times as
+    long as float32.
+    """
+    model.to(device).eval()
+    widen(model, torch.promote_types(model.dtype, pick_dtype("auto", device)))
+    picture = Image.linear_gradient("L").resize((400, 300))
+    inputs = processor(PROBE, [picture]).to(device)
+    with torch.no_grad():
+        return model(**inputs).logits[0].float()

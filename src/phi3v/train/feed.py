@@ -1,0 +1,305 @@
+"""What the loop is fed: the examples of a run, and step after step its packs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from phi3v.base.config import Run
+from phi3v.base.errors import InputError
+from phi3v.base.files import write_text
+from phi3v.base.hardware import pick_tokens_per_pack
+from phi3v.base.jsonfile import Rule, by_name, parse_object
+from phi3v.base.ranks import Ranks
+from phi3v.data.check import Statistics, check
+from phi3v.data.encode import Encoded, Example, encode
+from phi3v.data.image import read_size
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.schema import NAMES_KEPT, iter_jsonl
+from phi3v.infer.evaluate import read_questions
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.packing.loader import MicroBatch, Reading, training_packs
+from phi3v.packing.ondisk import OnDisk
+from phi3v.packing.pack import Lost
+from phi3v.packing.schedule import PackPlan, PlanSettings, plan_epoch
+from phi3v.packing.trees import Lengths, PackLimits
+from phi3v.train.runlog import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The examples of a run, what a plan must know of them, and the questions it is evaluated on."""
+
+    examples: Sequence[Example]
+    encoded: Sequence[Encoded]
+    lengths: Lengths
+    settings: PlanSettings
+    reading: Reading
+    steps_per_epoch: int
+    questions: list[Example]
+
+    def largest_pack(self, packs: list[list[PackPlan]]) -> dict[str, int]:
+        """Most tokens, crops and supervised rows of any pack of a step."""
+        every = [pack for rank in packs for pack in rank]
+        return {
+            "tokens": max(sum(tree.tokens for tree in pack) for pack in every),
+            "crops": max(sum(tree.crops for tree in pack) for pack in every),
+            "rows": max(int(sum(self.lengths.supervised[i] for tree in p for i in tree.examples)) for p in every),
+        }
+
+    @property
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """Padded (h, w) of every image, by path."""
+        return {
+            image: size
+            for example in self.encoded
+            for image, size in zip(example.images, example.image_sizes, strict=True)
+        }
+
+    def total_steps(self, run: Run) -> int:
+        """Optimizer steps of the whole run."""
+        if run.optim.max_steps is not None:
+            return run.optim.max_steps
+        return max(1, round(run.optim.epochs * self.steps_per_epoch))
+
+
+def read_data(
+    run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool, ranks: Ranks
+) -> TrainingData:
+    """Reads and encodes `--train` and `--eval`. With `check_first`, the first problem in either is an InputError;
+    without, the run goes on, and its images count as large as they were when it began.
+    """
+    assert run.data.train is not None
+    if check_first:
+        ranks.first_does(lambda: _check(run, processor, config))
+    sizes = {} if check_first else read_sizes(run.keeping.out)
+    examples, encoded = encode_all(iter_jsonl(run.data.train, run.data.image_root), processor, ranks, sizes)
+    lengths = Lengths.of(encoded)
+    settings = PlanSettings(
+        batch_size=run.data.batch_size,
+        questions=run.data.questions,
+        weighting=run.data.weighting,
+        limits=PackLimits(
+            max_tokens_per_pack=pick_tokens_per_pack(run.data.max_tokens_per_pack, ranks.device),
+            max_crops_per_pack=run.data.max_crops_per_pack,
+            original_max=config.original_max_position_embeddings,
+            share_prefix=run.data.share_prefix,
+            pack=run.data.pack,
+        ),
+    )
+    reading = Reading(
+        image_token_id=processor.image_token_id,
+        num_crops=processor.num_crops,
+        num_workers=_num_workers(run.data.num_workers),
+        pin_memory=torch.cuda.is_available(),
+        on_bad_example=run.data.on_bad_example,
+        digests=run.tuning.vision_cache != "none",
+    )
+    return TrainingData(
+        examples=examples,
+        encoded=encoded,
+        lengths=lengths,
+        settings=settings,
+        reading=reading,
+        steps_per_epoch=len(plan_epoch(lengths, settings, seed=run.keeping.seed, epoch=0)),
+        questions=read_questions(run.data.eval, run.data.image_root) if run.data.eval else [],
+    )
+
+
+def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig) -> None:
+    for file in filter(None, (run.data.train, run.data.eval)):
+        findings = check(file, run.data.image_root, processor, max_tokens=config.max_position_embeddings)
+        if findings.problems:
+            others = len(findings.problems) - 1
+            more = f" (and {others} more: phi3v check {file})" if others else ""
+            raise InputError(f"{findings.problems[0]}{more}")
+
+
+ENCODED_AT_ONCE = 512
+"""Examples of a rank between two meetings; those of all ranks are in memory, however many there are on disk."""
+
+
+def encode_all(
+    examples: Iterable[Example],
+    processor: Phi3VProcessor,
+    ranks: Ranks,
+    known: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> tuple[OnDisk[Example], OnDisk[Encoded]]:
+    """The examples, as they are and encoded. Each rank encodes its share, headers of the pictures included, and hears
+    of the others'. `known` are (width, height) of images that need not be looked at.
+
+    Raises InputError, on all ranks, for what cannot be read or kept on any, and when they do not read the same.
+    """
+
+    @functools.lru_cache(NAMES_KEPT)  # a page has many questions
+    def sizes(image: str) -> tuple[int, int]:
+        return known[image] if image in known else read_size(image)
+
+    left = iter(examples)
+
+    def next_share() -> tuple[list[Example], list[Encoded]]:
+        some = list(islice(left, ENCODED_AT_ONCE * ranks.num))
+        return some, [encode(example, processor, sizes) for example in some[ranks.rank :: ranks.num]]
+
+    def keep(some: list[Example], whole: list[Any]) -> None:
+        read.extend(some)
+        encoded.extend(whole)
+
+    read, encoded = ranks.all_do(lambda: (OnDisk[Example](), OnDisk[Encoded]()))
+    while True:
+        some, mine = ranks.all_do(next_share)
+        counts = [count for (count,) in ranks.gather([len(some)])]
+        if len(set(counts)) > 1:
+            raise InputError(f"--train is not the same for all ranks: after {len(read):,} examples they read {counts}")
+        if not some:
+            return read, encoded
+        whole: list[Any] = [None] * len(some)
+        for rank, share in enumerate(ranks.gather(mine)):
+            whole[rank :: ranks.num] = share
+        ranks.all_do(functools.partial(keep, some, whole))
+
+
+SIZES = "images.json"
+"""In the run folder: padded [h, w] of every image when the run began, by path. The steps follow from it: they stay what
+they were, whatever has become of an image when the run goes on."""
+SIZE = Rule("[height, width]", lambda v: isinstance(v, list) and [type(n) for n in v] == [int, int] and min(v) > 0)
+
+
+def write_sizes(data: TrainingData, folder: Path) -> None:
+    """Keeps how large the images are."""
+    write_text(folder / SIZES, json.dumps(data.image_sizes))
+
+
+LENGTHS = "lengths.json"
+"""In the run folder: how long the training examples are, for the report."""
+
+
+def write_lengths(data: TrainingData, folder: Path) -> None:
+    """Keeps the statistics of the training examples: {"tokens": .., "answer tokens": .., "crops": ..}."""
+    lengths = data.lengths
+    columns = {"tokens": lengths.tokens, "answer tokens": lengths.supervised, "crops": lengths.crops}
+    write_text(folder / LENGTHS, json.dumps({name: asdict(Statistics.of(column)) for name, column in columns.items()}))
+
+
+def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(width, height) of images as they were padded, which pads them no further; nothing, if nothing was kept."""
+    file = folder / SIZES
+    if not file.exists():
+        return {}
+    sizes = parse_object(file.read_bytes(), file)
+    if not by_name(SIZE).holds(sizes):
+        raise InputError(f"{file}: it must be {by_name(SIZE).words}")
+    return {image: (w, h) for image, (h, w) in sizes.items()}
+
+
+def _num_workers(wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if cores <= 2 else min(4, cores - 1)
+
+
+@dataclass(kw_only=True)
+class StepPacks:
+    """The packs of one optimizer step on this rank, how long was waited for them, and what could not be read."""
+
+    first: MicroBatch
+    rest: Iterator[tuple[float, MicroBatch]]
+    first_wait: float
+    epoch: float
+    images: bool
+    """Whether the step has any, on any rank."""
+    wait: float = 0.0
+    lost: list[Lost] = field(default_factory=list)
+    """Examples of the step, on all ranks, that are skipped; the others' weights make up for them."""
+
+    def packs(self) -> Iterator[MicroBatch]:
+        micro, self.wait = self.first, self.first_wait
+        yield micro
+        while not micro.last:
+            waited, micro = next(self.rest)
+            self.wait += waited
+            yield micro
+
+    def without_lost(self, ranks: Ranks) -> StepPacks:
+        """The step with all its packs read, and their weights such that the loss is the mean over what was read."""
+        packs = list(self.packs())
+        self.lost = [lost for found in ranks.gather([lost for micro in packs for lost in micro.lost]) for lost in found]
+        if not self.lost:
+            rest = packs
+        elif len(self.lost) == self.first.step.examples:
+            raise InputError(f"no example of a step can be read: {self.lost[0].where}: {self.lost[0].reason}")
+        else:
+            left = 1.0 - sum(lost.weight for lost in self.lost)
+            rest = [m._replace(pack=replace(m.pack, weights=m.pack.weights / left)) for m in packs]
+            self.images = ranks.any(any(micro.pack.crops for micro in packs))
+        self.first, self.first_wait = rest[0], self.wait
+        self.rest = ((0.0, micro) for micro in rest[1:])
+        return self
+
+    def entry(
+        self, step: int, loss: float, rate: float, norm: float, seconds: float, memory: float, skipped: bool
+    ) -> dict[str, Any]:
+        """The step's line in `log.jsonl`. `data_wait` is the share of the time spent waiting for data."""
+        counts = self.first.step
+        examples = counts.examples - len(self.lost)
+        return {
+            "step": step,
+            "epoch": round(self.epoch, 4),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "examples": examples,
+            "pages": counts.pages,
+            "tokens": counts.tokens,
+            "crops": counts.crops,
+            "packs": counts.packs,
+            "examples_per_s": examples / seconds,
+            "pages_per_s": counts.pages / seconds,
+            "tokens_per_s": counts.tokens / seconds,
+            "data_wait": self.wait / seconds,
+            "seconds": seconds,
+            "memory_gb": memory,
+            **({"skipped": True} if skipped else {}),
+        }
+
+
+def steps(run: Run, data: TrainingData, ranks: Ranks, *, first_step: int, total_steps: int) -> Iterator[StepPacks]:
+    """The optimizer steps still to do, over as many epochs as it takes."""
+
+    def timed() -> Iterator[tuple[float, MicroBatch]]:
+        epoch, within = divmod(first_step, data.steps_per_epoch)
+        while True:
+            plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch)
+            packs = training_packs(
+                data.encoded, plan, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, tell=say
+            )
+            before = time.monotonic()
+            for micro in packs:
+                yield time.monotonic() - before, micro
+                before = time.monotonic()
+            epoch, within = epoch + 1, 0
+
+    stream = ranks.own(timed())
+    for step in range(first_step, total_steps):
+        wait, first = next(stream)
+        epoch, images = (step + 1) / data.steps_per_epoch, first.step.crops > 0
+        packs = StepPacks(first=first, rest=stream, first_wait=wait, epoch=epoch, images=images)
+        yield packs.without_lost(ranks) if data.reading.on_bad_example == "skip" else packs
+
+
+def examples_of(run: Run, data: TrainingData, ranks: Ranks, step: int) -> list[list[str]]:
+    """Ids of the examples of a step, by rank."""
+    epoch, within = divmod(step, data.steps_per_epoch)
+    _, packs = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch).packs(within, ranks.num)
+    return [[data.encoded[i].id for pack in of_rank for tree in pack for i in tree.examples] for of_rank in packs]

@@ -1,0 +1,136 @@
+"""Flags: what is refused, by which name, and the way to config.json and back."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phi3v.base.config import Base, Data, Keeping, Run, Tuning, load_run
+from phi3v.base.errors import InputError
+
+MAKE = Callable[..., Run]
+
+
+def test_a_run_comes_back_from_its_config_json(settings_for: MAKE, tmp_path: Path) -> None:
+    flags = {"freeze": ("vision", "projector"), "track": ("tensorboard",), "labels": ("yes", "no"), "lora_alpha": 3.5}
+    run = settings_for(eval=Path("a/b.jsonl"), max_minutes=0.5, resume="auto", **flags)
+    (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
+    assert load_run(tmp_path) == run
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", '{"base": {"modle": "x"}}', '{"bases": {}}', '{"base": 3}', "\xff"]
+)
+def test_what_is_no_config_json_of_ours_is_refused_by_name(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"config\.json: not the configuration of a run") as caught:
+        load_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a run folder: it has no config\.json"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train": None}, "--train is missing"),
+        ({"batch_size": 0}, "--batch-size is 0, it must be at least 1"),
+        ({"max_steps": 0}, "--max-steps is 0, it must be at least 1"),
+        ({"eval_limit": 0}, "--eval-limit is 0, it must be at least 1"),
+        ({"num_crops": 0}, "--num-crops is 0, it must be at least 1"),
+        ({"epochs": 0.0}, "--epochs is 0.0, it must be positive"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan, it must be positive"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm is -1.0, it must be positive"),
+        ({"num_workers": -1}, "--num-workers is -1, it must be at least 0"),
+        ({"warmup_steps": -1}, "--warmup-steps is -1, it must be at least 0"),
+        ({"lora": True, "lora_dropout": 1.0}, "--lora-dropout is 1.0, it must be at least 0 and below 1"),
+        ({"beta2": 1.0}, "--beta2 is 1.0, it must be at least 0 and below 1"),
+        ({"lora_rank": 8}, "--lora-rank has no effect without --lora or --qlora"),
+        ({"dora": True}, "--dora has no effect without --lora or --qlora"),
+        ({"lora": True, "double_quant": True}, "--double-quant has no effect without --qlora"),
+        ({"lora": True, "quantize": ("vision",)}, "--quantize has no effect without --qlora"),
+        ({"qlora": True, "lora_init": "pissa"}, "--lora-init pissa decomposes the weights, which --qlora has quantis"),
+        ({"qlora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
+        ({"max_minutes": 0.0}, "--max-minutes is 0.0, it must be positive"),
+        ({"rank_timeout_minutes": 0.0}, "--rank-timeout-minutes is 0.0, it must be positive"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints is 0, it must be at least 1"),
+        ({"labels": ("yes", "no")}, "--labels has no effect with --score generate: choose labels or both"),
+        ({"lora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
+        ({"freeze": ("vision",), "vision_learning_rate": 1e-5}, "--vision-learning-rate has no effect"),
+        (
+            {"optimizer": "adamw-8bit", "parallel": "zero2"},
+            "--optimizer adamw-8bit cannot be split by --parallel zero2",
+        ),
+        (
+            {"optimizer": "adamw-bf16", "parallel": "fsdp2"},
+            "--optimizer adamw-bf16 cannot be split by --parallel fsdp2",
+        ),
+        (
+            {"optimizer": "adamw-bf16", "dtype": "fp16"},
+            "--optimizer adamw-bf16 cannot learn in --dtype fp16: loss scaling",
+        ),
+        ({"optimizer": "adamw-bf16"}, "--optimizer adamw-bf16 cannot learn in --dtype fp32: its weights are bf16"),
+        ({"eval_every_steps": 5}, "--eval-every-steps needs --eval"),
+        ({"track": ("no_such_tracker",)}, "--track no_such_tracker: it is not installed"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_flag(flags: dict, message: str, settings_for: MAKE) -> None:
+    with pytest.raises(InputError) as caught:
+        settings_for(**flags).check()
+    assert str(caught.value).startswith(message)
+
+
+def test_what_can_be_is_not_refused(settings_for: MAKE) -> None:
+    settings_for().check()
+    settings_for(lora=True, lora_rank=8, lora_dropout=0.1, attention="flex_attention", dora=True, rslora=True).check()
+    settings_for(vision_learning_rate=0.0, freeze=("embeddings",), warmup_steps=0, num_workers=0).check()
+    settings_for(qlora=True, lora_rank=8, double_quant=True, quantize=("vision",), freeze_vision_model=True).check()
+    settings_for(score="labels", labels=("yes", "no"), max_minutes=0.5, parallel="zero3").check()
+    settings_for(optimizer="adamw-bf16", dtype="auto", parallel="ddp", qlora=True).check()
+    settings_for(optimizer="adamw-8bit", dtype="fp16").check()
+
+
+def test_eight_bits_need_bitsandbytes(settings_for: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^--optimizer adamw-8bit needs bitsandbytes: pip install 'phi3v\[qlora\]'$"):
+        settings_for(optimizer="adamw-8bit").check()
+
+
+def test_bf16_weights_are_multiplied_in_bf16_on_any_hardware(settings_for: MAKE) -> None:
+    assert settings_for(optimizer="adamw-bf16", dtype="auto").precision == "bf16"
+    assert settings_for(optimizer="adamw-8bit", dtype="auto").precision == "auto"
+
+
+def test_the_short_flag_freezes_the_whole_image_embedder() -> None:
+    assert Tuning(freeze_vision_model=True).frozen == ("vision", "projector")
+    assert Tuning(freeze_vision_model=True, freeze=("embeddings", "vision")).frozen == (
+        "vision",
+        "projector",
+        "embeddings",
+    )
+
+
+def test_alpha_is_twice_the_rank_unless_given() -> None:
+    assert Tuning(lora_rank=8).alpha == 16
+    assert Tuning(lora_rank=8, lora_alpha=4.0).alpha == 4
+
+
+def test_the_defaults_are_the_original_recipe() -> None:
+    optim, tuning = Run().optim, Run().tuning
+    assert (optim.learning_rate, optim.weight_decay, optim.beta1, optim.beta2, optim.eps) == (
+        4e-5,
+        0.01,
+        0.9,
+        0.95,
+        1e-7,
+    )
+    assert (optim.max_grad_norm, optim.schedule, optim.warmup_steps, optim.epochs) == (1.0, "linear", 50, 1)
+    assert (tuning.lora_rank, tuning.alpha, tuning.lora_dropout, tuning.lora_init) == (64, 128, 0.0, "gaussian")
+    assert (Data().batch_size, Keeping().seed, Base().model) == (16, 42, "microsoft/Phi-3.5-vision-instruct")

@@ -1,0 +1,367 @@
+"""Other people's layouts, in the very form they are published in, and what comes of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from phi3v.base.errors import InputError
+from phi3v.data import convert as room
+from phi3v.data.check import check
+from phi3v.data.convert import convert, split
+from phi3v.data.schema import read_jsonl
+from phi3v.data.video import sample_frames
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with pictures a.png to e.png in pictures/, and one that is none."""
+    folder = tmp_path / "source"
+    (folder / "pictures").mkdir(parents=True)
+    for name in "abcde":
+        Image.new("RGB", (40, 30), (ord(name), 0, 0)).save(folder / f"pictures/{name}.png")
+    (folder / "pictures/broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def written(out: Path, name: str = "train") -> list[dict[str, Any]]:
+    """The lines of a file, which must be fit for training."""
+    file = out / f"{name}.jsonl"
+    assert check(file, num_workers=0).problems == ()
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def turns(out: Path) -> list[list[tuple[Any, ...]]]:
+    return [[(*t["images"], t["user"], t["assistant"]) for t in line["conversations"]] for line in written(out)]
+
+
+def left_out(out: Path) -> list[str]:
+    file = out / "not_converted.txt"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def say(*texts: str) -> list[dict[str, str]]:
+    """LLaVA's messages, the user first."""
+    return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
+
+
+def converted(source: Path, records: Sequence[Any], format: room.Format = "llava", **flags: Any) -> Path:
+    file = source / "data.json"
+    file.write_text(json.dumps(records, indent=2))
+    convert(format, file, out=source.parent / "out", progress=False, **flags)
+    return source.parent / "out"
+
+
+def test_llava(source: Path) -> None:
+    out = converted(
+        source,
+        [
+            {
+                "id": "000000033471",
+                "image": "pictures/a.png",
+                "conversations": say("<image>\nWhat?", "Red.", "Why?", "So."),
+            },
+            {"id": 7, "image": "pictures/a.png", "conversations": say("And this?\n<image>", "Red, too.")},
+            {"id": "text", "conversations": say("Hello?", "Hi.")},
+            {"image": "pictures/b.png", "conversations": say("No tag at all", "Then it comes first.")},
+        ],
+    )
+    assert [line["id"] for line in written(out)] == ["000000033471", "7", "text", "data-4"]
+    assert {line["source"] for line in written(out)} == {"data"}
+    assert turns(out) == [
+        [("pictures/a.png", "<|image_1|>\nWhat?", "Red."), ("Why?", "So.")],
+        [("pictures/a.png", "And this?\n<|image_1|>", "Red, too.")],
+        [("Hello?", "Hi.")],
+        [("pictures/b.png", "No tag at all", "Then it comes first.")],
+    ]
+    assert left_out(out) == []
+    assert sorted(path.name for path in (out / "images/pictures").iterdir()) == ["a.png", "b.png"]
+    assert (out / "images/pictures/a.png").read_bytes() == (source / "pictures/a.png").read_bytes()
+    assert (out / "images/pictures/a.png").stat().st_nlink == 2, "a second name, no second file"
+
+
+def test_sharegpt(source: Path) -> None:
+    """With several images, images in several turns, a system text, and the roles of other tools."""
+    pictures = [f"pictures/{name}.png" for name in "abc"]
+    system = [{"from": "system", "value": "Be brief."}]
+    out = converted(
+        source,
+        [
+            {"conversations": say("<image>, <image>?", "No.", "<image>", "Yes."), "images": pictures},
+            {"conversations": [*system, *say("<image>Which?", "That.")], "images": pictures[:1]},
+            {
+                "messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}],
+                "images": ["pictures/d.png"],
+            },
+        ],
+        "sharegpt",
+    )
+    assert turns(out) == [
+        [
+            ("pictures/a.png", "pictures/b.png", "<|image_1|>, <|image_2|>?", "No."),
+            ("pictures/c.png", "<|image_1|>", "Yes."),
+        ],
+        [("pictures/a.png", "Be brief.\n<|image_1|>Which?", "That.")],
+        [("pictures/d.png", "<|image_1|>a", "b")],
+    ]
+
+
+def test_messages_with_parts(source: Path) -> None:
+    def ask(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": [text("Yes.")]}]
+
+    def text(value: str) -> dict[str, str]:
+        return {"type": "text", "text": value}
+
+    here = str(source / "pictures/c.png")
+    records = [
+        {"messages": ask({"type": "image"}, text("What?")), "images": ["pictures/a.png"]},
+        {"messages": ask({"type": "image", "image": "pictures/b.png"}, {"type": "image", "path": here}, text("Same?"))},
+        {"messages": ask(text("See "), {"type": "image_url", "image_url": {"url": f"file://{here}"}}, text("\nthere"))},
+        {"messages": ask(text("No image"))},
+        {
+            "messages": ask({"type": "image", "image": {"path": "pictures/d.png"}}, {"type": "image"}),
+            "images": ["pictures/e.png"],
+        },
+    ]
+    assert turns(converted(source, records, "messages")) == [
+        [("pictures/a.png", "<|image_1|>\nWhat?", "Yes.")],
+        [("pictures/b.png", "pictures/c.png", "<|image_1|><|image_2|>\nSame?", "Yes.")],
+        [("pictures/c.png", "See <|image_1|>\nthere", "Yes.")],
+        [("No image", "Yes.")],
+        [("pictures/d.png", "pictures/e.png", "<|image_1|><|image_2|>", "Yes.")],
+    ]
+
+
+def test_lines_instead_of_an_array(source: Path) -> None:
+    file = source / "data.jsonl"
+    good = json.dumps({"image": "a.png", "conversations": say("What?", "Red.")})
+    file.write_text(f"\ufeff{good}\n\n{{broken\n{good}\n")
+    convert("llava", file, out=source / "out", image_root=source / "pictures", progress=False)
+    assert turns(source / "out") == [[("a.png", "What?", "Red.")]] * 2
+    assert [line["id"] for line in written(source / "out")] == ["data-1", "data-3"]
+    (reason,) = left_out(source / "out")
+    assert reason.startswith(f"{file}:3: not JSON: ")
+
+
+GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({**GOOD, "conversations": say("<image><image>", "x")}, "2 <image> tags, 1 images"),
+        ({**GOOD, "conversations": say("<image>", "x", "<image>", "y")}, "2 <image> tags, 1 images"),
+        ({**GOOD, "conversations": say("What?", "this: <image>")}, "only the user shows images"),
+        ({**GOOD, "conversations": say("What?")}, "the last question has no answer"),
+        ({**GOOD, "conversations": say("What?", "x", "Why?")}, "the last question has no answer"),
+        ({**GOOD, "conversations": say("What?", " ")}, "turn 1: the answer is empty"),
+        ({**GOOD, "conversations": say("What?", "x")[::-1]}, "a message of 'assistant' out of turn"),
+        ({**GOOD, "conversations": [{"from": "tool", "value": "x"}]}, "a message of 'tool' out of turn"),
+        ({**GOOD, "conversations": []}, "conversations is empty"),
+        ({**GOOD, "conversations": "x"}, "conversations cannot be a string"),
+        ({**GOOD, "conversations": ["x"]}, "must be an object, not a string"),
+        ({**GOOD, "conversations": [{"from": "human"}]}, "value or content is missing"),
+        ({**GOOD, "conversations": [{"from": "human", "value": None}]}, "value cannot be null"),
+        ({**GOOD, "conversations": [{"from": "human", "value": [{"type": "audio"}]}]}, "a part of type 'audio'"),
+        ({**GOOD, "conversations": say("<|image_2|>?", "x")}, "prompt has 1 image tags (2), 1 images were given"),
+        ({**GOOD, "conversations": say("What is <|image|>?", "x")}, "literal <|image|>"),
+        ({**GOOD, "image": "pictures/none.png"}, "no such image"),
+        ({**GOOD, "image": "pictures/broken.png"}, "broken.png: "),
+        ({**GOOD, "image": "../out.png"}, "leads out of the image root"),
+        ({**GOOD, "image": "https://example.org/a.png"}, "https://example.org/a.png is no file"),
+        ({**GOOD, "image": {"bytes": "x"}}, "images must hold paths, not an object"),
+        ({**GOOD, "video": "a.mp4"}, "video: only images are converted"),
+        ({"image": "pictures/a.png"}, "conversations or messages is missing"),
+        (7, "must be an object, not a number"),
+    ],
+)
+def test_what_cannot_be_converted_is_listed(source: Path, record: Any, reason: str, capsys) -> None:
+    out = converted(source, [GOOD, record, GOOD])
+    assert len(written(out)) == 2
+    (listed,) = left_out(out)
+    assert listed.startswith(f"{source / 'data.json'}, item 2: ")
+    assert reason in listed
+    printed = capsys.readouterr().out
+    assert listed in printed
+    assert f"1  {out / 'not_converted.txt'}" in printed
+    assert f"2  {out / 'train.jsonl'}" in printed
+
+
+def test_csv(source: Path) -> None:
+    file = source / "data.csv"
+    file.write_text(
+        "\ufeffid,answer,question, image ,note\n"
+        'x1,"Red, I think","What\nis ""this""?",pictures/a.png,\n'
+        ",No.,Text only?,,\n"
+        "x3,too few\n"
+        "x4,Yes,Where?,pictures/none.png,\n"
+    )
+    convert("csv", file, out=source / "out", progress=False)
+    assert [line["id"] for line in written(source / "out")] == ["x1", "data-2"]
+    assert turns(source / "out") == [
+        [("pictures/a.png", 'What\nis "this"?', "Red, I think")],
+        [("Text only?", "No.")],
+    ]
+    few, missing = left_out(source / "out")
+    assert few == f"{file}:5: 2 cells, the first line has 5"
+    assert missing.startswith(f"{file}:6: ")
+    assert "no such image" in missing
+
+
+def test_tsv_is_separated_by_tabs(source: Path) -> None:
+    file = source / "data.tsv"
+    file.write_text("image\tquestion\tanswer\npictures/a.png\tRed, or not?\tRed\n")
+    convert("csv", file, out=source / "out", progress=False)
+    assert turns(source / "out") == [[("pictures/a.png", "Red, or not?", "Red")]]
+
+
+def test_imagefolder(tmp_path: Path) -> None:
+    for name in ("cats/2.png", "cats/more/1.png", "dogs/1.png", "dogs/.hidden.png", ".cache/1.png"):
+        (tmp_path / "classes" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "classes" / name)
+    (tmp_path / "classes/empty").mkdir()
+    (tmp_path / "classes/dogs/notes.txt").write_text("good dogs")
+    convert("imagefolder", tmp_path / "classes", out=tmp_path / "out", progress=False)
+    question = "Classify the image into one of the following classes: cats, dogs, empty."
+    assert turns(tmp_path / "out") == [
+        [("cats/2.png", question, "cats")],
+        [("cats/more/1.png", question, "cats")],
+        [("dogs/1.png", question, "dogs")],
+    ]
+    empty, notes = left_out(tmp_path / "out")
+    assert empty == f"{tmp_path / 'classes/empty'}: there is nothing in it"
+    assert notes.startswith(f"{tmp_path / 'classes/dogs/notes.txt'}: ")
+    convert("imagefolder", tmp_path / "classes", out=tmp_path / "asked", question="Cat or dog?", progress=False)
+    assert {line[0][1] for line in turns(tmp_path / "asked")} == {"Cat or dog?"}
+
+
+def test_video_folder(make_video: Callable[..., Path], tmp_path: Path) -> None:
+    for name, num_frames in {"up/a.mkv": 9, "up/a.avi": 4, "down/a.mkv": 5, "down/short.mkv": 2}.items():
+        make_video(tmp_path / "videos" / name, num_frames)
+    convert("video-folder", tmp_path / "videos", out=tmp_path / "out", num_frames=3, progress=False)
+    question = "Classify the video into one of the following classes: down, up."
+    assert turns(tmp_path / "out") == [
+        [(*(f"down/a.mkv.{k}.jpg" for k in range(3)), question, "down")],
+        [(*(f"up/a.avi.{k}.jpg" for k in range(3)), question, "up")],
+        [(*(f"up/a.mkv.{k}.jpg" for k in range(3)), question, "up")],
+    ]
+    frames = sample_frames(tmp_path / "videos/up/a.mkv", 3)
+    for k, frame in enumerate(frames):
+        written_frame = np.asarray(Image.open(tmp_path / f"out/images/up/a.mkv.{k}.jpg"), dtype=float)
+        assert np.abs(written_frame - np.asarray(frame)).mean() < 4, "JPEG"
+    assert np.abs(np.asarray(frames[0], dtype=float) - np.asarray(frames[2])).mean() > 8
+    (short,) = left_out(tmp_path / "out")
+    assert "short.mkv: 2 frames decode, 3 are needed" in short
+
+
+def test_splits_share_no_image(source: Path) -> None:
+    records = [
+        {"id": f"{name}{k}", "images": [f"pictures/{name}.png"], "conversations": say(f"{k}?", "x")}
+        for name in "abcde"
+        for k in range(4)
+    ]
+    out = converted(source, records, "sharegpt", val_fraction=0.4, seed=3)
+    sides = [written(out, name) for name in ("train", "val")]
+    assert [len(side) for side in sides] == [12, 8]
+    shown = [{image for line in side for turn in line["conversations"] for image in turn["images"]} for side in sides]
+    assert not shown[0] & shown[1]
+    assert [line["id"] for line in sides[0]] == sorted(line["id"] for line in sides[0]), "the order is the source's"
+
+
+IMAGES = st.lists(st.lists(st.sampled_from("abcdefghijkl"), max_size=2), min_size=1, max_size=30)
+
+
+@given(IMAGES, st.floats(0, 0.9), st.integers(0, 5))
+def test_no_image_is_on_both_sides(images: list[list[str]], fraction: float, seed: int) -> None:
+    try:
+        held_out = split(images, fraction, seed)
+    except InputError:
+        return
+    assert held_out == split(images, fraction, seed)
+    sides: list[set[str]] = [set(), set()]
+    for shown, held in zip(images, held_out, strict=True):
+        sides[held].update(shown)
+    assert not sides[0] & sides[1]
+    assert sum(held_out) <= round(fraction * len(images))
+    assert (sum(held_out) > 0) == (fraction > 0)
+
+
+def test_splits_depend_on_the_seed_and_fill_the_fraction() -> None:
+    singles = [[str(k)] for k in range(100)]
+    assert sum(split(singles, 0.3, 0)) == 30
+    assert split(singles, 0.3, 0) != split(singles, 0.3, 1)
+    assert split([[]] * 10, 0.2, 0).count(True) == 2, "texts are not connected"
+    with pytest.raises(InputError, match=r"--val-fraction 0.5 is impossible: images connect 5 examples to 1 groups"):
+        split([["a", "b"], ["b", "c"], ["c"], ["c", "d"], ["a"]], 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("format", "flags", "message"),
+    [
+        ("llava", {"val_fraction": 1.0}, "--val-fraction is 1.0, it must be at least 0 and below 1"),
+        ("llava", {"num_frames": 0}, "--num-frames is 0, it must be at least 1"),
+        ("llava", {"question": "What?"}, "--question is for folders of classes"),
+        ("imagefolder", {"question": "<image>?"}, "without <image>"),
+        ("imagefolder", {"image_root": Path(".")}, "--image-root has no effect on imagefolder"),
+        ("llava", {"image_root": Path("nowhere")}, "--image-root nowhere: no such folder"),
+        ("csv", {"source": "none.csv"}, "none.csv: no such file"),
+        ("imagefolder", {"source": "none"}, "none: no such folder"),
+        ("csv", {}, "data.json: no column 'image' in its first line ([])"),
+        ("llava", {}, "data.json: nothing to convert; it is empty"),
+        ("imagefolder", {"source": "pictures"}, "pictures: there are no folders in it, one a class"),
+        ("imagefolder", {"source": "splits"}, "splits holds splits (train, val), not classes"),
+    ],
+)
+def test_refusals_leave_nothing_behind(source: Path, format: Any, flags: dict[str, Any], message: str) -> None:
+    (source / "data.json").write_text("[]")
+    for name in ("train", "val"):
+        (source / "splits" / name).mkdir(parents=True)
+    given = source / flags.pop("source", "data.json" if format in ("llava", "csv") else "pictures")
+    with pytest.raises(InputError) as error:
+        convert(format, given, out=source.parent / "out", **flags)
+    assert message in str(error.value)
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_nothing_is_written_over(source: Path) -> None:
+    out = converted(source, [GOOD])
+    before = (out / "train.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"--out .* is there already: choose another folder"):
+        converted(source, [GOOD, GOOD])
+    assert (out / "train.jsonl").read_bytes() == before
+
+
+def test_a_copy_where_no_link_can_be(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*unused: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(room.os, "link", refuse)
+    out = converted(source, [GOOD])
+    assert (out / "images/pictures/a.png").read_bytes() == (source / "pictures/a.png").read_bytes()
+    assert (out / "images/pictures/a.png").stat().st_nlink == 1
+
+
+def test_a_full_disk_leaves_nothing_behind(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*unused: Any) -> Callable[..., None]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room.os, "link", full)
+    monkeypatch.setattr(room.shutil, "copyfile", full)
+    with pytest.raises(InputError, match=r"cannot write .*out: .*No space left on device"):
+        converted(source, [GOOD])
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_what_is_written_can_be_read(source: Path) -> None:
+    out = converted(source, [GOOD, {**GOOD, "image": "pictures/b.png"}], val_fraction=0.5)
+    examples = [*read_jsonl(out / "train.jsonl"), *read_jsonl(out / "val.jsonl")]
+    assert sorted(Path(image).name for example in examples for image in example.images) == ["a.png", "b.png"]
