@@ -28,11 +28,12 @@ from benchmarks.bench.sample import SHAPES, SIZES, WORDS, config_of, make_exampl
 
 from phi3v.base.config import Optim
 from phi3v.base.files import write_text
-from phi3v.base.hardware import environment, peak_memory_gb, pick_attention, pick_device, why_not_compile
+from phi3v.base.hardware import environment, peak_memory_gb, pick_device, why_not_compile
 from phi3v.base.ranks import ALONE
 from phi3v.data.encode import encode
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VForCausalLM
+from phi3v.model.backend import pick_attention
 from phi3v.model.compiling import compile_layers
 from phi3v.model.fp8 import learn_in_fp8
 from phi3v.model.parts import add_lora, freeze, recompute_layers

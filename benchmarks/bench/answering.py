@@ -14,6 +14,7 @@ from benchmarks.bench.sample import ANSWER, SHAPES, WORDS, Task, build_model, ma
 from benchmarks.bench.ways import wasteful
 from transformers import DynamicCache
 
+from phi3v.base.console import say
 from phi3v.base.hardware import pick_device
 from phi3v.data.encode import Example, encode
 from phi3v.data.encode import questions as questions_of
@@ -23,7 +24,6 @@ from phi3v.infer.labels import score_labels
 from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
-from phi3v.train.runlog import say
 
 WAYS = ("original", "a page once for its questions", "labels scored instead of written")
 """The first two write answers; the third picks the likeliest of LABELS in one pass."""

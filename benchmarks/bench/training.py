@@ -17,6 +17,7 @@ from benchmarks.bench.sample import SHAPES, WORDS, Mode, Task, build_model, make
 from benchmarks.bench.ways import Variant, hardware_flops, loss_of, variants
 
 from phi3v.base.config import Optim
+from phi3v.base.console import console, progress_bar, say
 from phi3v.base.hardware import pick_device
 from phi3v.data.encode import encode
 from phi3v.data.processor import Phi3VProcessor
@@ -28,7 +29,6 @@ from phi3v.recipes.easy_vqa import build_tokenizer
 from phi3v.train.engines.engine import bare
 from phi3v.train.flops import training_flops
 from phi3v.train.optim import build_optimizer
-from phi3v.train.runlog import console, progress_bar, say
 
 
 @dataclass(kw_only=True)

@@ -241,8 +241,8 @@ def _silence() -> None:
     """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
     from transformers.utils import logging as transformers_logging
 
+    from phi3v.base.console import speak
     from phi3v.base.hardware import quiet_deepspeed
-    from phi3v.train.runlog import speak
 
     speak(_rank() == 0)
     quiet_deepspeed()
@@ -335,9 +335,9 @@ def check(
         max_tokens: More in one example are a problem.
         num_workers: Processes that read images. Default: one per core.
     """
+    from phi3v.base.console import console
     from phi3v.data import check as room
     from phi3v.data.processor import Phi3VProcessor
-    from phi3v.train.runlog import console
 
     processor = Phi3VProcessor.from_pretrained(model) if model else None
     findings = room.check(

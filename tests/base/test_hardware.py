@@ -12,16 +12,9 @@ import torch
 
 import phi3v
 from phi3v.base.errors import InputError
-from phi3v.base.hardware import (
-    environment,
-    name_attention,
-    name_of,
-    peak_memory_gb,
-    pick_attention,
-    pick_dtype,
-    pick_tokens_per_pack,
-)
+from phi3v.base.hardware import environment, name_of, peak_memory_gb, pick_dtype, pick_tokens_per_pack
 from phi3v.model import flash
+from phi3v.model.backend import name_attention, pick_attention
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from phi3v.base.console import console, progress_bar, say, speak
 from phi3v.base.errors import InputError
 from phi3v.train import runlog
-from phi3v.train.runlog import RunLog, console, progress_bar, say, speak
+from phi3v.train.runlog import RunLog
 from phi3v.train.screen import Screen
 
 ESSENCE = {"loss": 0.5, "learning_rate": 1e-4, "examples_per_s": 3.21, "pages_per_s": 123.4, "tokens_per_s": 4321.0}

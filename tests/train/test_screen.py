@@ -335,7 +335,7 @@ def run_in() -> Iterator[Callable[[str, int], Program]]:
 
 TRAINING = """
 import sys, time
-from phi3v.train.runlog import console, progress_bar, say
+from phi3v.base.console import console, progress_bar, say
 from phi3v.train.screen import Screen
 
 say("before")

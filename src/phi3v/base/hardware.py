@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 
-from phi3v.base.errors import InputError
-from phi3v.model import flash
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = ("phi3v", "torch", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
 
@@ -47,28 +44,9 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto`: flash attention where it can be had, else sdpa, which runs anywhere. All compute the same.
-
-    Raises InputError for flash_attention_2 where it cannot be had.
-    """
-    reason = flash.why_not(device, dtype) if wanted in ("auto", "flash_attention_2") else None
-    if wanted == "auto":
-        return "sdpa" if reason else "flash_attention_2"
-    if reason:
-        raise InputError(f"--attention flash_attention_2: {reason}; choose sdpa")
-    return wanted
-
-
 def pick_tokens_per_pack(wanted: int | None, device: torch.device) -> int:
     """Without a wish: several pages for a GPU, which one does not fill; for a CPU one, more only take memory."""
     return wanted or (8192 if device.type == "cuda" else 4096)
-
-
-def name_attention(attention: str) -> str:
-    """With the kernel behind it, where there are several."""
-    kernel = flash.find_kernel() if attention == "flash_attention_2" else None
-    return f"{attention} ({kernel.name})" if kernel else attention
 
 
 def why_not_compile(device: torch.device) -> str | None:

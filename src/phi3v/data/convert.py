@@ -23,13 +23,13 @@ from typing import Any, Literal
 from rich.markup import escape
 
 from phi3v.base import jsonfile
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError, one_line
 from phi3v.base.files import written_whole
 from phi3v.data.encode import Example, messages
 from phi3v.data.image import read_size
 from phi3v.data.schema import Notes, image_resolver, lines, parse
 from phi3v.data.video import sample_frames
-from phi3v.train.runlog import progress_bar, say
 
 Format = Literal["llava", "sharegpt", "messages", "csv", "imagefolder", "video-folder"]
 Rows = Iterator[tuple[str, Any]]

@@ -10,12 +10,12 @@ from rich.prompt import Prompt
 from tyro.conf import UseAppendAction
 
 from phi3v.base.config import check_numbers
+from phi3v.base.console import console, say
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Turn
 from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.infer.stream import Sampling, load_to_talk, stream
-from phi3v.train.runlog import console, say
 
 HELP = "[dim]/image FILE shows a picture with your next message, /new starts again, /quit (or Ctrl-D) leaves[/]"
 

@@ -20,6 +20,7 @@ from typing import Any
 from rich.markup import escape
 
 from phi3v.base.config import check_numbers, load_run
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Turn
 from phi3v.data.image import load_image
@@ -28,7 +29,6 @@ from phi3v.infer.evaluate import model_folder
 from phi3v.infer.stream import Sampling, load_to_talk, stream
 from phi3v.model.adapter import read_adapter_config
 from phi3v.model.loading import ADAPTER_CONFIG
-from phi3v.train.runlog import say
 
 Turns = tuple[Turn, ...]
 LONGEST_ANSWER = 4096

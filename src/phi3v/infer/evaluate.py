@@ -16,9 +16,10 @@ import torch
 from rich.markup import escape
 
 from phi3v.base.config import Attention, Precision, check_numbers
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import make_folder, write_text
-from phi3v.base.hardware import pick_attention, pick_device, pick_dtype, pick_tokens_per_pack
+from phi3v.base.hardware import pick_device, pick_dtype, pick_tokens_per_pack
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.base.stopping import Stopped
 from phi3v.data.encode import Example, encode, questions
@@ -28,13 +29,13 @@ from phi3v.data.schema import read_jsonl
 from phi3v.infer.labels import closed_answers, score_labels
 from phi3v.infer.metrics import Prediction, accuracy, anls, label_tables
 from phi3v.infer.metrics import score as scores_of
+from phi3v.model.backend import pick_attention
 from phi3v.model.generation import generate_pack
 from phi3v.model.loading import load_model
 from phi3v.model.parts import widen
 from phi3v.model.quantization import read_quantization
 from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits
-from phi3v.train.runlog import progress_bar, say
 
 
 def read_questions(path: Path, image_root: Path | None, limit: int | None = None) -> list[Example]:

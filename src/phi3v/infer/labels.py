@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.base.stopping import Stopped
@@ -32,7 +33,6 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.infer.metrics import normalize_answer
 from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits, group
-from phi3v.train.runlog import progress_bar, say
 
 MAX_LABELS = 101  # the classes of UCF101, the largest closed set of the recipes
 

@@ -22,6 +22,7 @@ import numpy as np
 from rich.markup import escape
 
 from phi3v.base.config import Attention, Precision, check_numbers
+from phi3v.base.console import SECONDS_BETWEEN_LINES, console, progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import disk_errors, make_folder, write_text
 from phi3v.base.jsonfile import parse_object, read_object
@@ -33,8 +34,6 @@ from phi3v.infer.evaluate import Answering, Scoring, evenly, model_folder
 from phi3v.infer.evaluate import predict as answers_of
 from phi3v.infer.labels import label_tokens
 from phi3v.packing.trees import Lengths, PackLimits
-from phi3v.train.runlog import console, progress_bar, say
-from phi3v.train.screen import SECONDS_BETWEEN_LINES
 
 PACKS_AT_ONCE = 4
 """What is answered between two writes: about as much as fills so many packs. A kill loses no more."""

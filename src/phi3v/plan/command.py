@@ -21,6 +21,7 @@ from rich.table import Table as Grid
 
 from phi3v.base.cards import CARDS, Hardware, find_card, find_hardware
 from phi3v.base.config import Keeping, Optimizer, Run, check_numbers
+from phi3v.base.console import console, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
 from phi3v.base.hardware import name_of, pick_tokens_per_pack
@@ -47,7 +48,6 @@ from phi3v.train.build import MEMORY_TO_USE, STEPS_LOOKED_AT, build_model
 from phi3v.train.engines import Parallel
 from phi3v.train.flops import Flops, recomputing_flops, training_flops
 from phi3v.train.memory import CONTEXT_GB, estimate, layers_to_recompute
-from phi3v.train.runlog import console, say
 
 NF4_SPEED = 0.87
 """Of 4-bit weights, which must be widened before they are multiplied: what the guide's QLoRA reaches of its LoRA."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from phi3v.base.config import load_run
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import pick_device
@@ -32,7 +33,6 @@ from phi3v.model.loading import ADAPTER_CONFIG, first_line, load_model, save_mod
 from phi3v.model.parts import set_precision
 from phi3v.publish.card import write_card
 from phi3v.publish.merge import distance, merge_adapter, probe, source_folder
-from phi3v.train.runlog import say
 
 # The same weights give the same logits: on a CPU the difference is 0. This is room for a GPU's sums in another order.
 SAME = 1e-6

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.markup import escape
 
 from phi3v.base.config import check_numbers
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.data.check import Checked, Findings, check, counted
 from phi3v.data.encode import Encoded, Example, encode
@@ -34,7 +35,6 @@ from phi3v.data.schema import lines
 from phi3v.publish.chart import Bars, bars, number
 from phi3v.publish.html import Gallery, cut, render, without_tags, write_page
 from phi3v.publish.html.pictures import Album, data_uri
-from phi3v.train.runlog import say
 
 MAX_LISTED = 200  # problems and warnings above the gallery
 

@@ -10,6 +10,7 @@ from PIL import Image
 from rich.markup import escape
 from torch import Tensor
 
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import name_of, pick_device, pick_dtype
@@ -19,7 +20,6 @@ from phi3v.model.adapter import read_adapter_config
 from phi3v.model.loading import ADAPTER_CONFIG, load_model, save_model
 from phi3v.model.parts import set_precision, widen
 from phi3v.model.quantization import read_quantization
-from phi3v.train.runlog import say
 
 PROBE = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\nA chart with three bars.<|end|>\n"
 # Relative difference of the logits (L2) that rounding may cause: of the merged weights to their own precision (bf16: 8

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from rich.markup import escape
 
 from phi3v.base.config import check_numbers
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import FLAG, TEXT, check_values, read_object, several
 from phi3v.data.check import Statistics
@@ -27,7 +28,6 @@ from phi3v.publish.html import render, write_page
 from phi3v.recipes import RECIPES, find_recipe
 from phi3v.recipes.table import MODES, Row, Table
 from phi3v.train.feed import LENGTHS
-from phi3v.train.runlog import say
 
 NUM_COLOURS = 6
 PREDICTION = {"id": TEXT, "images": several(TEXT), "user": TEXT, "answers": several(TEXT), "prediction": TEXT}

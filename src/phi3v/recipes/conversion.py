@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from phi3v.base.config import Run
+from phi3v.base.console import progress_bar
 from phi3v.base.errors import InputError
 from phi3v.base.files import make_folder, written_whole
 from phi3v.base.jsonfile import read_object
 from phi3v.recipes.table import TaskOptions
-from phi3v.train.runlog import progress_bar
 
 MADE_FROM = "made_from.json"
 EVALUATED = ("test", "dev", "test1")

@@ -25,11 +25,11 @@ from torch.nn.functional import interpolate
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.base.config import Base, Data, Evaluation, Keeping, Optim, Run
+from phi3v.base.console import progress_bar
 from phi3v.base.errors import InputError
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.vision import SIDE
-from phi3v.train.runlog import progress_bar
 
 FOLDER = Path("data/easy-vqa")
 TRAIN, TEST, MODEL = FOLDER / "train.jsonl", FOLDER / "test.jsonl", FOLDER / "model"

@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from phi3v.base.config import Run
+from phi3v.base.console import console
 from phi3v.recipes import RECIPES, find_recipe
-from phi3v.train.runlog import console
 
 Mode = Literal["full", "frozen", "lora", "qlora"]
 

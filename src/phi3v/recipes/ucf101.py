@@ -35,6 +35,7 @@ from huggingface_hub import hf_hub_download
 from rich.markup import escape
 
 from phi3v.base.config import Base, Keeping, Run
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import make_folder, write_text
 from phi3v.data.archive import unpack
@@ -43,7 +44,6 @@ from phi3v.data.video import pyav, sample_frames
 from phi3v.recipes.conversion import alone, folder_for
 from phi3v.recipes.sources import nothing_found
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
-from phi3v.train.runlog import progress_bar, say
 
 HUB = "sayakpaul/ucf101-subset"
 SUBSET, FULL, LISTS = "UCF101_subset.tar.gz", "UCF101.rar", "UCF101TrainTestSplits-RecognitionTask.zip"

@@ -8,6 +8,7 @@ import torch
 from rich.markup import escape
 
 from phi3v.base.config import Run
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.hardware import why_not_compile
 from phi3v.base.ranks import Ranks
@@ -23,7 +24,6 @@ from phi3v.train.engines import Engine, Parallel
 from phi3v.train.engines.engine import bare
 from phi3v.train.feed import TrainingData
 from phi3v.train.memory import estimate, layers_to_recompute
-from phi3v.train.runlog import progress_bar, say
 
 # `--activation-memory auto`: steps whose packs are looked at, and the share of free memory that is planned with.
 STEPS_LOOKED_AT, MEMORY_TO_USE = 100, 0.9

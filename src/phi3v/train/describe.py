@@ -9,15 +9,16 @@ from rich.markup import escape
 from rich.text import Text
 
 from phi3v.base.config import Run
-from phi3v.base.hardware import has_bf16, name_attention, name_of
+from phi3v.base.console import say
+from phi3v.base.hardware import has_bf16, name_of
 from phi3v.base.ranks import Ranks
+from phi3v.model.backend import name_attention
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import count_parameters
 from phi3v.packing.schedule import plan_epoch
 from phi3v.train.engines import Parallel
 from phi3v.train.feed import TrainingData
 from phi3v.train.memory import CacheRoom, estimate
-from phi3v.train.runlog import say
 
 
 def describe(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from phi3v.base.config import Run
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
 from phi3v.base.hardware import pick_tokens_per_pack
@@ -33,7 +34,6 @@ from phi3v.packing.ondisk import OnDisk
 from phi3v.packing.pack import Lost
 from phi3v.packing.schedule import PackPlan, PlanSettings, plan_epoch
 from phi3v.packing.trees import Lengths, PackLimits
-from phi3v.train.runlog import say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,17 @@ from rich.markup import escape
 from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.base.config import Run
+from phi3v.base.console import console, say, speak
 from phi3v.base.errors import InputError, RankError
 from phi3v.base.files import make_folder, write_text, written_whole
-from phi3v.base.hardware import environment, peak_memory_gb, pick_attention, pick_dtype
+from phi3v.base.hardware import environment, peak_memory_gb, pick_dtype
 from phi3v.base.ranks import MissingRank, Ranks, join
 from phi3v.base.runfolder import check_shared, claim, digests, locked
 from phi3v.base.stopping import Stopped, StopRequest
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.infer.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
 from phi3v.infer.metrics import baselines, label_tables, score
+from phi3v.model.backend import pick_attention
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.features import FeatureCache, digest_of_tower
@@ -60,7 +62,7 @@ from phi3v.train.feed import StepPacks, TrainingData, examples_of, read_data, st
 from phi3v.train.flops import Flops, achieved, device_peak_tflops, training_flops
 from phi3v.train.memory import CacheRoom
 from phi3v.train.optim import build_optimizer, build_schedule, reach
-from phi3v.train.runlog import RunLog, console, say, speak
+from phi3v.train.runlog import RunLog
 from phi3v.train.screen import Screen
 from phi3v.train.trackers import start_trackers
 

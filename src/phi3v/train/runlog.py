@@ -1,28 +1,24 @@
-"""What a run tells while it runs: `log.jsonl`, and from it the screen and the trackers; bars and lines besides."""
+"""What a run records while it trains: `log.jsonl`, from which the screen and the trackers are fed."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.files import disk_errors, flush, write_text
 from phi3v.model.loading import first_line
 from phi3v.packing.pack import Lost
 from phi3v.train.screen import Screen
 from phi3v.train.trackers import Tracker
-
-console = Console(stderr=False, highlight=False)
 
 
 class RunLog:
@@ -144,35 +140,3 @@ class RunLog:
     def step(self, entry: dict[str, Any]) -> None:
         """The line of a step."""
         self.write({"kind": "step", **entry})
-
-
-@contextmanager
-def progress_bar(
-    title: str, total: int, unit: str, *, show: bool = True, summary: bool = True
-) -> Iterator[Callable[[int], None]]:
-    """A bar for long work; yields the function that moves it on. `summary` says at the end how long it took."""
-    started = time.monotonic()
-    columns = (
-        TextColumn(f"[bold]{title}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not show or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
-    if show and summary:
-        say(f"{title}: {total:,} {unit} in {time.monotonic() - started:.0f} s")
-
-
-def speak(aloud: bool) -> None:
-    """Whether this process says anything at all: one of a job does."""
-    console.quiet = not aloud
-
-
-def say(text: str) -> None:
-    """One line to the person watching."""
-    console.print(text, soft_wrap=True)
-    sys.stdout.flush()

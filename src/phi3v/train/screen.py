@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# Without a terminal, a line now and then instead of a screen.
-SECONDS_BETWEEN_LINES = 20.0
+from phi3v.base.console import SECONDS_BETWEEN_LINES
+
 DRAWN_PER_SECOND = 4
 STEPS_LOOKED_AT = 50  # for how long a step takes
 WIDEST = 100
