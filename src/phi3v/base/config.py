@@ -139,13 +139,6 @@ class Tuning:
     """full: keep only the layers' inputs and recompute the rest in the backward pass. none: keep everything. auto: on a
     GPU recompute as few layers as its free memory needs, on a CPU none."""
 
-    vision_cache: Literal["none", "memory", "disk"] = "none"
-    """Keep what a frozen CLIP makes of each picture, and do not compute it again. memory: every process keeps what it
-    has met. disk: in a folder that all share, and a resumed run finds again."""
-
-    vision_cache_dir: Path | None = None
-    """That folder. Several runs may share it. Default: `vision-cache` in the run folder."""
-
     @property
     def frozen(self) -> tuple[Part, ...]:
         named = {*self.freeze, *(("vision", "projector") if self.freeze_vision_model else ())}
@@ -262,14 +255,6 @@ class Keeping:
     max_minutes: float | None = None
     """Checkpoint and end after so long, to be resumed."""
 
-    on_nonfinite: Literal["stop", "rollback"] = "stop"
-    """A loss or gradient that is not a number. stop: end, naming the examples. rollback: go back to the last
-    checkpoint, and past that step without learning from it."""
-
-    on_full_disk: Literal["stop", "continue"] = "stop"
-    """A checkpoint that cannot be written. stop: end; continue: go on, and try again when the next one is due. What was
-    saved before stays either way."""
-
     seed: int = 42
     """Of the data order, adapters and dropout."""
 
@@ -351,13 +336,6 @@ class Run:
         if self.base.fp8 and self.tuning.adapters:
             raise InputError("--fp8 is for weights that learn: leave it out with --lora and --qlora")
         optimizer, parallel = self.optim.optimizer, self.scaling.parallel
-        cache = self.tuning.vision_cache
-        if cache != "none" and "vision" not in self.tuning.frozen:
-            raise InputError(f"--vision-cache {cache} needs a frozen vision tower: add --freeze vision")
-        if cache != "none" and parallel == "zero3":  # who finds a picture would not gather the weights others wait for
-            raise InputError(f"--vision-cache {cache} cannot go with --parallel zero3: choose zero2 or fsdp2")
-        if cache != "disk" and self.tuning.vision_cache_dir is not None:
-            raise InputError("--vision-cache-dir has no effect without --vision-cache disk")
         if optimizer != "adamw" and parallel not in ("auto", "ddp"):
             raise InputError(f"--optimizer {optimizer} cannot be split by --parallel {parallel}: choose ddp")
         if optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
@@ -376,13 +354,6 @@ class Run:
     def precision(self) -> Precision:
         """Of the arithmetic, as `pick_dtype` understands it: bf16 weights are multiplied in bf16 on any hardware."""
         return "bf16" if self.optim.optimizer == "adamw-bf16" else self.base.dtype
-
-    @property
-    def vision_cache_folder(self) -> Path | None:
-        """Of `--vision-cache disk`."""
-        if self.tuning.vision_cache != "disk":
-            return None
-        return self.tuning.vision_cache_dir or self.keeping.out / "vision-cache"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, with paths as strings: what `config.json` holds."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,20 +78,6 @@ def write_text(file: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         flush(temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {file}: {error}") from error
-
-
-def write_among_others(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; several processes may write the same one, the last stays.
-
-    It does not wait for the disk: after a crash of the machine the file may be damaged, and who reads it must see that.
-    """
-    temporary = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}.unfinished")
-    try:
-        temporary.write_bytes(content)
         os.replace(temporary, file)
     except OSError as error:
         temporary.unlink(missing_ok=True)

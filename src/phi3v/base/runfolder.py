@@ -104,7 +104,7 @@ def digests(run: Run) -> dict[str, str]:
 # What may differ between a run and its continuation: how the work is spread, what surrounds the loop, what is kept not
 # to be computed again, and what is done when something goes wrong, for until then it has changed nothing.
 FREE_GROUPS = ("scaling", "keeping")
-FREE_FLAGS = ("num_workers", "on_bad_example", "vision_cache", "vision_cache_dir")
+FREE_FLAGS = ("num_workers", "on_bad_example")
 
 
 def _same_settings(run: Run, before: Run) -> None:

@@ -8,7 +8,6 @@ pixels, both multiples of 336; sizes of files are (width, height), as Pillow giv
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import stat
@@ -144,11 +143,6 @@ def tiles_of(hd: NDArray[np.uint8]) -> Tensor:
     h, w, _ = hd.shape
     tiles = hd.reshape(h // CROP, CROP, w // CROP, CROP, 3).transpose(0, 2, 4, 1, 3)
     return torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, CROP, CROP))
-
-
-def digest_of(hd: NDArray[np.uint8]) -> str:
-    """SHA-256 of an HD picture [336a, 336b, 3], its shape and its pixels, as 64 hexadecimal digits."""
-    return hashlib.sha256(f"{hd.shape}".encode() + hd.tobytes()).hexdigest()
 
 
 def normalize(tiles: Tensor) -> Tensor:

@@ -117,21 +117,15 @@ class Phi3VModel(Phi3VPreTrainedModel):
         negative = (input_ids < 0) & (input_ids > MOST_NEGATIVE_ID)
         return input_ids.masked_fill(negative, self.config.image_token_id)
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        crops: Tensor | None,
-        grids: list[tuple[int, int]],
-        features: Tensor | None = None,
-    ) -> Tensor:
-        """Token ids [...] and the crops (or features) of all their images, in order -> embeddings [..., H]."""
+    def embed(self, input_ids: Tensor, crops: Tensor | None, grids: list[tuple[int, int]]) -> Tensor:
+        """Token ids [...] and the crops of all their images, in order -> embeddings [..., H]."""
         x = self.embed_tokens(input_ids)
         positions = input_ids == self.config.image_token_id
         if not grids:
             if bool(positions.any()):
                 raise InputError(f"input_ids hold {int(positions.sum())} image positions, but no images were given")
             return x + self._blank_image(x.device) if self.always_embed_images else x
-        images = self.vision_embed_tokens(crops, grids, features).to(x.dtype)
+        images = self.vision_embed_tokens(crops, grids).to(x.dtype)
         if int(positions.sum()) != images.shape[0]:
             raise InputError(
                 f"input_ids hold {int(positions.sum())} image positions, "
@@ -158,9 +152,6 @@ class Phi3VModel(Phi3VPreTrainedModel):
     def embed_pack(self, pack: Pack) -> Tensor:
         """Embeddings [T, H] of a pack."""
         grids = [grid_of((h, w)) for h, w in pack.image_sizes.tolist()]
-        if self.vision_embed_tokens.cache is not None and pack.digests:
-            features = self.vision_embed_tokens.cached(pack.tiles, grids, pack.digests)
-            return self.embed(pack.input_ids, None, grids, features)
         return self.embed(pack.input_ids, crops_of_tiles(pack.tiles, grids), grids)
 
     # -- decoder ---------------------------------------------------------------------------------------------------

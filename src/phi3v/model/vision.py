@@ -13,8 +13,7 @@ Shapes: C crops, P patches (577 with the class token), D CLIP width, H decoder w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -135,18 +134,6 @@ class ImageProcessor(nn.Module):
         self.vision_model = CLIPVisionTransformer(sizes)
 
 
-class Cache(Protocol):
-    """What can stand in front of a frozen tower: `phi3v.model.features.FeatureCache`."""
-
-    def features(
-        self,
-        tiles: Tensor,
-        grids: Sequence[tuple[int, int]],
-        digests: Sequence[str],
-        compute: Callable[[Tensor], Tensor],
-    ) -> Tensor: ...
-
-
 class ImageEmbedding(nn.Module):
     """`model.vision_embed_tokens`: crops of any number of images -> one row per image position."""
 
@@ -157,20 +144,16 @@ class ImageEmbedding(nn.Module):
         self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
         self.img_processor = ImageProcessor(config.clip)
         self.frozen_crops_per_call = FROZEN_CROPS_PER_CALL
-        self.cache: Cache | None = None  # of a frozen tower; for packs that name their pictures
         self.img_projection = nn.Sequential(
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
 
-    def forward(self, crops: Tensor | None, grids: list[tuple[int, int]], features: Tensor | None = None) -> Tensor:
+    def forward(self, crops: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         """Crops of all images in order, [C, 3, 336, 336]: per image its global view, then its a*b tiles, row by row.
 
         A 1x1 image has a single crop, which is both its global view and its tile. Returns [rows of all images, H].
-        Or, instead of crops, what `encode` has made of them.
         """
-        if features is None:
-            assert crops is not None
-            features = self.encode(crops)
+        features = self.encode(crops)
         # 2x2 neighbours in the order (0,0) (0,1) (1,0) (1,1)
         features = features.view(-1, MERGED, 2, MERGED, 2, features.shape[-1]).transpose(2, 3)
         features = features.reshape(-1, MERGED, MERGED, 4 * features.shape[-1])
@@ -191,13 +174,6 @@ class ImageEmbedding(nn.Module):
             return tower(crops)
         with torch.no_grad():
             return torch.cat([tower(part) for part in crops.split(self.frozen_crops_per_call)])
-
-    def cached(self, tiles: Tensor, grids: list[tuple[int, int]], digests: tuple[str, ...]) -> Tensor:
-        """`encode` for uint8 tiles as `crops_of_tiles` takes them, or what the cache holds: [C, 576, D]."""
-        assert self.cache is not None
-        features = self.cache.features(tiles, grids, digests, self.encode)
-        # The separators that learn are float32, and the gradients of all their places are to be added up in that.
-        return features.to(torch.promote_types(features.dtype, self.sub_GN.dtype))
 
     def _with_separators(self, grid: Tensor) -> Tensor:
         """[rows, columns, 4D] -> [rows * (columns + 1), 4D], `sub_GN` after every row."""

@@ -78,9 +78,6 @@ class Reading:
     on_bad_example: OnBadExample = "stop"
     """What to do about a training example whose image cannot be read. `skip` makes the pack without it and says so."""
 
-    digests: bool = False
-    """Name the pictures of training packs by content, for a cache."""
-
     @property
     def pauses_s(self) -> tuple[float, ...]:
         return tuple(self.retry_pause_s * 2**retry for retry in range(self.retries))
@@ -154,7 +151,7 @@ def prompt_packs(
             for trees in ranks[rank]:
                 yield tuple(number for tree in trees for number in tree.examples), trees
 
-    for numbers, pack in _read(encoded, orders(), replace(reading, on_bad_example="stop", digests=False), tell):
+    for numbers, pack in _read(encoded, orders(), replace(reading, on_bad_example="stop"), tell):
         yield PromptBatch(numbers, pack)
 
 
@@ -173,7 +170,6 @@ class _Order(NamedTuple):
             num_crops=reading.num_crops,
             pauses_s=reading.pauses_s,
             on_bad_example=reading.on_bad_example,
-            digests=reading.digests,
         )
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Encoded
-from phi3v.data.image import CROP, digest_of, hd_transform, load_image, num_image_tokens, tiles_of
+from phi3v.data.image import CROP, hd_transform, load_image, num_image_tokens, tiles_of
 from phi3v.packing.layout import Layout, Tree
 from phi3v.packing.trees import PackTree
 
@@ -60,7 +60,6 @@ class Pack:
     weights       [R] float32, the loss is the sum of weight * cross entropy (0 for a prompt)
     branch        [R] int64, the example of each row, as its number in the pack
     ids           [B] the examples' ids
-    digests       [images] what the pictures are, by content (`digest_of`), or nothing: see `make_pack`
     lost          the examples that should be here and are not; none unless `on_bad_example="skip"`
     """
 
@@ -73,7 +72,6 @@ class Pack:
     weights: Tensor
     branch: Tensor
     ids: tuple[str, ...]
-    digests: tuple[str, ...] = ()
     lost: tuple[Lost, ...] = ()
 
     @property
@@ -113,7 +111,6 @@ def make_pack(
     num_crops: int,
     pauses_s: Iterable[float] = (),
     on_bad_example: OnBadExample = "stop",
-    digests: bool = False,
 ) -> Pack:
     """The pack of some planned trees; `encoded[i]` is example i of the plan.
 
@@ -123,11 +120,9 @@ def make_pack(
     the pack draw from them, so that a pack takes no longer than their sum. An image that still cannot be read, or has
     changed since it was encoded, is an InputError naming example and file; with `on_bad_example="skip"`, the examples
     of its trees are left out and listed in `lost`.
-
-    With `digests` the pictures are named by content, for a cache of what is computed from them.
     """
-    pictures = _Pictures(num_crops, pauses_s, digests)
-    layout, shown, ids = [], list[_Picture](), []
+    pictures = _Pictures(num_crops, pauses_s)
+    layout, shown, ids = [], list[Tensor](), []
     image_sizes: list[tuple[int, int]] = []
     lost: list[Lost] = []
     rows, targets, weights, branch = [], [], [], []
@@ -173,14 +168,13 @@ def make_pack(
     return Pack(
         input_ids=_joined(ids, torch.int64),
         layout=Layout.of(layout),
-        tiles=torch.cat([torch.zeros(0, 3, CROP, CROP, dtype=torch.uint8), *(picture.tiles for picture in shown)]),
+        tiles=torch.cat([torch.zeros(0, 3, CROP, CROP, dtype=torch.uint8), *shown]),
         image_sizes=torch.tensor(image_sizes, dtype=torch.int64).reshape(-1, 2),
         rows=_joined(rows, torch.int64),
         targets=_joined(targets, torch.int64),
         weights=_joined(weights, torch.float32),
         branch=_joined(branch, torch.int64),
         ids=tuple(names),
-        digests=tuple(picture.digest for picture in shown if picture.digest is not None),
         lost=tuple(lost),
     )
 
@@ -192,20 +186,15 @@ def _expanded(example: Encoded, image_token_id: int) -> tuple[NDArray[np.int32],
     return np.repeat(example.ids, repeats), np.flatnonzero(np.repeat(example.supervised, repeats))
 
 
-class _Picture(NamedTuple):
-    tiles: Tensor
-    digest: str | None
-
-
 class _Pictures:
     """The pictures of a pack: every image file is read once, whether that ends well or not."""
 
-    def __init__(self, num_crops: int, pauses_s: Iterable[float], digests: bool) -> None:
-        self._num_crops, self._digests = num_crops, digests
+    def __init__(self, num_crops: int, pauses_s: Iterable[float]) -> None:
+        self._num_crops = num_crops
         self._pauses_s = iter(pauses_s)
-        self._read: dict[str, _Picture | str] = {}
+        self._read: dict[str, Tensor | str] = {}
 
-    def read(self, image: str, size: tuple[int, int]) -> _Picture:
+    def read(self, image: str, size: tuple[int, int]) -> Tensor:
         """The crops of an image file, uint8 [n, 3, 336, 336]. Raises InputError if they cannot be had at this size."""
         if image not in self._read:
             self._read[image] = self._picture_or_reason(image, size)
@@ -214,7 +203,7 @@ class _Pictures:
             raise InputError(read)
         return read
 
-    def _picture_or_reason(self, image: str, size: tuple[int, int]) -> _Picture | str:
+    def _picture_or_reason(self, image: str, size: tuple[int, int]) -> Tensor | str:
         waited = 0.0
         while True:
             try:
@@ -227,7 +216,7 @@ class _Pictures:
                 waited += pause
             else:
                 if hd.shape[:2] == size:
-                    return _Picture(tiles_of(hd), digest_of(hd) if self._digests else None)
+                    return tiles_of(hd)
                 return f"{image}: now {hd.shape[:2]} pixels padded, it was {size} when the data was read"
 
 

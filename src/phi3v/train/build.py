@@ -5,23 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from phi3v.base.config import Run
-from phi3v.base.console import progress_bar, say
+from phi3v.base.console import progress_bar
 from phi3v.base.errors import InputError
 from phi3v.base.hardware import why_not_compile
 from phi3v.base.ranks import Ranks
 from phi3v.model import fp8
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.features import FeatureCache
 from phi3v.model.loading import load_model
 from phi3v.model.parts import add_lora, count_parameters, freeze, recompute_layers
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.packing.schedule import plan_epoch
-from phi3v.train.engines import Engine, Parallel
-from phi3v.train.engines.engine import bare
+from phi3v.train.engines import Parallel
 from phi3v.train.feed import TrainingData
 from phi3v.train.memory import estimate, layers_to_recompute
 
@@ -129,14 +126,6 @@ def check_fp8(dtype: torch.dtype, engine: Parallel, ranks: Ranks) -> None:
         reason = f"--parallel {engine} splits the weights"
     if reason:
         raise InputError(f"--fp8: {reason}")
-
-
-def keep_features(run: Run, tower: str, engine: Engine, dtype: torch.dtype) -> FeatureCache:
-    """Puts a cache in front of the vision tower, whose digest is given, for the packs of training."""
-    folder, full = run.vision_cache_folder, run.keeping.on_full_disk
-    cache = FeatureCache(tower, dtype, folder, on_full_disk=full, tell=lambda text: say(escape(text)))
-    bare(engine.model).model.vision_embed_tokens.cache = cache
-    return cache
 
 
 def check_attention(run: Run, attention: str, config: Phi3VConfig, ranks: Ranks) -> None:

@@ -18,7 +18,7 @@ from phi3v.model.parts import count_parameters
 from phi3v.packing.schedule import plan_epoch
 from phi3v.train.engines import Parallel
 from phi3v.train.feed import TrainingData
-from phi3v.train.memory import CacheRoom, estimate
+from phi3v.train.memory import estimate
 
 
 def describe(
@@ -34,7 +34,6 @@ def describe(
     recompute: int,
     total_steps: int,
     compiled: bool = False,
-    cache: CacheRoom | None = None,
 ) -> None:
     """Prints the resolved run. `model` may be on the meta device."""
     lengths, limits = data.lengths, data.settings.limits
@@ -78,8 +77,6 @@ def describe(
     _row("memory", f"about {memory['total'] * scale:.1f} {unit}{each}{recomputing}")
     _row("", ", ".join(parts[:3]) + ",")
     _row("", ", ".join(parts[3:]))
-    if cache is not None:
-        _row("cache", escape(str(cache)))
     if run.optim.warmup_steps * 2 > total_steps:
         _row("[yellow]note[/]", f"{run.optim.warmup_steps} of {total_steps} steps are warm-up (--warmup-steps)")
     if run.optim.optimizer == "adamw-bf16" and not has_bf16(ranks.device):

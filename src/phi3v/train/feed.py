@@ -103,7 +103,6 @@ def read_data(
         num_workers=_num_workers(run.data.num_workers),
         pin_memory=torch.cuda.is_available(),
         on_bad_example=run.data.on_bad_example,
-        digests=run.tuning.vision_cache != "none",
     )
     return TrainingData(
         examples=examples,

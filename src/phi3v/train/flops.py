@@ -84,13 +84,11 @@ class Flops:
     """A supervised row: what only such rows go through."""
     per_crop: float
     """A crop: CLIP and the projector."""
-    per_cached_crop: float
-    """What of that is left for a crop whose features are kept: without a frozen CLIP's forward pass."""
 
-    def of(self, step: Step, cached_crops: int = 0) -> float:
-        """Of one optimizer step, over all ranks; of its crops so many were found in a cache."""
+    def of(self, step: Step) -> float:
+        """Operations of one optimizer step, over all ranks."""
         work = self.per_token * step.tokens + self.per_pair * step.pairs + self.per_row * step.rows
-        return work + self.per_crop * (step.crops - cached_crops) + self.per_cached_crop * cached_crops
+        return work + self.per_crop * step.crops
 
 
 def training_flops(model: nn.Module, config: Phi3VConfig) -> Flops:
@@ -119,7 +117,6 @@ def training_flops(model: nn.Module, config: Phi3VConfig) -> Flops:
         per_pair=2.0 * 3 * layers * one.pair,
         per_row=2.0 * decoder * (one.rest + one.head),
         per_crop=2.0 * (tower + projector),
-        per_cached_crop=2.0 * projector,
     )
 
 

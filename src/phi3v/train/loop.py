@@ -37,7 +37,6 @@ from phi3v.infer.metrics import baselines, label_tables, score
 from phi3v.model.backend import pick_attention
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.features import FeatureCache, digest_of_tower
 from phi3v.model.fp8 import learn_in_fp8
 from phi3v.model.loading import load_config, save_model
 from phi3v.model.parts import set_precision, widen
@@ -49,7 +48,6 @@ from phi3v.train.build import (
     build_model,
     check_attention,
     check_fp8,
-    keep_features,
     pick_compile,
     pick_recompute,
     restore_frozen,
@@ -57,10 +55,8 @@ from phi3v.train.build import (
 from phi3v.train.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.train.describe import describe, list_settings
 from phi3v.train.engines import Engine, build_engine, pick_engine
-from phi3v.train.engines.engine import bare
 from phi3v.train.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_lengths, write_sizes
 from phi3v.train.flops import Flops, achieved, device_peak_tflops, training_flops
-from phi3v.train.memory import CacheRoom
 from phi3v.train.optim import build_optimizer, build_schedule, reach
 from phi3v.train.runlog import RunLog
 from phi3v.train.screen import Screen
@@ -68,7 +64,6 @@ from phi3v.train.trackers import start_trackers
 
 # A loss this many times the median of the last ones is complained of.
 SPIKE, SPIKE_WINDOW = 3.0, 50
-MAX_ROLLBACKS = 10
 
 
 @dataclass(kw_only=True)
@@ -83,8 +78,6 @@ class _Job:
     data: TrainingData
     engine: Engine
     schedule: LRScheduler
-    cache: FeatureCache | None
-    """Of a frozen vision tower's features, where that is wanted."""
     total_steps: int
     scoring: Scoring
     flops: Flops
@@ -144,9 +137,6 @@ def train(run: Run) -> dict[str, Any]:
             "compiled": compiled,
             "total_steps": total_steps,
         }
-        if run.tuning.vision_cache != "none":
-            about["cache"] = CacheRoom.of(run, data.image_sizes, config, dtype)
-            ranks.all_do(about["cache"].check)
         if run.keeping.dry_run:
             list_settings(run)
             shell = build_model(run, attention, dtype, ranks, recompute, shell=config)
@@ -160,7 +150,6 @@ def train(run: Run) -> dict[str, Any]:
         if why:
             say(f"[yellow]note[/]        {escape(why)}")
         flops = training_flops(model, config)
-        tower = digest_of_tower(bare(model)) if run.tuning.vision_cache != "none" else None
         if run.base.fp8:
             learn_in_fp8(model)
         if compiled:
@@ -179,7 +168,6 @@ def train(run: Run) -> dict[str, Any]:
             holder = ranks.first_does(lambda: _open_folder(run, data, ranks, held))
         ranks.all_do(lambda: None if ranks.is_first else check_shared(folder, holder))
         step = _resume(run, ranks, engine, schedule) if found.started else 0
-        cache = ranks.all_do(lambda: keep_features(run, tower, engine, dtype)) if tower else None
         log = _start_log(run, ranks, data, total_steps, step)
         with log:
             job = _Job(
@@ -191,7 +179,6 @@ def train(run: Run) -> dict[str, Any]:
                 data=data,
                 engine=engine,
                 schedule=schedule,
-                cache=cache,
                 total_steps=total_steps,
                 scoring=scoring,
                 flops=flops,
@@ -215,11 +202,9 @@ def _learn(job: _Job, step: int) -> None:
     run, ranks, engine, log = job.run, job.ranks, job.engine, job.log
     if step == 0 and run.evaluation.eval_before and job.data.questions:
         _score(job, "before", step)
-    if step == 0 and run.keeping.on_nonfinite == "rollback":
-        _save(job, step)
     if _evaluates(job, step) and step not in job.scores:  # the run was stopped before it came to that
         _conclude_step(job, step, stops=False)
-    audit, losses, bad = GradientAudit(engine.model), list[float](), set[int]()
+    audit, losses = GradientAudit(engine.model), list[float]()
     engine.model.train()
     feed = steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps)
     while step < job.total_steps:
@@ -228,33 +213,23 @@ def _learn(job: _Job, step: int) -> None:
         started, loss = time.monotonic(), torch.zeros((), device=ranks.device)
         for micro in batch.packs():
             _meet(job, step)
-            if step not in bad:
-                with _memory(step, micro.pack):
-                    loss += engine.learn(micro.pack.to(ranks.device, non_blocking=True), last=micro.last)
-        if step in bad:
-            job.schedule.step()
-            step += 1
-            _conclude_step(job, step, stops=ranks.any(job.stop.reason is not None))
-            continue
+            with _memory(step, micro.pack):
+                loss += engine.learn(micro.pack.to(ranks.device, non_blocking=True), last=micro.last)
         audit.check(engine.gradients(), images=batch.images, ranks=ranks)
         reach(engine.optimizer, images=batch.images)
         rate = float(job.schedule.get_last_lr()[0])
         norm, skipped = engine.step()
-        found = job.cache.crops_found() if job.cache else 0
-        total, stops, cached = ranks.total(float(loss), float(job.stop.reason is not None), float(found))
+        total, stops = ranks.total(float(loss), float(job.stop.reason is not None))
         overflowed = skipped and engine.scaler_state().get("scale", 0.0) >= 1.0
         if trouble := _trouble(total, norm, skipped, overflowed):
-            bad.add(step)
-            step = _roll_back(job, step, trouble, len(bad))
-            feed = steps(run, job.data, ranks, first_step=step, total_steps=job.total_steps)
-            continue
+            names = ", ".join(name for names in examples_of(run, job.data, ranks, step) for name in names)
+            raise InputError(f"step {step + 1}: the {trouble} is not finite; its examples are {names}")
         if not skipped:
             job.schedule.step()
         step += 1
         seconds = time.monotonic() - started + batch.first_wait
         entry = batch.entry(step, total, rate, norm, seconds, peak_memory_gb(ranks.device), skipped)
-        entry |= {"cached_crops": int(cached)} if job.cache else {}
-        work = job.flops.of(batch.first.step, int(cached))
+        work = job.flops.of(batch.first.step)
         log.step({**entry, **achieved(work, seconds, ranks.num, job.peak)})
         _complain(job, batch, step, total, losses)
         _conclude_step(job, step, stops=bool(stops))
@@ -356,7 +331,6 @@ def _start_log(run: Run, ranks: Ranks, data: TrainingData, total_steps: int, ste
         first_step=step,
         screen=screen,
         trackers=trackers,
-        drop_lines=keeping.on_full_disk == "continue",
     )
 
 
@@ -371,23 +345,17 @@ def _resume(run: Run, ranks: Ranks, engine: Engine, schedule: LRScheduler) -> in
 
 
 def _save(job: _Job, step: int, score: float | None = None) -> None:
-    keeping = job.run.keeping
-    try:
-        job.ranks.first_does(job.log.flush)
-        save_checkpoint(
-            job.checkpoints,
-            step,
-            engine=job.engine,
-            schedule=job.schedule,
-            ranks=job.ranks,
-            keep=keeping.keep_checkpoints,
-            metric=score,
-        )
-        job.saved_at = step
-    except InputError as error:
-        if keeping.on_full_disk == "stop":
-            raise
-        job.log.complain(step, str(error))
+    job.ranks.first_does(job.log.flush)
+    save_checkpoint(
+        job.checkpoints,
+        step,
+        engine=job.engine,
+        schedule=job.schedule,
+        ranks=job.ranks,
+        keep=job.run.keeping.keep_checkpoints,
+        metric=score,
+    )
+    job.saved_at = step
     if score is not None:
         job.scores[step] = score
 
@@ -450,21 +418,6 @@ def _trouble(loss: float, norm: float, skipped: bool, overflowed: bool) -> str |
     if not math.isfinite(loss):
         return "loss"
     return "gradient" if (skipped or not math.isfinite(norm)) and not overflowed else None
-
-
-def _roll_back(job: _Job, step: int, trouble: str, times: int) -> int:
-    """Back to the last checkpoint, or the end of the run, as `--on-nonfinite` says."""
-    names = [name for names in examples_of(job.run, job.data, job.ranks, step) for name in names]
-    message = f"the {trouble} is not finite"
-    if job.run.keeping.on_nonfinite == "stop" or times > MAX_ROLLBACKS:
-        raise InputError(f"step {step + 1}: {message}; its examples are {', '.join(names)}")
-    newest, _ = newest_checkpoint(job.checkpoints, job.ranks)
-    if newest is None:
-        raise InputError(f"step {step + 1}: {message}, and there is no checkpoint to go back to")
-    back = load_checkpoint(newest, engine=job.engine, schedule=job.schedule)
-    job.log.back_to(back)
-    job.log.complain(step + 1, f"{message}: back to step {back}, and later past this one", names)
-    return back
 
 
 def _complain(job: _Job, batch: StepPacks, step: int, loss: float, losses: list[float]) -> None:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
-import torch
 from torch import nn
 
-from phi3v.base.config import Optimizer, Run
-from phi3v.base.errors import InputError
-from phi3v.base.hardware import available_memory
+from phi3v.base.config import Optimizer
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.features import feature_bytes
 from phi3v.model.parts import part_of
-from phi3v.model.vision import PATCHES, grid_of
+from phi3v.model.vision import PATCHES
 from phi3v.packing.loss import ROWS_PER_CHUNK
 from phi3v.train.adamw import BYTES
 from phi3v.train.engines import Parallel
@@ -123,61 +115,3 @@ def _kept_by(config: Phi3VConfig, size: int, *, stream: float, norms: bool) -> t
 def layers_to_recompute(free_gb: float, most: int, needed: Callable[[int], float]) -> int:
     """The fewest layers, up to `most`, such that `needed(layers)` GB fit into `free_gb`; `most` if nothing fits."""
     return next((layers for layers in range(most) if needed(layers) <= free_gb), most)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheRoom:
-    """What a cache of the vision tower's features (`--vision-cache`) takes once it holds every picture."""
-
-    pictures: int
-    size: int
-    """Bytes."""
-    folder: Path | None
-    """None: in memory."""
-    processes: int
-    """Of this host."""
-
-    @classmethod
-    def of(cls, run: Run, sizes: Mapping[str, tuple[int, int]], config: Phi3VConfig, dtype: torch.dtype) -> CacheRoom:
-        """For pictures with these padded (h, w), by path; a picture that has two paths counts twice."""
-        return cls(
-            pictures=len(sizes),
-            size=feature_bytes(map(grid_of, sizes.values()), config.clip["hidden_size"], dtype),
-            folder=run.vision_cache_folder,
-            processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        )
-
-    def check(self) -> None:
-        """Raises InputError if this host has less room than that."""
-        takes = f"takes up to {_amount(self.size)} for {self.pictures:,} pictures"
-        if self.folder is None:
-            each = f" in each of {self.processes} processes" if self.processes > 1 else ""
-            if self.size * self.processes > (free := available_memory()):
-                has = f"this host has {_amount(free)} of memory available"
-                raise InputError(f"--vision-cache memory {takes}{each}, {has}: choose disk or none")
-        elif self.size - self.held > (free := shutil.disk_usage(_existing(self.folder)).free):
-            there = f", of which {_amount(self.held)} are there" if self.held else ""
-            raise InputError(
-                f"--vision-cache disk {takes} in {self.folder}{there}, {_amount(free)} are free: choose another "
-                "--vision-cache-dir, or none"
-            )
-
-    @property
-    def held(self) -> int:
-        """Bytes that the folder holds already, whatever for."""
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) if self.folder else 0
-
-    def __str__(self) -> str:
-        where = f"in {self.folder}" if self.folder else "in memory"
-        each = " of every process" if self.folder is None and self.processes > 1 else ""
-        there = f" ({_amount(self.held)} are there)" if self.held else ""
-        return f"up to {_amount(self.size)} for {self.pictures:,} pictures, {where}{each}{there}"
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one around it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _amount(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

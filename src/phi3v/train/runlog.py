@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,12 +33,9 @@ class RunLog:
         first_step: int,
         screen: Screen,
         trackers: Sequence[Tracker] = (),
-        drop_lines: bool = False,
     ) -> None:
         self.file = None if folder is None else folder / "log.jsonl"
         self.screen, self.trackers = screen, list(trackers)
-        self.drop_lines = drop_lines
-        """Go on without the lines that a full disk refuses."""
         self._stream: TextIO | None = None
         self._open(first_step, fresh=first_step == 0)  # a run that starts at step 0 says everything again
 
@@ -53,25 +49,11 @@ class RunLog:
         except OSError as error:
             raise InputError(f"cannot write {self.file}: {error}") from error
 
-    def _take_back(self, size: int) -> None:
-        """Gets rid of half a line, both of what is on disk and of what the stream still holds."""
-        assert self.file is not None
-        with suppress(OSError):
-            self._stream.close()  # type: ignore[union-attr]
-        os.truncate(self.file, size)
-        self._stream = open(self.file, "a")  # noqa: SIM115
-
     def flush(self) -> None:
         """Waits until all lines are on disk, as a checkpoint is that comes after them."""
         if self.file is not None:
             with disk_errors(self.file):
                 flush(self.file)
-
-    def back_to(self, step: int) -> None:
-        """Goes on after `step`: what was said later will be said again."""
-        if self._stream is not None:
-            self._stream.close()
-        self._open(step)
 
     @staticmethod
     def _forget_after(file: Path, step: int) -> list[dict[str, Any]]:
@@ -108,15 +90,12 @@ class RunLog:
         self.screen.hear(entry)
         if self._stream is None:
             return
-        size = os.fstat(self._stream.fileno()).st_size
         line = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON knows no NaN and no Infinity
         try:
             self._stream.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
             self._stream.flush()
         except OSError as error:
-            if not self.drop_lines:
-                raise InputError(f"cannot write {self.file}: {error}") from error
-            self._take_back(size)
+            raise InputError(f"cannot write {self.file}: {error}") from error
         values = {**entry, **{f"eval/{key}": value for key, value in entry.get("metrics", {}).items()}}
         numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and key != "step"}
         for tracker in list(self.trackers) if numbers else ():
