@@ -26,7 +26,7 @@ STEPS = 10
 MODES = {
     "full": "",
     "full-eager": "--attention eager",
-    "full-recomputed": "--activation-memory full",
+    "full-recomputed": "--activation-checkpointing full",
     "full-cosine": "--schedule cosine --vision-learning-rate 1e-4 --projector-learning-rate 3e-4",
     "full-8bit": "--optimizer adamw-8bit",
     "full-bf16": "--optimizer adamw-bf16 --dtype bf16",

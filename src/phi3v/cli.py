@@ -292,11 +292,14 @@ def _training(module: Any, words: list[str]) -> tuple[Callable[..., Any], list[s
         Args:
             recipe: One of `phi3v recipes`, whose data and settings are the defaults; or --recipe FILE, your own.
         """
+        from phi3v.recipes.table import published_for
         from phi3v.train import loop as room
 
         if recipe is not None:  # the first word would have been taken
             raise InputError(f"the recipe comes first: phi3v train {recipe} ...")
-        room.train(run if module is None else module.prepare(run, task))
+        table = getattr(module, "TABLE", None)
+        prepared = run if module is None else module.prepare(run, task)
+        room.train(prepared, published={} if table is None else published_for(prepared, table))
 
     return train, words
 

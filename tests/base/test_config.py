@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from phi3v.base.config import Base, Data, Keeping, Run, Tuning, load_run
+from phi3v.base.config import Base, Data, Keeping, Run, Tuning
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 
 MAKE = Callable[..., Run]
 
@@ -19,48 +23,77 @@ def test_a_run_comes_back_from_its_config_json(settings_for: MAKE, tmp_path: Pat
     flags = {"freeze": ("vision", "projector"), "track": ("tensorboard",), "labels": ("yes", "no"), "lora_alpha": 3.5}
     run = settings_for(eval=Path("a/b.jsonl"), max_minutes=0.5, resume="auto", **flags)
     (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
-    assert load_run(tmp_path) == run
+    assert RunFolder(tmp_path).config == run
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "3", '{"base": {"modle": "x"}}', '{"bases": {}}', '{"base": 3}', "\xff"]
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("\xff", "not JSON"),
+        ("[]", "must hold an object, not a list"),
+        ('{"base": 3}', "[...]: must be an object, not an integer"),
+        ('{"bases": {}}', "unknown group 'bases'"),
+        ('{"base": {"modle": "x"}}', "base.modle: no such setting"),
+        ('{"data": {"batch_size": "sixteen"}}', "data.batch_size: must be an integer, not a string"),
+        ('{"data": {"batch_size": 0}}', "data.batch_size: must be at least 1"),
+        ('{"tuning": {"lora": "no"}}', "tuning.lora: must be true or false, not a string"),
+        ('{"tuning": {"freeze": ["eyes"]}}', "tuning.freeze[0]: must be vision, projector, embeddings, not 'eyes'"),
+        ('{"optim": {"schedule": "zigzag"}}', "optim.schedule: must be linear, cosine, constant, not 'zigzag'"),
+        ('{"optim": {"beta1": 1.0}}', "optim.beta1: must be less than 1"),
+        ('{"keeping": {"out": 7}}', "keeping.out: "),
+    ],
 )
-def test_what_is_no_config_json_of_ours_is_refused_by_name(content: str, tmp_path: Path) -> None:
+def test_a_config_json_that_no_run_writes_is_refused_by_file_and_field(
+    content: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(InputError, match=r"config\.json: not the configuration of a run") as caught:
-        load_run(tmp_path)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        _ = RunFolder(tmp_path).config
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {message}")
+
+
+def test_the_settings_of_earlier_versions_are_understood(settings_for: MAKE, tmp_path: Path) -> None:
+    """Renamed and removed settings, and what was done before there was a choice."""
+    run = settings_for(activation_checkpointing="full", decay="matrices")
+    content = run.to_dict()
+    content["tuning"]["activation_memory"] = content["tuning"].pop("activation_checkpointing")
+    content["tuning"] |= {"vision_cache": "none", "vision_cache_dir": None}
+    content["keeping"] |= {"on_nonfinite": "stop", "on_full_disk": "stop"}
+    del content["optim"]["decay"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert RunFolder(tmp_path).config == run
 
 
 def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a run folder: it has no config\.json"):
-        load_run(tmp_path)
+        _ = RunFolder(tmp_path).config
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"train": None}, "--train is missing"),
-        ({"batch_size": 0}, "--batch-size is 0, it must be at least 1"),
-        ({"max_steps": 0}, "--max-steps is 0, it must be at least 1"),
-        ({"eval_limit": 0}, "--eval-limit is 0, it must be at least 1"),
-        ({"num_crops": 0}, "--num-crops is 0, it must be at least 1"),
-        ({"epochs": 0.0}, "--epochs is 0.0, it must be positive"),
-        ({"learning_rate": float("nan")}, "--learning-rate is nan, it must be positive"),
-        ({"max_grad_norm": -1.0}, "--max-grad-norm is -1.0, it must be positive"),
-        ({"num_workers": -1}, "--num-workers is -1, it must be at least 0"),
-        ({"warmup_steps": -1}, "--warmup-steps is -1, it must be at least 0"),
-        ({"lora": True, "lora_dropout": 1.0}, "--lora-dropout is 1.0, it must be at least 0 and below 1"),
-        ({"beta2": 1.0}, "--beta2 is 1.0, it must be at least 0 and below 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"max_steps": 0}, "--max-steps 0: must be at least 1"),
+        ({"eval_limit": 0}, "--eval-limit 0: must be at least 1"),
+        ({"num_crops": 0}, "--num-crops 0: must be at least 1"),
+        ({"epochs": 0.0}, "--epochs 0.0: must be greater than 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan: must be greater than 0"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm -1.0: must be greater than 0"),
+        ({"num_workers": -1}, "--num-workers -1: must be at least 0"),
+        ({"warmup_steps": -1}, "--warmup-steps -1: must be at least 0"),
+        ({"lora": True, "lora_dropout": 1.0}, "--lora-dropout 1.0: must be less than 1"),
+        ({"beta2": 1.0}, "--beta2 1.0: must be less than 1"),
         ({"lora_rank": 8}, "--lora-rank has no effect without --lora or --qlora"),
         ({"dora": True}, "--dora has no effect without --lora or --qlora"),
         ({"lora": True, "double_quant": True}, "--double-quant has no effect without --qlora"),
         ({"lora": True, "quantize": ("vision",)}, "--quantize has no effect without --qlora"),
         ({"qlora": True, "lora_init": "pissa"}, "--lora-init pissa decomposes the weights, which --qlora has quantis"),
         ({"qlora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
-        ({"max_minutes": 0.0}, "--max-minutes is 0.0, it must be positive"),
-        ({"rank_timeout_minutes": 0.0}, "--rank-timeout-minutes is 0.0, it must be positive"),
-        ({"keep_checkpoints": 0}, "--keep-checkpoints is 0, it must be at least 1"),
+        ({"max_minutes": 0.0}, "--max-minutes 0.0: must be greater than 0"),
+        ({"rank_timeout_minutes": 0.0}, "--rank-timeout-minutes 0.0: must be greater than 0"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints 0: must be at least 1"),
         ({"labels": ("yes", "no")}, "--labels has no effect with --score generate: choose labels or both"),
         ({"lora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
         ({"freeze": ("vision",), "vision_learning_rate": 1e-5}, "--vision-learning-rate has no effect"),
@@ -78,13 +111,22 @@ def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
         ),
         ({"optimizer": "adamw-bf16"}, "--optimizer adamw-bf16 cannot learn in --dtype fp32: its weights are bf16"),
         ({"eval_every_steps": 5}, "--eval-every-steps needs --eval"),
-        ({"track": ("no_such_tracker",)}, "--track no_such_tracker: it is not installed"),
+        ({"track": ("no_such_tracker",)}, "--track no_such_tracker: must be tensorboard, wandb, mlflow, trackio"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_flag(flags: dict, message: str, settings_for: MAKE) -> None:
     with pytest.raises(InputError) as caught:
         settings_for(**flags).check()
     assert str(caught.value).startswith(message)
+
+
+def test_every_number_of_a_run_has_a_limit() -> None:
+    """The limit is part of the type: a new field, or a renamed one, cannot be without."""
+    for group in dataclasses.fields(Run):
+        kind = typing.get_type_hints(Run)[group.name]
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            assert not {int, float} & set(options), f"{group.name}.{name}"
 
 
 def test_what_can_be_is_not_refused(settings_for: MAKE) -> None:

@@ -16,10 +16,16 @@ import pytest
 import phi3v.train.loop as training
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError
-from phi3v.base.runfolder import LOCK, Claim, check_shared, claim, digests, locked
+from phi3v.base.runfolder import LOCK, Claim, RunFolder, digests
 from phi3v.train.loop import train
 
 MAKE = Callable[..., Run]
+
+
+def claim(run: Run) -> Claim:
+    return RunFolder(run.keeping.out).claim(run)
+
+
 NEW, STARTED, FINISHED = Claim(False, False), Claim(True, False), Claim(True, True)
 
 
@@ -66,7 +72,7 @@ def test_a_folder_of_something_else_is_nobodys(resume: str, settings_for: MAKE, 
 def test_an_unfinished_run_goes_on_when_asked(settings_for: MAKE, left: Callable[..., Path]) -> None:
     left("config.json", "environment.json")
     assert claim(settings_for(resume="auto")) == STARTED
-    with pytest.raises(InputError, match=r"holds an unfinished run: add --resume auto to go on with it, or choose"):
+    with pytest.raises(InputError, match=r"holds an unfinished run: add --resume auto to continue it, or choose"):
         claim(settings_for())
 
 
@@ -104,8 +110,8 @@ def test_what_would_make_another_run_of_it_is_refused_by_its_flag(
 def test_what_surrounds_the_loop_may_change(settings_for: MAKE, left: Callable[..., Path]) -> None:
     left("config.json", "environment.json")
     free = {"parallel": "fsdp2", "rank_timeout_minutes": 1.0, "save_every_steps": 7, "keep_checkpoints": 9}
-    free |= {"max_minutes": 5.0, "on_full_disk": "continue", "progress": True, "track": ("tensorboard",)}
-    free |= {"on_nonfinite": "rollback", "on_bad_example": "skip", "num_workers": 2}
+    free |= {"max_minutes": 5.0, "progress": True, "track": ("tensorboard",)}
+    free |= {"on_bad_example": "skip", "num_workers": 2}
     assert claim(settings_for(resume="auto", **free)) == STARTED
 
 
@@ -161,7 +167,7 @@ def is_free(folder: Path) -> bool:
 
 def test_a_second_writer_is_kept_out(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
-    with locked(folder):
+    with RunFolder(folder).locked():
         assert not is_free(folder)
         assert (folder / LOCK).read_text().startswith(f"process {os.getpid()} on {platform.node()} since 20")
     assert is_free(folder)
@@ -173,12 +179,12 @@ def test_who_is_kept_out_is_told_by_whom_and_a_lock_ends_with_its_process(tmp_pa
         try:
             assert another.stdout
             assert another.stdout.readline() == "held\n"
-            with pytest.raises(InputError) as caught, locked(tmp_path):
+            with pytest.raises(InputError) as caught, RunFolder(tmp_path).locked():
                 pass
         finally:
             another.kill()
     assert str(caught.value) == f"--out {tmp_path}: another run is writing here (process 7 on another)"
-    with locked(tmp_path):
+    with RunFolder(tmp_path).locked():
         assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on {platform.node()} since 20")
 
 
@@ -216,8 +222,35 @@ def test_a_run_holds_its_lock_to_its_end(settings_for: MAKE, monkeypatch: pytest
 
 def test_a_folder_of_another_host_is_told_by_its_lock(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    with locked(tmp_path / "there") as holder:
-        check_shared(tmp_path / "there", holder, wait_s=0)
+    with RunFolder(tmp_path / "there").locked() as holder:
+        RunFolder(tmp_path / "there").check_shared(holder, wait_s=0)
         for folder in ("here", "nowhere"):
             with pytest.raises(InputError, match="it must be on a file system that all of them share"):
-                check_shared(tmp_path / folder, holder, wait_s=0)
+                RunFolder(tmp_path / folder).check_shared(holder, wait_s=0)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_yet_is_empty(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert not run.is_run
+    assert not run.is_finished
+    assert run.settings == run.environment == run.metrics == run.lengths == run.published == run.image_sizes == {}
+    assert run.log == run.predictions == []
+
+
+def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.log_file.write_text('{"kind": "step", "step": 1}\n{"kind": "st')
+    assert run.log == [{"kind": "step", "step": 1}]
+    run.log_file.write_text('{"kind": "step", "step": 1}\n{"kind": "st\n{"kind": "step", "step": 2}\n')
+    with pytest.raises(InputError, match=r"log\.jsonl:2: not JSON"):
+        _ = run.log
+
+
+def test_predictions_come_back_as_they_were(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    lines = [{"id": "1", "prediction": "one\u2028line"}, {"id": "2", "prediction": "größer"}]
+    run.save_predictions(lines)
+    assert run.predictions == lines

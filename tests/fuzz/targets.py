@@ -29,10 +29,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from phi3v.base.config import load_run
 from phi3v.base.errors import MAX_LENGTH, InputError
 from phi3v.base.ranks import Ranks
-from phi3v.base.runfolder import claim
+from phi3v.base.runfolder import RunFolder, claim
 from phi3v.data.archive import unpack
 from phi3v.data.check import check
 from phi3v.data.convert import read
@@ -258,7 +257,7 @@ def state() -> dict[str, Any]:
 
 def _claim(place: Path) -> None:
     """Whoever goes on with a run compares its settings and its data with those of the folder."""
-    run = load_run(place / "run")
+    run = RunFolder(place / "run").config
     claim(replace(run, keeping=replace(run.keeping, out=place / "begun", resume="auto")))
 
 

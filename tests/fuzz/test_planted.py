@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from targets import watched
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from phi3v.base.config import Base, Data, Evaluation, Keeping, Optim, Run, Tuning, load_run
+from phi3v.base.config import Base, Data, Evaluation, Keeping, Optim, Run, Tuning
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import check
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.infer.chat import chat
@@ -158,7 +159,7 @@ ENTRIES: dict[str, Callable[[Path], object]] = {
     "train": lambda place: train(settings(place, out=place / "new")),
     "resume": resume,
     "checkpoints": lambda place: newest_checkpoint(place / "run/checkpoints"),
-    "load_run": lambda place: load_run(place / "run"),
+    "load_run": lambda place: RunFolder(place / "run").config,
     "report": lambda place: write_report(place / "run"),
     "look": lambda place: look(place / "data/train.jsonl", model=str(place / "model"), num_workers=0),
     "check": lambda place: check(place / "data/train.jsonl", num_workers=0),

@@ -33,13 +33,13 @@ def change_tensors(folder: Path, tensors: dict[str, torch.Tensor | None]) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "XLORA"}, "peft_type is 'XLORA', it must be 'LORA'"),
+        ({"peft_type": "XLORA"}, "peft_type is 'XLORA', it must be LORA"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is None"),
         ({"base_model_name_or_path": ""}, "base_model_name_or_path is ''"),
         ({"base_model_name_or_path": "a\0b"}, "base_model_name_or_path is"),
         ({"base_model_name_or_path": "x" * 300}, "base_model_name_or_path is"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "base model cannot be loaded: /nowhere/at/all: no such"),
-        ({"r": "4"}, "r is '4', it must be a whole number from 1 to 65536"),
+        ({"r": "4"}, "r is '4', it must be"),
         ({"r": 5000}, "its rank is 5000, but the tensors in adapter_model.safetensors have 4"),
         ({"rank_pattern": {"lm_head": 5000}}, "its rank is 5000"),
         ({"r": 2}, "has shape [4, 32], expected [2, 32]"),

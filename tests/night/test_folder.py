@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from phi3v.base.config import load_run
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 from phi3v.train.loop import train
 
 LEFT = Callable[[Path], dict[str, Any]]
@@ -27,7 +27,7 @@ def test_a_second_writer_is_kept_out_and_a_dead_one_is_not(night: Any, left_by: 
     going = night.start(run, ["when", STEP, [1], "signal", signal.SIGSTOP], busy, num_workers=2, eval_before=False)
     while Path(f"/proc/{going.process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.05)
-    ours = load_run(run)
+    ours = RunFolder(run).config
     ours = replace(ours, keeping=replace(ours.keeping, resume="auto"))
     with pytest.raises(InputError, match=rf"another run is writing here \(process {going.process} on "):
         train(ours)

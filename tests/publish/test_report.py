@@ -374,10 +374,10 @@ def test_files_that_no_run_writes_are_refused_in_one_line(file: str, content: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": 7}, "prediction 41: prediction is 7, it must be a string"),
-        ({"images": [1]}, r"prediction 41: images is \[1\], it must be a list, of each a string"),
-        ({"answers": []}, "prediction 41: answers is empty"),
-        (None, "prediction 41: must be an object, as a run writes it"),
+        ({"prediction": 7}, "41: prediction is 7, it must be a string"),
+        ({"images": [1]}, r"41: images is \[1\], it must be a string, not an integer"),
+        ({"answers": []}, "41: answers is empty"),
+        (None, "41: must hold an object"),
     ],
 )
 def test_predictions_that_no_run_writes_are_named(change, message: str, run: Path, picture: Path) -> None:

@@ -16,8 +16,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.base.config import Run, load_run
+from phi3v.base.config import Run
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.encode import encode, questions
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.metrics import baselines
@@ -55,7 +56,7 @@ def test_settings_are_a_run_that_checks(tmp_path: Path) -> None:
     run = easy_vqa.settings()
     run.check()
     (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
-    assert load_run(tmp_path) == run
+    assert RunFolder(tmp_path).config == run
 
 
 def test_published_split(prepared: Path) -> None:

@@ -132,9 +132,9 @@ def test_the_template_says_what_is_missing(content: str | None, message: str, tm
 
 def test_settings_of_a_run_that_was_written_are_read_again(tmp_path: Path) -> None:
     """What a recipe chooses fits in a run folder's config.json."""
-    from phi3v.base.config import load_run
+    from phi3v.base.runfolder import RunFolder
 
     for name in RECIPES:
         run = find_recipe(name).settings()
         (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
-        assert load_run(tmp_path) == run
+        assert RunFolder(tmp_path).config == run

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.base.config import load_run
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 from phi3v.cli import main
 from phi3v.data.schema import read_jsonl
 from phi3v.recipes import find_recipe, ucf101
@@ -642,7 +642,7 @@ def test_from_the_videos_to_the_score(small: Path, tmp_path: Path, tiny_model_di
     flags = f"--data-dir {small} --num_frames 2 --model {tiny_model_dir} --num-crops 1 --dtype fp32 --num-workers 0"
     flags += f" --batch-size 3 --max-new-tokens 4 --no-eval-before --no-progress --out {out}"
     assert main(["train", "ucf101", *flags.split()]) == 0
-    assert load_run(out).data.eval == small / "phi3v/ucf101/ucf101_val.jsonl"
+    assert RunFolder(out).config.data.eval == small / "phi3v/ucf101/ucf101_val.jsonl"
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 3
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["baselines"]["majority"] == pytest.approx(1 / 3)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from phi3v.base.config import load_run
+from phi3v.base.runfolder import RunFolder
 from phi3v.cli import main
 
 Write = Callable[[ModuleType, Path], None]
@@ -59,7 +59,7 @@ def test_from_the_download_to_the_scores(
     flags = f"--data-dir {tmp_path / 'data'} --model {tiny_model_dir} --num-crops 1 --dtype fp32 --num-workers 0"
     flags += f" --epochs 1 --batch-size 3 --max-new-tokens 2 --no-eval-before --no-progress --out {tmp_path / 'run'}"
     assert main(f"train {command} {flags}".split()) == 0, capsys.readouterr().err
-    run = load_run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run").config
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum(entry["examples"] for entry in log if entry["kind"] == "step") == examples
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["final"]

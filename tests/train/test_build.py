@@ -48,5 +48,5 @@ def test_a_gpu_recomputes_as_little_as_its_free_memory_needs(
     how: dict[str, Any] = {"attention": "sdpa", "dtype": torch.float32, "engine": "ddp"}
     assert room.pick_recompute(run, config, data, card, **how) == layers
     assert room.pick_recompute(run, config, data, ALONE, **how) == 0
-    full = replace(run, tuning=replace(run.tuning, activation_memory="full"))
+    full = replace(run, tuning=replace(run.tuning, activation_checkpointing="full"))
     assert room.pick_recompute(full, config, data, ALONE, **how) == 4

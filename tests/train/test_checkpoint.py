@@ -287,7 +287,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing_either(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": "2"}, "state.json: step is '2', it must be a whole number"),
+        ({"step": "2"}, "state.json: step is '2', it must be an integer"),
         ({"schedule": None}, "state.json: schedule is None"),
         ({"schedule": {}}, "schedule.last_epoch is None"),
         ({"scaler": 7}, "scaler is 7"),

@@ -153,7 +153,9 @@ def test_what_deserves_a_note(described: Callable[..., list[str]], settings_for:
     assert any(
         re.fullmatch(r"note \d+ examples exceed a pack's limits; their pages get packs of their own", x) for x in lines
     )
-    assert any("3 layers recomputed (--activation-memory)" in line for line in described(settings_for(), recompute=3))
+    assert any(
+        "3 layers recomputed (--activation-checkpointing)" in line for line in described(settings_for(), recompute=3)
+    )
     monkeypatch.setattr("phi3v.train.describe.has_bf16", lambda device: False)
     lines = described(settings_for(optimizer="adamw-bf16", dtype="auto"))
     assert "note this hardware has no bf16 arithmetic: adamw-bf16 will be slow" in lines

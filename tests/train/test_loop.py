@@ -703,7 +703,7 @@ def test_a_full_gpu_is_told_what_takes_less(settings_for: MAKE, monkeypatch: pyt
     with pytest.raises(InputError) as caught:
         train(settings_for(eval_before=False))
     assert str(caught.value).startswith("step 1: out of GPU memory in a pack of ")
-    assert "--activation-memory full" in str(caught.value)
+    assert "--activation-checkpointing full" in str(caught.value)
     assert str(caught.value).endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
 
 

@@ -86,7 +86,7 @@ def built(folder: Path, tuning: Tuning) -> Any:
     run = Run(base=Base(model=str(folder), dtype="fp32"), data=Data(train=Path("unused")), tuning=tuning)
     run.check()
     torch.manual_seed(0)
-    recompute = 4 if tuning.activation_memory == "full" else 0  # two layers of the decoder, two of CLIP
+    recompute = 4 if tuning.activation_checkpointing == "full" else 0  # two layers of the decoder, two of CLIP
     return build_model(run, "sdpa", torch.float32, Ranks(device=torch.device("cpu")), recompute).train()
 
 
@@ -111,7 +111,7 @@ def test_all_that_learns_is_reached_and_nothing_else(tiny_checkpoint_dir, data, 
     plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded) // 2, limits=limits), seed=0, epoch=0)
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
 
-    model = built(tiny_checkpoint_dir, replace(MODES[mode], activation_memory=recompute))
+    model = built(tiny_checkpoint_dir, replace(MODES[mode], activation_checkpointing=recompute))
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(model, Optim(learning_rate=1e-3))
     audit = GradientAudit(model)

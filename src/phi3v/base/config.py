@@ -1,7 +1,7 @@
-"""Everything a run can be told, and what cannot go together.
+"""The settings of a run, and which of them exclude each other.
 
-The command line is derived from these dataclasses: a field is a flag, its docstring the help. A run folder keeps the
-resolved values in `config.json`, and `load_run` reads them back.
+The command line is derived from these dataclasses: a field is a flag, its docstring the help text, its type the limits.
+A run folder keeps the resolved values in `config.json`; `run_of` reads them back and validates every field.
 """
 
 from __future__ import annotations
@@ -9,15 +9,24 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import read_object
+from phi3v.base.jsonfile import (
+    Count,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    convert,
+    problem_of,
+)
 
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -32,7 +41,7 @@ class Base:
     model: str = "microsoft/Phi-3.5-vision-instruct"
     """A folder in the published layout, or a name on the Hugging Face Hub."""
 
-    num_crops: int | None = None
+    num_crops: Count | None = None
     """Tiles an image may be cut into: 16 suits single images, 4 several frames. Default: the checkpoint's own."""
 
     attention: Attention = "auto"
@@ -45,6 +54,10 @@ class Base:
 
     fp8: bool = False
     """Multiply in fp8 in the decoder while it learns: approximate, faster on Hopper, Ada and later, needs torchao."""
+
+    deterministic: bool = False
+    """Use deterministic algorithms only, so that a resumed run on a GPU repeats the same bits. Slower; an operation
+    without a deterministic form is an error."""
 
     dtype: Precision = "auto"
     """Precision of the arithmetic. Trainable weights are kept in float32, frozen ones in this precision. auto: bf16
@@ -64,7 +77,7 @@ class Data:
     image_root: Path | None = None
     """Folder the image paths are relative to. Default: the folder `images` beside each data file."""
 
-    batch_size: int = 16
+    batch_size: Count = 16
     """Examples (`--questions all`) or pages (otherwise) of an optimizer step, exactly, however many packs they fill."""
 
     questions: Literal["all", "expected", "random"] = "all"
@@ -80,14 +93,14 @@ class Data:
     pack: bool = True
     """Several pages in one forward pass. The loss is the same without, only slower."""
 
-    max_tokens_per_pack: int | None = None
+    max_tokens_per_pack: Count | None = None
     """Tokens of one forward pass. Larger keeps a GPU busier until memory runs out; the result is the same. Default:
     8192 on a GPU, 4096 on a CPU, which one page keeps busy."""
 
-    max_crops_per_pack: int = 64
+    max_crops_per_pack: Count = 64
     """336x336 crops of one forward pass."""
 
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
     """Processes that read images. Default: one for every core but one, at most 4, and none on two cores or fewer."""
 
     on_bad_example: Literal["stop", "skip"] = "stop"
@@ -117,13 +130,13 @@ class Tuning:
     double_quant: bool = False
     """With `--qlora`: quantise the scales as well, 0.4 bits less a weight."""
 
-    lora_rank: int = 64
+    lora_rank: Count = 64
     """Rank of the adapters."""
 
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     """Scale of the adapters. Default: twice the rank."""
 
-    lora_dropout: float = 0.0
+    lora_dropout: Fraction = 0.0
     """Dropout before the adapters."""
 
     lora_init: Literal["gaussian", "default", "pissa", "olora"] = "gaussian"
@@ -135,7 +148,7 @@ class Tuning:
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
 
-    activation_memory: Literal["auto", "none", "full"] = "auto"
+    activation_checkpointing: Annotated[Literal["auto", "none", "full"], arg(aliases=["--activation-memory"])] = "auto"
     """full: keep only the layers' inputs and recompute the rest in the backward pass. none: keep everything. auto: on a
     GPU recompute as few layers as its free memory needs, on a CPU none."""
 
@@ -162,40 +175,44 @@ class Optim:
     """adamw: all float32, 16 bytes a weight that learns. adamw-8bit: moments in eight bits, 10 bytes (pip install
     'phi3v[qlora]'). adamw-bf16: weights, gradients and moments in bf16, stochastically rounded, 8 bytes."""
 
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the data; a fraction stops within one."""
 
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after this many optimizer steps; the schedule ends there too."""
 
-    learning_rate: float = 4e-5
+    learning_rate: Positive = 4e-5
     """Of everything without a learning rate of its own."""
 
-    vision_learning_rate: float | None = None
+    vision_learning_rate: NonNegative | None = None
     """Of CLIP."""
 
-    projector_learning_rate: float | None = None
+    projector_learning_rate: NonNegative | None = None
     """Of the image projection and separators."""
 
-    weight_decay: float = 0.01
-    """Of all weights but biases and norms."""
+    weight_decay: NonNegative = 0.01
+    """Weight decay, applied to the groups that `--decay` names."""
 
-    beta1: float = 0.9
+    decay: Literal["original", "matrices"] = "original"
+    """Which weights decay. original: all but biases and LayerNorm weights, as in the original trainer. matrices: only
+    weights of two dimensions or more."""
+
+    beta1: Fraction = 0.9
     """Decay of the first moment."""
 
-    beta2: float = 0.95
+    beta2: Fraction = 0.95
     """Decay of the second moment."""
 
-    eps: float = 1e-7
+    eps: Positive = 1e-7
     """Added to the denominator."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
 
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Of the learning rate after the warm-up."""
 
-    warmup_steps: int = 50
+    warmup_steps: NonNegativeInt = 50
     """Steps in which the learning rate rises from zero."""
 
 
@@ -208,7 +225,7 @@ class Scaling:
     weights too. auto: zero2 for the whole model (fsdp2 without DeepSpeed), ddp for adapters, on CPUs, and for any
     `--optimizer` but adamw, which is the only one that can be split."""
 
-    rank_timeout_minutes: float = 30.0
+    rank_timeout_minutes: Positive = 30.0
     """A process that has not come to where the others wait after so long is reported, and the job ends."""
 
 
@@ -219,13 +236,13 @@ class Evaluation:
     eval_before: bool = True
     """Evaluate before training."""
 
-    eval_every_steps: int | None = None
+    eval_every_steps: Count | None = None
     """Evaluate every so many steps."""
 
-    eval_limit: int | None = None
+    eval_limit: Count | None = None
     """Questions of the evaluations before and during training, evenly spread. The final one always takes all."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest answer, in tokens."""
 
     score: Literal["generate", "labels", "both"] = "generate"
@@ -243,57 +260,32 @@ class Keeping:
     out: Path = Path("runs/latest")
     """The run folder. A finished run in it is never overwritten."""
 
-    save_every_steps: int | None = None
+    save_every_steps: Count | None = None
     """Checkpoint every so many steps. One is always written at the end."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints kept, besides the one that scored best."""
 
     resume: Literal["no", "auto"] = "no"
     """auto: go on exactly where the newest whole checkpoint in the run folder stands, or start where there is none."""
 
-    max_minutes: float | None = None
+    max_minutes: Positive | None = None
     """Checkpoint and end after so long, to be resumed."""
 
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Of the data order, adapters and dropout."""
 
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that receive the log as well."""
+
+    profile_steps: str | None = None
+    """Write a trace of these steps, FIRST:LAST, to `profile/` in the run folder (chrome://tracing or Perfetto)."""
 
     progress: bool = True
     """Show a progress bar."""
 
     dry_run: bool = False
     """Print what would be done, and stop."""
-
-
-# What numbers must be, in words and as a test, and which: the names of flags. NaN is never right.
-LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-    "at least 1": (
-        lambda value: value >= 1,
-        (
-            *("batch_size", "max_tokens_per_pack", "max_crops_per_pack", "lora_rank", "max_new_tokens", "num_crops"),
-            *("max_steps", "eval_every_steps", "eval_limit", "save_every_steps", "keep_checkpoints", "limit"),
-            *("num_gpus", "nodes", "picture_size", "crop_size"),
-        ),
-    ),
-    "positive": (
-        lambda value: value > 0,
-        (
-            *("epochs", "learning_rate", "eps", "max_grad_norm", "lora_alpha"),
-            *("max_minutes", "rank_timeout_minutes"),
-        ),
-    ),
-    "at least 0": (
-        lambda value: value >= 0,
-        (
-            *("num_workers", "vision_learning_rate", "projector_learning_rate", "weight_decay", "warmup_steps", "seed"),
-            *("temperature", "picture_mb"),
-        ),
-    ),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("lora_dropout", "beta1", "beta2")),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +310,8 @@ class Run:
             raise InputError("--eval-every-steps needs --eval")
         groups = [getattr(self, group.name) for group in dataclasses.fields(self)]
         values = {name: value for group in groups for name, value in vars(group).items()}
-        check_numbers(values)
+        for group in groups:
+            check_flags(vars(group), type(group))
         for part in self.tuning.frozen:
             if values.get(f"{part}_learning_rate") is not None:
                 raise InputError(f"--{part}-learning-rate has no effect: the {part} is frozen")
@@ -360,34 +353,37 @@ class Run:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
-def check_numbers(flags: Mapping[str, Any]) -> None:
-    """Raises InputError for a number that cannot be, by the name of its flag; None stands for a default and passes."""
-    for limit, (holds, names) in LIMITS.items():
-        for name in names:
-            if (value := flags.get(name)) is not None and not holds(value):
-                raise InputError(f"--{name.replace('_', '-')} is {value}, it must be {limit}")
+def check_flags(values: Mapping[str, Any], of: Callable[..., Any]) -> None:
+    """Raises InputError, naming the flag, for a value outside the limits that the type of its parameter sets.
+
+    `of` is the function or dataclass whose parameters have these values: `check_flags(locals(), evaluate)`.
+    """
+    for name, kind in typing.get_type_hints(of, include_extras=True).items():
+        if name in values and (problem := problem_of(value := values[name], kind)):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"--{name.replace('_', '-')} {shown}: {problem}")
 
 
-def load_run(folder: Path) -> Run:
-    """The run kept in `folder/config.json`. Raises InputError when there is none, or it is not one of ours."""
-    file = folder / "config.json"
-    if not file.exists():
-        raise InputError(f"{folder} is not a run folder: it has no config.json")
-    try:
-        return _build(Run, read_object(file))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{file}: not the configuration of a run ({error})") from None
+# Settings of earlier versions: those that have another name now, and those that are gone.
+RENAMED = {"activation_memory": "activation_checkpointing"}
+REMOVED = {"vision_cache", "vision_cache_dir", "on_nonfinite", "on_full_disk"}
+BEFORE = {"decay": "matrices"}
+"""What runs did that were started before there was a choice."""
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _value(hints[name], value) for name, value in values.items()})
+def run_of(content: Mapping[str, Any], place: str) -> Run:
+    """The run whose settings a config.json holds; `place` names the file.
 
-
-def _value(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is not None and Path in options:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+    Settings of earlier versions are understood. Raises InputError, naming the field, for a value that cannot be.
+    """
+    groups = typing.get_type_hints(Run)
+    settings: dict[str, dict[str, Any]] = {}
+    for name, values in convert(content, dict[str, dict[str, Any]], place).items():
+        if name not in groups:
+            raise InputError(f"{place}: unknown group {name!r}; the groups are {', '.join(groups)}")
+        known = {field.name for field in dataclasses.fields(groups[name])}
+        values = {RENAMED.get(key, key): value for key, value in values.items() if key not in REMOVED}
+        if unknown := sorted(values.keys() - known):
+            raise InputError(f"{place}: {name}.{unknown[0]}: no such setting")
+        settings[name] = {key: value for key, value in BEFORE.items() if key in known} | values
+    return convert(settings, Run, place)

@@ -1,26 +1,39 @@
-"""JSON that somebody else may have written: what Python can work with, or an error of one line."""
+"""JSON that somebody else may have written: decoded and validated by msgspec, or an error of one line."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from phi3v.base.errors import InputError
 
+T = TypeVar("T")
+
 KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false", "array": "a list"}
+NAMES |= {"object": "an object", "null": "null"}
+BOUNDS = {">=": "at least", ">": "greater than", "<=": "at most", "<": "less than"}
 
 MAX_BYTES = 2**26
 """Largest file that is read: the tokenizer of Phi-3.5-vision has 2 MB, those with the largest vocabularies 35 MB."""
 
-MAX_DEPTH = 64
-"""Brackets within brackets. Whatever copies or writes a value later needs some of Python's stack for each."""
-TOO_DEEP = f"brackets are nested more than {MAX_DEPTH} deep"
+# Types with limits. The limit belongs to the type, so that no renaming of a field can lose it.
+Count = Annotated[int, Meta(ge=1)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a file. Raises InputError, naming the file, for everything that is none."""
+    """The object in a file. Raises InputError, naming the file, for anything else."""
     return parse_object(read_bytes(file), file)
 
 
@@ -39,7 +52,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def parse_object(content: bytes, name: Path | str) -> dict[str, Any]:
-    """The object that a text holds; `name` says whose text it is. Raises InputError."""
+    """The object that a JSON text holds; `name` is the origin of the text for the message. Raises InputError."""
     try:
         value = parse(content)
     except InputError as error:
@@ -50,77 +63,75 @@ def parse_object(content: bytes, name: Path | str) -> dict[str, Any]:
 
 
 def parse(content: bytes) -> Any:
-    """The value of a JSON text in UTF-8. Raises InputError, which says what is wrong and where."""
+    """The value of a JSON text in UTF-8. Raises InputError with the position of what is wrong."""
+    text = content.removeprefix(b"\xef\xbb\xbf")
     try:
-        value = json.loads(content.decode("utf-8-sig"))
-        if b"\\ud" in content.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+        return msgspec.json.decode(text)
+    except msgspec.MsgspecError as error:
+        reason = str(error).removeprefix("JSON is malformed: ")
+        if (at := re.search(r"\(byte (\d+)\)", reason)) and b"\n" in (before := text[: int(at[1])]):
+            line = before.count(b"\n") + 1
+            reason = reason.replace(at[0], f"(line {line})")
+        raise InputError(f"not JSON: {reason}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start + 1}") from error
-    except UnicodeEncodeError as error:
-        raise InputError("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from error
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise InputError(f"not JSON: {error.msg} at {line}column {error.colno}") from error
-    except ValueError as error:  # a number of 5,000 digits
-        raise InputError(f"not JSON: {error}") from error
     except RecursionError:
-        raise InputError(TOO_DEEP) from None
-    if _is_deeper(value, MAX_DEPTH):
-        raise InputError(TOO_DEEP)
-    return value
+        raise InputError("not JSON: brackets are nested too deep") from None
 
 
-def _is_deeper(value: object, levels: int) -> bool:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(levels == 0 or _is_deeper(child, levels - 1) for child in children)
+def convert(value: Any, kind: type[T], place: str) -> T:
+    """`value`, as decoded from JSON, as an instance of `kind`: a dataclass, or a type with limits.
+
+    Raises InputError, "place: field: must be ..., not ...", for the first value that does not fit.
+    """
+    try:
+        return msgspec.convert(value, kind, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        path, problem = _explain(error, kind)
+        raise InputError(f"{place}: {path}: {problem}" if path else f"{place}: {problem}") from None
 
 
-class Rule(NamedTuple):
-    """What a value must be, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-    def __or__(self, other: Rule) -> Rule:
-        return Rule(f"{self.words} or {other.words}", lambda value: self.holds(value) or other.holds(value))
+def check_values(place: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raises InputError, "place: name is ..., it must be ...", for the first value that does not fit its type."""
+    for name, kind in kinds.items():
+        if problem := problem_of(value := values.get(name), kind):
+            raise InputError(f"{place}{name} is {value!r}, it {problem}")
 
 
-NULL = Rule("null", lambda value: value is None)
-FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-TEXT = Rule("a string", lambda value: isinstance(value, str))
-OBJECT = Rule("an object", lambda value: isinstance(value, dict))
+def problem_of(value: Any, kind: Any) -> str | None:
+    """What is wrong with a value, "must be at least 1", or None if it fits the type."""
+    try:
+        msgspec.convert(value, kind, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        return _explain(error, kind)[1]
+    return None
 
 
-def whole(low: int, high: int) -> Rule:
-    return Rule(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+def _decode(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    raise ValueError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
 
 
-def number(low: float, high: float) -> Rule:
-    return Rule(
-        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
-    )
+def _explain(error: msgspec.ValidationError, kind: Any) -> tuple[str, str]:
+    """Where in the value, "data.batch_size", and what is wrong there, in our words."""
+    text, _, where = str(error).partition(" - at `")
+    path = where.rstrip("`").removeprefix("$").lstrip(".")
+    if bound := re.fullmatch(r"Expected `\w+` (>=|>|<=|<) ([\d.]+)", text):
+        return path, f"must be {BOUNDS[bound[1]]} {float(bound[2]):g}"
+    if got := re.fullmatch(r"Expected `([\w |]+)`, got `(\w+)`", text):
+        wanted = " or ".join(NAMES.get(name, name) for name in got[1].split(" | "))
+        return path, f"must be {wanted}, not {NAMES.get(got[2], got[2])}"
+    if choice := re.fullmatch(r"Invalid enum value '?(.*?)'?", text):
+        return path, f"must be {', '.join(_choices(kind, path))}, not {choice[1]!r}"
+    return path, "must be smaller" if "out of range" in text else text.replace("`", "")
 
 
-def one_of(*texts: str) -> Rule:
-    return Rule(" or ".join(map(repr, texts)), lambda value: isinstance(value, str) and value in texts)
-
-
-def several(each: Rule) -> Rule:
-    return Rule(
-        f"a list, of each {each.words}", lambda value: isinstance(value, list | tuple) and all(map(each.holds, value))
-    )
-
-
-def by_name(each: Rule) -> Rule:
-    return Rule(
-        f"an object, of each {each.words}",
-        lambda value: isinstance(value, dict) and all(map(each.holds, value.values())),
-    )
-
-
-def check_values(place: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """Raises InputError, "place: name is ..., it must be ...", for the first value that breaks its rule."""
-    for name, rule in rules.items():
-        if not rule.holds(value := values.get(name)):
-            raise InputError(f"{place}{name} is {value!r}, it must be {rule.words}")
+def _choices(kind: Any, path: str) -> list[str]:
+    """The values that a Literal allows at a path of dataclass fields."""
+    for name in re.findall(r"[a-z_]+", path):
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind, include_extras=True)[name]
+    if typing.get_origin(kind) is Literal:
+        return list(map(str, typing.get_args(kind)))
+    return [choice for argument in typing.get_args(kind) for choice in _choices(argument, "")]

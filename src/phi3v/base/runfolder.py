@@ -1,132 +1,246 @@
-"""Whose folder it is: a run folder is claimed by one run, locked against a second, and never overwritten."""
+"""A run on disk: the only code that knows the names of its files.
+
+Reading is tolerant: what a run has not written yet is empty, and a last line that is still being written is left out.
+Anything else that is damaged is an InputError that names the file. Writing is not: a folder is claimed by one run,
+locked against a second writer, and a finished run is never overwritten.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from phi3v.base.config import Run, load_run
+from phi3v.base.config import Run, run_of
 from phi3v.base.errors import InputError
-from phi3v.base.files import make_folder
-from phi3v.base.jsonfile import NULL, OBJECT, check_values, read_object
+from phi3v.base.files import make_folder, write_text
+from phi3v.base.jsonfile import convert, read_object
 
 LOCK = ".lock"
-BEFORE_IT_BEGAN = {"environment.json", "images.json", "lengths.json"}
+BEFORE_IT_BEGAN = {"environment.json", "images.json", "lengths.json", "published.json"}
 BEFORE_IT_BEGAN |= {LOCK, *(f".{name}.unfinished" for name in (*BEFORE_IT_BEGAN, "config.json"))}
-"""All there is of a run that was killed before its config.json was written, which makes a folder a run's."""
+"""All that a run leaves that was killed before it wrote config.json, which makes a folder a run folder."""
 
-
-class Claim(NamedTuple):
-    """What was found in the folder."""
-
-    started: bool
-    """It holds an unfinished run that is to go on."""
-    finished: bool
-    """It holds a run that is done: nothing is left to do."""
-
-
-def claim(run: Run) -> Claim:
-    """Looks into the run folder before anything is loaded. Raises InputError unless this run may write there."""
-    folder, resume = run.keeping.out, run.keeping.resume == "auto"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file: choose another folder")
-    if not (folder / "config.json").exists():
-        if folder.exists() and any(path.name not in BEFORE_IT_BEGAN for path in folder.iterdir()):
-            raise InputError(f"--out {folder} is not empty and holds no run: choose another folder")
-        return Claim(False, False)  # the folder is made when there is something to put in it
-    if (folder / "metrics.json").exists():
-        if not resume:
-            raise InputError(f"--out {folder} holds a finished run: choose another folder")
-        _same_settings(run, load_run(folder))
-        return Claim(True, True)
-    if not resume:
-        raise InputError(
-            f"--out {folder} holds an unfinished run: add --resume auto to go on with it, or choose another folder"
-        )
-    _same_settings(run, load_run(folder))
-    _same_data(run, folder)
-    return Claim(True, False)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[str]:
-    """Keeps a second writer out of the folder; yields who holds it. It ends with the process, however that ends."""
-    make_folder(folder)
-    try:
-        stream = open(folder / LOCK, "a+")  # noqa: SIM115  (held open for the lock's sake)
-    except OSError as error:
-        raise InputError(f"cannot write {folder / LOCK}: {error.strerror}") from error
-    with stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in data workers of a dead run
-        except OSError as error:
-            stream.seek(0)
-            raise InputError(f"--out {folder}: another run is writing here ({stream.read() or 'unknown'})") from error
-        holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-        stream.truncate(0)
-        stream.write(holder)
-        stream.flush()
-        yield holder
-
-
-def check_shared(folder: Path, holder: str, wait_s: float = 30.0) -> None:
-    """Raises InputError unless the folder is the one that `holder` has locked. A network file system may take its time.
-
-    Not for the process that holds the lock: reading the file would end it.
-    """
-    until = time.monotonic() + wait_s
-    while True:
-        with suppress(OSError):
-            if (folder / LOCK).read_text() == holder:
-                return
-        if time.monotonic() > until:
-            raise InputError(
-                f"--out {folder} on {platform.node()} is not the folder of rank 0 ({holder}): "
-                "with several hosts it must be on a file system that all of them share"
-            )
-        time.sleep(0.2)
-
-
-def digests(run: Run) -> dict[str, str]:
-    """SHA-256 of the data files, by flag."""
-    files = {"train": run.data.train, "eval": run.data.eval}
-    return {flag: hashlib.sha256(file.read_bytes()).hexdigest() for flag, file in files.items() if file}
-
-
-# What may differ between a run and its continuation: how the work is spread, what surrounds the loop, what is kept not
-# to be computed again, and what is done when something goes wrong, for until then it has changed nothing.
+# Settings that may differ between a run and its continuation: how the work is spread, what surrounds the loop, and what
+# happens when something goes wrong.
 FREE_GROUPS = ("scaling", "keeping")
 FREE_FLAGS = ("num_workers", "on_bad_example")
 
 
-def _same_settings(run: Run, before: Run) -> None:
-    """Going on exactly means with the same settings, but for those that are free."""
-    ours, theirs = run.to_dict(), before.to_dict()
-    for group in ours:
-        for name, value in ours[group].items():
-            free = name in FREE_FLAGS or (group in FREE_GROUPS and name != "seed")
-            if not free and theirs[group].get(name, value) != value:
-                flag = name.replace("_", "-")
+class Claim(NamedTuple):
+    """What a new run finds in its folder."""
+
+    started: bool
+    """An unfinished run that this one continues."""
+    finished: bool
+    """A finished run: nothing is left to do."""
+
+
+class RunFolder:
+    """The files of a run, or of an evaluation, which has metrics and predictions only."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.log_file = self.path / "log.jsonl"
+        self.report_file = self.path / "report.html"
+        self.predictions_file = self.path / "predictions.jsonl"
+        self.predictions_before_file = self.path / "predictions-before.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_run(self) -> bool:
+        return (self.path / "config.json").exists()
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "metrics.json").exists()
+
+    @property
+    def config(self) -> Run:
+        """The settings of the run. Raises InputError, naming the field, for a value that a run cannot have."""
+        if not self.is_run:
+            raise InputError(f"{self.path} is not a run folder: it has no config.json")
+        return run_of(self.settings, str(self.path / "config.json"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """config.json as it was written, by this or an earlier version; {} without one."""
+        return self._read("config")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device and commit, and the SHA-256 of the data files as `data`."""
+        return self._read("environment")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """{"before", "final": metric -> value, "baselines"} of a run; metric -> value of an evaluation."""
+        return self._read("metrics")
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """Statistics of the training examples: {"tokens", "answer tokens", "crops"}."""
+        return self._read("lengths")
+
+    @property
+    def published(self) -> dict[str, Any]:
+        """The score published for the recipe and mode of the run; {} if there is none."""
+        return self._read("published")
+
+    @property
+    def trackers(self) -> dict[str, Any]:
+        """The ids under which trackers know the run."""
+        return self._read("trackers")
+
+    @property
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """Padded (height, width) of every training image when the run began, by path."""
+        return convert(self._read("images"), dict[str, tuple[int, int]], str(self.path / "images.json"))
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The entries of log.jsonl, in the order they were written."""
+        return read_lines(self.log_file)
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        """The answers of the final evaluation."""
+        return read_lines(self.predictions_file)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self.path / f"{name}.json"
+        return read_object(file) if file.exists() else {}
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def save(self, **contents: Any) -> None:
+        """Writes NAME.json for every argument: `save(metrics={...})`. Raises InputError if the disk refuses."""
+        for name, value in contents.items():
+            write_text(self.path / f"{name}.json", json.dumps(value, indent=1))
+
+    def save_predictions(self, predictions: Iterable[Mapping[str, Any]], *, before: bool = False) -> None:
+        """One answered question a line."""
+        lines = (json.dumps(prediction, ensure_ascii=False) for prediction in predictions)
+        write_text(self.predictions_before_file if before else self.predictions_file, "\n".join(lines) + "\n")
+
+    # -- whose folder it is ------------------------------------------------------------------------------------------
+
+    def claim(self, run: Run) -> Claim:
+        """Looks into the folder before anything is loaded. Raises InputError unless `run` may write there."""
+        path, resume = self.path, run.keeping.resume == "auto"
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {path} is a file: choose another folder")
+        if not self.is_run:
+            if path.exists() and any(entry.name not in BEFORE_IT_BEGAN for entry in path.iterdir()):
+                raise InputError(f"--out {path} is not empty and holds no run: choose another folder")
+            return Claim(False, False)  # the folder is made when there is something to put in it
+        if self.is_finished:
+            if not resume:
+                raise InputError(f"--out {path} holds a finished run: choose another folder")
+            self._check_same_settings(run)
+            return Claim(True, True)
+        if not resume:
+            raise InputError(
+                f"--out {path} holds an unfinished run: add --resume auto to continue it, or choose another folder"
+            )
+        self._check_same_settings(run)
+        self._check_same_data(run)
+        return Claim(True, False)
+
+    def _check_same_settings(self, run: Run) -> None:
+        """An exact continuation needs the same settings, except for those that are free."""
+        ours, theirs = run.to_dict(), self.config.to_dict()
+        for group in ours:
+            for name, value in ours[group].items():
+                free = name in FREE_FLAGS or (group in FREE_GROUPS and name != "seed")
+                if not free and theirs[group][name] != value:
+                    flag = name.replace("_", "-")
+                    raise InputError(f"--resume: --{flag} was {theirs[group][name]} in {self.path}, now it is {value}")
+
+    def _check_same_data(self, run: Run) -> None:
+        place = f"{self.path / 'environment.json'}: data"
+        before = convert(self.environment.get("data") or {}, dict[str, str], place)
+        for flag, digest in digests(run).items():
+            if before.get(flag, digest) != digest:
+                path = getattr(run.data, flag)
+                raise InputError(f"--resume: --{flag} {path} has changed since the run began; start a new run with it")
+
+    @contextmanager
+    def locked(self) -> Iterator[str]:
+        """Keeps a second writer out; yields a description of the holder. The lock ends with the process."""
+        make_folder(self.path)
+        file = self.path / LOCK
+        try:
+            stream = open(file, "a+")  # noqa: SIM115  (held open for the lock's sake)
+        except OSError as error:
+            raise InputError(f"cannot write {file}: {error.strerror}") from error
+        with stream:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a flock would survive in workers of a dead run
+            except OSError as error:
+                stream.seek(0)
+                holder = stream.read() or "unknown"
+                raise InputError(f"--out {self.path}: another run is writing here ({holder})") from error
+            holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+            stream.truncate(0)
+            stream.write(holder)
+            stream.flush()
+            yield holder
+
+    def check_shared(self, holder: str, wait_s: float = 30.0) -> None:
+        """Raises InputError unless this is the folder that `holder` has locked. Network file systems may take a while.
+
+        The process that holds the lock must not call this: closing the file would release the lock.
+        """
+        until = time.monotonic() + wait_s
+        while True:
+            with suppress(OSError):
+                if (self.path / LOCK).read_text() == holder:
+                    return
+            if time.monotonic() > until:
                 raise InputError(
-                    f"--resume: --{flag} was {theirs[group].get(name)} in {before.keeping.out}, now it is {value}"
+                    f"--out {self.path} on {platform.node()} is not the folder of rank 0 ({holder}): "
+                    "with several hosts it must be on a file system that all of them share"
                 )
+            time.sleep(0.2)
 
 
-def _same_data(run: Run, folder: Path) -> None:
-    """Nor may the data files: their digests were kept with the run."""
-    file = folder / "environment.json"
-    content = read_object(file) if file.exists() else {}
-    check_values(f"{file}: ", content, {"data": NULL | OBJECT})
-    before = content.get("data") or {}
-    for flag, digest in digests(run).items():
-        if before.get(flag, digest) != digest:
-            path = getattr(run.data, flag)
-            raise InputError(f"--resume: --{flag} {path} has changed since the run began; start a new run with it")
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file; [] if there is none. A last line without a newline is still being written.
+
+    Raises InputError, naming file and line, for a damaged line.
+    """
+    if not file.exists():
+        return []
+    *lines, _ = file.read_bytes().split(b"\n")  # not splitlines: a text may hold U+2028
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)  # Python's own decoder, which knows the NaN that Python writes
+        except ValueError as error:
+            raise InputError(f"{file}:{number}: not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise InputError(f"{file}:{number}: must hold an object")
+        entries.append(entry)
+    return entries
+
+
+def digests(run: Run) -> dict[str, str]:
+    """SHA-256 of the data files, by flag."""
+    found = {}
+    for flag, file in {"train": run.data.train, "eval": run.data.eval}.items():
+        if file is not None:
+            with open(file, "rb") as stream:
+                found[flag] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found

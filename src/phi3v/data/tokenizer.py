@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import KINDS, NULL, OBJECT, check_values, one_of, parse_object
+from phi3v.base.jsonfile import KINDS, check_values, parse_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SETTINGS: dict[str, type] = {
@@ -39,8 +39,9 @@ def read_tokenizer(files: Mapping[str, bytes], name: str) -> PreTrainedTokenizer
     """The tokenizer in the files of the folder `name`, by their names. Raises InputError, naming the file."""
     place = f"{name}/tokenizer.json"
     content = parse_object(files["tokenizer.json"], place)
-    check_values(f"{place}: ", content, {"model": OBJECT})
-    check_values(f"{place}: model.", content["model"], {"continuing_subword_prefix": NULL | one_of("")})  # else a panic
+    check_values(f"{place}: ", content, {"model": dict})
+    # Another prefix makes the library panic.
+    check_values(f"{place}: model.", content["model"], {"continuing_subword_prefix": Literal[""] | None})
     if (growth := _growth(content)) > MAX_GROWTH:
         raise InputError(f"{place}: it may make {growth:,} bytes of one, at most {MAX_GROWTH:,} are allowed")
     with named_errors(place):

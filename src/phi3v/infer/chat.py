@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.prompt import Prompt
 from tyro.conf import UseAppendAction
 
-from phi3v.base.config import check_numbers
+from phi3v.base.config import check_flags
 from phi3v.base.console import console, say
 from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import Count, NonNegative
 from phi3v.data.encode import Turn
 from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
@@ -26,9 +27,9 @@ def chat(
     /,
     *,
     image: UseAppendAction[tuple[Path, ...]] = (),  # or it would swallow the question
-    num_crops: int | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    num_crops: Count | None = None,
+    max_new_tokens: Count = 256,
+    temperature: NonNegative = 0.0,
 ) -> None:
     """Ask one question about some pictures, or, without a question, hold a conversation.
 
@@ -40,7 +41,7 @@ def chat(
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 always takes the likeliest token; higher is more varied.
     """
-    check_numbers(locals())
+    check_flags(locals(), chat)
     for file in image:
         load_image(file)  # before the model, which takes its time
     network, processor = load_to_talk(model, num_crops)

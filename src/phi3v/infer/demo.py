@@ -19,9 +19,11 @@ from typing import Any
 
 from rich.markup import escape
 
-from phi3v.base.config import check_numbers, load_run
+from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import Count, NonNegative
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.encode import Turn
 from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
@@ -61,9 +63,9 @@ def demo(
     /,
     *,
     compare: str | None = None,
-    num_crops: int | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    num_crops: Count | None = None,
+    max_new_tokens: Count = 256,
+    temperature: NonNegative = 0.0,
     host: str = "127.0.0.1",
     port: int | None = None,
 ) -> None:
@@ -78,7 +80,7 @@ def demo(
         host: Address to listen at. Any but the loopback lets others in, without a password.
         port: Port to listen at. Default: the first free one from 7860 on.
     """
-    check_numbers(locals())
+    check_flags(locals(), demo)
     if port is not None and not 0 < port < 2**16:
         raise InputError(f"--port is {port}, it must be from 1 to 65535")
     if max_new_tokens > LONGEST_ANSWER:
@@ -116,9 +118,10 @@ def load_speakers(model: str, compare: str | None, num_crops: int | None = None)
 
 
 def _trained_from(model: str) -> str:
-    if not (Path(model) / "config.json").is_file() or not (Path(model) / "final").is_dir():
+    folder = RunFolder(model)
+    if not folder.is_run or not folder.final.is_dir():
         raise InputError(f"--compare base: {model} does not say what it was fine-tuned from; name that model instead")
-    return load_run(Path(model)).base.model
+    return folder.config.base.model
 
 
 @contextmanager

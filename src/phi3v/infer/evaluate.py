@@ -6,7 +6,6 @@ Every page is encoded once for all its questions; the answers are those of greed
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.markup import escape
 
-from phi3v.base.config import Attention, Precision, check_numbers
+from phi3v.base.config import Attention, Precision, check_flags
 from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
-from phi3v.base.files import make_folder, write_text
+from phi3v.base.files import make_folder
 from phi3v.base.hardware import pick_device, pick_dtype, pick_tokens_per_pack
+from phi3v.base.jsonfile import Count, NonNegativeInt
 from phi3v.base.ranks import ALONE, Ranks
+from phi3v.base.runfolder import RunFolder
 from phi3v.base.stopping import Stopped
 from phi3v.data.encode import Example, encode, questions
 from phi3v.data.image import read_size
@@ -89,11 +90,6 @@ def answer(
             advance(len(found) * ranks.num)  # the others are about as far
     everyone = dict(pair for pairs in ranks.gather(answered) for pair in pairs)
     return [everyone[number] for number in range(len(prompts))]
-
-
-def read_predictions(file: Path) -> list[Prediction]:
-    """What `write_predictions` wrote."""
-    return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]  # a text may hold U+2028
 
 
 class Scoring(NamedTuple):
@@ -206,12 +202,6 @@ class Answering(NamedTuple):
         return {"limits": self.limits, "reading": self.reading, "dtype": self.dtype}
 
 
-def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
-    """One question a line."""
-    lines = (json.dumps(prediction, ensure_ascii=False) for prediction in predictions)
-    write_text(file, "\n".join(lines) + "\n")
-
-
 def evaluate(
     model: str,
     /,
@@ -219,16 +209,16 @@ def evaluate(
     data: Path,
     image_root: Path | None = None,
     out: Path | None = None,
-    limit: int | None = None,
-    num_crops: int | None = None,
-    max_new_tokens: int = 64,
+    limit: Count | None = None,
+    num_crops: Count | None = None,
+    max_new_tokens: Count = 64,
     score: Literal["generate", "labels", "both"] = "generate",
     labels: tuple[str, ...] = (),
-    max_tokens_per_pack: int | None = None,
-    max_crops_per_pack: int = 64,
+    max_tokens_per_pack: Count | None = None,
+    max_crops_per_pack: Count = 64,
     dtype: Precision = "auto",
     attention: Attention = "auto",
-    num_workers: int = 0,
+    num_workers: NonNegativeInt = 0,
     progress: bool = True,
 ) -> dict[str, float]:
     """Answer every question of DATA and score the answers.
@@ -252,10 +242,11 @@ def evaluate(
         num_workers: Processes that read images.
         progress: Show a progress bar.
     """
-    check_numbers(locals())
+    check_flags(locals(), evaluate)
     folder = model_folder(model)
     target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / Path(data).stem
-    if (target / "config.json").exists():
+    results = RunFolder(target)
+    if results.is_run:
         raise InputError(f"--out {target} holds a run or a model: choose another folder")
     prompts = read_questions(data, image_root, limit)
     scoring = Scoring.of(score, labels, read_jsonl(data, image_root))
@@ -280,21 +271,21 @@ def evaluate(
         progress=progress,
         **answering.how,
     )
-    write_predictions(target / "predictions.jsonl", predictions)
+    results.save_predictions(predictions)
     metrics = scores_of(predictions)
     tables = {"labels": label_tables(predictions, scoring.labels)} if scoring.labels else {}
-    write_text(target / "metrics.json", json.dumps({**metrics, **tables}, indent=1))
+    results.save(metrics={**metrics, **tables})
     for name, value in metrics.items():
         say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")
-    say(f"  predictions     {escape(str(target / 'predictions.jsonl'))}")
+    say(f"  predictions     {escape(str(results.predictions_file))}")
     return metrics
 
 
 def model_folder(name: str | Path) -> str | Path:
     """The final model of a run folder; any other name is a model already. Raises InputError for an unfinished run."""
-    folder = Path(name)
-    if (folder / "final").is_dir():
-        return folder / "final"
-    if (folder / "checkpoints").is_dir():
+    folder = RunFolder(name)
+    if folder.final.is_dir():
+        return folder.final
+    if folder.checkpoints.is_dir():
         raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume auto`")
     return name

@@ -21,11 +21,11 @@ from typing import Any, Literal, Self
 import numpy as np
 from rich.markup import escape
 
-from phi3v.base.config import Attention, Precision, check_numbers
+from phi3v.base.config import Attention, Precision, check_flags
 from phi3v.base.console import SECONDS_BETWEEN_LINES, console, progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import disk_errors, make_folder, write_text
-from phi3v.base.jsonfile import parse_object, read_object
+from phi3v.base.jsonfile import Count, NonNegativeInt, parse_object, read_object
 from phi3v.data.encode import Encoded, Example, encode, questions
 from phi3v.data.image import load_image, read_size
 from phi3v.data.processor import Phi3VProcessor
@@ -49,16 +49,16 @@ def predict(
     *,
     out: Path,
     image_root: Path | None = None,
-    limit: int | None = None,
-    num_crops: int | None = None,
-    max_new_tokens: int = 64,
+    limit: Count | None = None,
+    num_crops: Count | None = None,
+    max_new_tokens: Count = 64,
     labels: tuple[str, ...] = (),
     on_bad_example: Literal["stop", "skip"] = "stop",
-    max_tokens_per_pack: int | None = None,
-    max_crops_per_pack: int = 64,
+    max_tokens_per_pack: Count | None = None,
+    max_crops_per_pack: Count = 64,
     dtype: Precision = "auto",
     attention: Attention = "auto",
-    num_workers: int = 0,
+    num_workers: NonNegativeInt = 0,
     progress: bool = True,
 ) -> Path:
     """Answer every question of a file. Killed? The same command goes on.
@@ -83,7 +83,7 @@ def predict(
         num_workers: Processes that read images.
         progress: Show a progress bar.
     """
-    check_numbers(locals())
+    check_flags(locals(), predict)
     found = [question for example in read_jsonl(data, image_root, prompts=True) for question in _asked(example)]
     prompts = {_key(prompt): prompt for prompt in evenly(found, limit)}
     folder, skip = model_folder(model), on_bad_example == "skip"

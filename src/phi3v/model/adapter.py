@@ -9,42 +9,35 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from safetensors import SafetensorError
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import FLAG, TEXT, Rule, by_name, check_values, number, one_of, read_object, several, whole
+from phi3v.base.jsonfile import check_values, read_object
 from phi3v.model.weights import file_shapes, refuse_other
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-NAME = Rule(
-    "a folder or a model's name",
-    lambda value: (
-        isinstance(value, str)
-        and 0 < len(value.encode()) < 4096
-        and "\0" not in value
-        and all(len(part) < 256 for part in value.encode().split(b"/"))
-    ),
-)
-PATTERN = TEXT | several(TEXT)
-REQUIRED = {
-    "peft_type": one_of("LORA"),
-    "base_model_name_or_path": NAME,
-    "r": whole(1, 2**16),
-    "target_modules": PATTERN,
+RANK = Annotated[int, Meta(ge=1, le=2**16)]
+ALPHA = Annotated[float, Meta(ge=0, le=1e6)]
+REQUIRED: dict[str, Any] = {
+    "peft_type": Literal["LORA"],
+    "base_model_name_or_path": Annotated[str, Meta(pattern=r"^(?!.*[^/]{256})[^\x00]{1,4095}$")],
+    "r": RANK,
+    "target_modules": str | list[str],
 }
-OPTIONAL = {
-    "task_type": one_of("CAUSAL_LM"),
-    "lora_alpha": number(0, 1e6),
-    "lora_dropout": number(0, 0.99),
-    "init_lora_weights": FLAG | one_of("gaussian", "pissa", "olora"),
-    "use_dora": FLAG,
-    "use_rslora": FLAG,
-    "exclude_modules": PATTERN,
-    "rank_pattern": by_name(whole(1, 2**16)),
-    "alpha_pattern": by_name(number(0, 1e6)),
+OPTIONAL: dict[str, Any] = {
+    "task_type": Literal["CAUSAL_LM"],
+    "lora_alpha": ALPHA,
+    "lora_dropout": Annotated[float, Meta(ge=0, le=0.99)],
+    "init_lora_weights": bool | Literal["gaussian", "pissa", "olora"],
+    "use_dora": bool,
+    "use_rslora": bool,
+    "exclude_modules": str | list[str],
+    "rank_pattern": dict[str, RANK],
+    "alpha_pattern": dict[str, ALPHA],
 }
 WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "peft_version", "revision"}
 

@@ -9,12 +9,13 @@ only where it differs from the published model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from msgspec import Meta
 from transformers import GenerationConfig, PreTrainedConfig
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import FLAG, NULL, OBJECT, check_values, number, read_object, several, whole
+from phi3v.base.jsonfile import check_values, read_object
 
 # The published code keeps CLIP ViT-L/14-336 in code, not in config.json; so do we.
 CLIP_VIT_L_336: dict[str, Any] = {
@@ -32,55 +33,65 @@ PUBLISHED_IMAGE_TOKEN_ID = 32044
 PUBLISHED_STOP_TOKEN_IDS = (32007, 32000)  # <|end|>, <|endoftext|>
 
 
-TOKEN_ID = whole(0, 2**20)
+def _whole(low: int, high: int) -> Any:
+    return Annotated[int, Meta(ge=low, le=high)]
+
+
+def _number(low: float, high: float) -> Any:
+    return Annotated[float, Meta(ge=low, le=high)]
+
+
+TOKEN_ID: Any = _whole(0, 2**20)
+TOKEN_IDS: Any = list[Annotated[int, Meta(ge=0, le=2**20)]]
+FACTORS: Any = list[Annotated[float, Meta(ge=1e-9, le=1e9)]]
 
 # Sizes are bounded, so that the empty model they describe can be built before a tensor of the checkpoint is looked at.
-RULES = {
-    "vocab_size": whole(1, 2**20),
-    "hidden_size": whole(1, 2**16),
-    "intermediate_size": whole(1, 2**18),
-    "num_hidden_layers": whole(1, 2**10),
-    "num_attention_heads": whole(1, 2**12),
-    "num_key_value_heads": whole(1, 2**12),
-    "max_position_embeddings": whole(1, 2**24),
-    "original_max_position_embeddings": whole(2, 2**24),
-    "sliding_window": NULL | whole(1, 2**24),
-    "rms_norm_eps": number(0, 1),
-    "rope_theta": number(1, 1e12),
-    "initializer_range": number(0, 100),
-    "attention_dropout": number(0, 0.99),
-    "embd_pdrop": number(0, 0.99),
-    "resid_pdrop": number(0, 0.99),
-    "use_cache": FLAG,
-    "tie_word_embeddings": FLAG,
-    "bos_token_id": NULL | TOKEN_ID,
-    "pad_token_id": NULL | TOKEN_ID,
-    "eos_token_id": NULL | TOKEN_ID | several(TOKEN_ID),
+RULES: dict[str, Any] = {
+    "vocab_size": _whole(1, 2**20),
+    "hidden_size": _whole(1, 2**16),
+    "intermediate_size": _whole(1, 2**18),
+    "num_hidden_layers": _whole(1, 2**10),
+    "num_attention_heads": _whole(1, 2**12),
+    "num_key_value_heads": _whole(1, 2**12),
+    "max_position_embeddings": _whole(1, 2**24),
+    "original_max_position_embeddings": _whole(2, 2**24),
+    "sliding_window": _whole(1, 2**24) | None,
+    "rms_norm_eps": _number(0, 1),
+    "rope_theta": _number(1, 1e12),
+    "initializer_range": _number(0, 100),
+    "attention_dropout": _number(0, 0.99),
+    "embd_pdrop": _number(0, 0.99),
+    "resid_pdrop": _number(0, 0.99),
+    "use_cache": bool,
+    "tie_word_embeddings": bool,
+    "bos_token_id": TOKEN_ID | None,
+    "pad_token_id": TOKEN_ID | None,
+    "eos_token_id": TOKEN_ID | TOKEN_IDS | None,
     "image_token_id": TOKEN_ID,
-    "stop_token_ids": several(TOKEN_ID),
-    "rope_scaling": NULL | OBJECT,
-    "embd_layer": NULL | OBJECT,
-    "img_processor": NULL | OBJECT,
-    "vision_config": NULL | OBJECT,
-    "auto_map": NULL | OBJECT,
+    "stop_token_ids": TOKEN_IDS,
+    "rope_scaling": dict | None,
+    "embd_layer": dict | None,
+    "img_processor": dict | None,
+    "vision_config": dict | None,
+    "auto_map": dict | None,
 }
 CLIP_RULES = {
-    "hidden_size": whole(1, 2**16),
-    "intermediate_size": whole(1, 2**18),
-    "num_hidden_layers": whole(2, 2**10),
-    "num_attention_heads": whole(1, 2**12),
+    "hidden_size": _whole(1, 2**16),
+    "intermediate_size": _whole(1, 2**18),
+    "num_hidden_layers": _whole(2, 2**10),
+    "num_attention_heads": _whole(1, 2**12),
 }
-FACTOR_RULES = dict.fromkeys(("short_factor", "long_factor"), several(number(1e-9, 1e9)))
+FACTOR_RULES = dict.fromkeys(("short_factor", "long_factor"), FACTORS)
 GENERATION_RULES = {
     "bos_token_id": TOKEN_ID,
     "pad_token_id": TOKEN_ID,
-    "eos_token_id": TOKEN_ID | several(TOKEN_ID),
-    "max_new_tokens": whole(1, 2**24),
-    "do_sample": FLAG,
-    "temperature": number(1e-3, 1e3),
-    "top_k": whole(0, 2**20),
-    "top_p": number(0, 1),
-    "repetition_penalty": number(1e-3, 1e3),
+    "eos_token_id": TOKEN_ID | TOKEN_IDS,
+    "max_new_tokens": _whole(1, 2**24),
+    "do_sample": bool,
+    "temperature": _number(1e-3, 1e3),
+    "top_k": _whole(0, 2**20),
+    "top_p": _number(0, 1),
+    "repetition_penalty": _number(1e-3, 1e3),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import OBJECT, TEXT, by_name, check_values, read_object
+from phi3v.base.jsonfile import check_values, read_object
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,7 +28,7 @@ def checkpoint_shapes(folder: Path) -> Shapes:
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: no file named {WHOLE} or {INDEX}; other kinds of weights are not read")
     index = read_object(folder / INDEX)
-    check_values(f"{folder / INDEX}: ", index, {"metadata": OBJECT, "weight_map": by_name(TEXT)})
+    check_values(f"{folder / INDEX}: ", index, {"metadata": dict, "weight_map": dict[str, str]})
     files = set(index["weight_map"].values())
     for file in files:
         if not file.endswith(".safetensors") or Path(file).name != file:

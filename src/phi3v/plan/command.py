@@ -20,11 +20,12 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from phi3v.base.cards import CARDS, Hardware, find_card, find_hardware
-from phi3v.base.config import Keeping, Optimizer, Run, check_numbers
+from phi3v.base.config import Keeping, Optimizer, Run, check_flags
 from phi3v.base.console import console, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
 from phi3v.base.hardware import name_of, pick_tokens_per_pack
+from phi3v.base.jsonfile import Count
 from phi3v.base.ranks import ALONE
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.schedule import PlanSettings, Step, plan_epoch
@@ -224,7 +225,7 @@ def find_way(
     shell: Any,
     flops: Flops,
 ) -> Way:
-    """With as few layers computed again as the memory needs: on a GPU as `--activation-memory auto` will find it."""
+    """The way with the fewest recomputed layers that fits: on a GPU what `--activation-checkpointing auto` finds."""
     steps, largest, per_epoch = look_at(work, run, hardware.devices)
     every, budget = every_layer(work.config), memory_budget(hardware)
 
@@ -249,7 +250,7 @@ def find_way(
             recompute = layers_to_recompute(budget, every, lambda layers: needed(layers)["total"])
     else:
         recompute = 0 if needed(0)["total"] <= budget else every
-        tuning = replace(tuning, activation_memory="full" if recompute else "auto")
+        tuning = replace(tuning, activation_checkpointing="full" if recompute else "auto")
     memory = needed(recompute)
     return Way(
         fits=memory["total"] <= budget,
@@ -434,11 +435,11 @@ def plan(
     eval: Path | None = None,
     image_root: Path | None = None,
     model: str | None = None,
-    num_crops: int | None = None,
+    num_crops: Count | None = None,
     full_train: bool = False,
     gpu: str | None = None,
-    num_gpus: int | None = None,
-    nodes: int = 1,
+    num_gpus: Count | None = None,
+    nodes: Count = 1,
     mode: Mode | None = None,
     out: Path | None = None,
     azure: Path | None = None,
@@ -469,7 +470,7 @@ def plan(
         slurm: Write a batch script for SLURM here.
         json: Print JSON instead of tables.
     """
-    check_numbers({"num_crops": num_crops, "num_gpus": num_gpus, "nodes": nodes})
+    check_flags(locals(), plan)
     if recipe is None and train is None:
         raise InputError("what is to be learnt? Name a recipe (phi3v plan docvqa), or give --train DATA.jsonl")
     if full_train and recipe != "docvqa":

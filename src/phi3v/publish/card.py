@@ -6,7 +6,6 @@ and the model are shown as they are, so that nothing in them is obeyed as Markdo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any, NamedTuple
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from phi3v.base.config import Run, load_run
+from phi3v.base.config import Run
 from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
 from phi3v.base.jsonfile import read_object
-from phi3v.infer.evaluate import read_predictions
+from phi3v.base.runfolder import RunFolder
 from phi3v.infer.metrics import Prediction
 from phi3v.publish.chart import number, percent
 from phi3v.publish.report import BASELINE_NOTES, METRIC_NOTES
@@ -90,18 +89,16 @@ def write_card(
 
 def read_story(folder: Path) -> Story | None:
     """What a run folder tells; None if it is no run's."""
-    if not (folder / "final").is_dir() or not (folder / "config.json").is_file():
+    run = RunFolder(folder)
+    if not run.final.is_dir() or not run.is_run:
         return None
-    log, predictions = folder / "log.jsonl", folder / "predictions.jsonl"
-    metrics, environment = folder / "metrics.json", folder / "environment.json"
-    entries = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.is_file() else []
-    steps = [entry for entry in entries if entry.get("kind") == "step"]
+    steps = [entry for entry in run.log if entry.get("kind") == "step"]
     return Story(
-        run=load_run(folder),
-        environment=read_object(environment) if environment.is_file() else {},
-        metrics=read_object(metrics) if metrics.is_file() else {},
+        run=run.config,
+        environment=run.environment,
+        metrics=run.metrics,
         last_step=steps[-1] if steps else {},
-        predictions=read_predictions(predictions) if predictions.is_file() else [],
+        predictions=run.predictions,  # type: ignore[arg-type]
     )
 
 

@@ -21,12 +21,12 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from phi3v.base.config import load_run
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import pick_device
 from phi3v.base.jsonfile import read_object
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.image import CROP
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model.loading import ADAPTER_CONFIG, first_line, load_model, save_model
@@ -207,7 +207,8 @@ def published_tokens(width: int, height: int, num_crops: int) -> int | None:
 
 def _started_from(run: Path) -> str:
     """The model that a run was started from, as it was named there; "" for a folder that is no run's."""
-    return load_run(run).base.model if (run / "final").is_dir() else ""
+    folder = RunFolder(run)
+    return folder.config.base.model if folder.final.is_dir() else ""
 
 
 def _name_on_hub(name: str) -> str | None:

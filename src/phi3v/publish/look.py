@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 from rich.markup import escape
 
-from phi3v.base.config import check_numbers
+from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import Count, NonNegative, NonNegativeInt
 from phi3v.data.check import Checked, Findings, check, counted
 from phi3v.data.encode import Encoded, Example, encode
 from phi3v.data.image import (
@@ -45,12 +46,12 @@ def look(
     *,
     image_root: Path | None = None,
     model: str | None = None,
-    num_crops: int | None = None,
+    num_crops: Count | None = None,
     out: Path | None = None,
-    limit: int = 300,
-    picture_mb: float = 16.0,
-    crop_size: int = 168,
-    num_workers: int | None = None,
+    limit: Count = 300,
+    picture_mb: NonNegative = 16.0,
+    crop_size: Count = 168,
+    num_workers: NonNegativeInt | None = None,
 ) -> int:
     """Show training data on a page as the model will see it: crops, tokens that carry loss, problems.
 
@@ -67,7 +68,7 @@ def look(
         crop_size: Pixels of a crop of 336 in the page.
         num_workers: Processes that read images. Default: one per core.
     """
-    check_numbers(locals())
+    check_flags(locals(), look)
     target = out or data.with_suffix(".html")
     if target == data:
         raise InputError(f"{data}: its page would replace it: choose another --out")

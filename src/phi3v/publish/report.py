@@ -16,22 +16,19 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from rich.markup import escape
 
-from phi3v.base.config import check_numbers
+from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import FLAG, TEXT, check_values, read_object, several
+from phi3v.base.jsonfile import Count, NonNegative, check_values
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import Statistics
 from phi3v.infer.metrics import Prediction
 from phi3v.publish.chart import Bars, Chart, Level, Series, bars, chart, number, percent, smooth, thin
 from phi3v.publish.gallery import Answers, confusion, gallery
 from phi3v.publish.html import render, write_page
-from phi3v.recipes import RECIPES, find_recipe
-from phi3v.recipes.table import MODES, Row, Table
-from phi3v.train.feed import LENGTHS
 
 NUM_COLOURS = 6
-PREDICTION = {"id": TEXT, "images": several(TEXT), "user": TEXT, "answers": several(TEXT), "prediction": TEXT}
-PREDICTION |= {"correct": FLAG}
+PREDICTION = {"id": str, "images": list[str], "user": str, "answers": list[str], "prediction": str, "correct": bool}
 METRIC_NOTES = {
     "accuracy": ("Accuracy", "the whole answer is right; case, outer spaces and full stops do not count"),
     "exact_match": ("Exact match", "the answer is right to the letter"),
@@ -63,6 +60,8 @@ class Told:
     skipped: int
     predictions: Sequence[Prediction]
     lengths: Mapping[str, Statistics]
+    published: Mapping[str, Any]
+    """{"model", "metric", "mode", "dtype", "score", "note"}; the score is a share of 1."""
 
     @property
     def short(self) -> str:
@@ -84,9 +83,9 @@ def report(
     out: Path | None = None,
     data: Path | None = None,
     image_root: Path | None = None,
-    limit: int = 5000,
-    picture_mb: float = 8.0,
-    picture_size: int = 320,
+    limit: Count = 5000,
+    picture_mb: NonNegative = 8.0,
+    picture_size: Count = 320,
 ) -> None:
     """Show one run, or several side by side, on a page: curves, scores, settings, every answer with its pictures.
 
@@ -99,7 +98,7 @@ def report(
         picture_mb: Megabytes of pictures in the page.
         picture_size: Pixels of the longer side of a picture.
     """
-    check_numbers(locals())
+    check_flags(locals(), report)
     page = write_report(
         *runs,
         out=out,
@@ -168,18 +167,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, style: str) -> Told:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
-    config = _read_json(folder / "config.json")
-    metrics = _read_json(folder / "metrics.json")
+    told = RunFolder(folder)
+    config, metrics, log, predictions = told.settings, told.metrics, told.log, told.predictions
     if "questions" in metrics:  # of `phi3v evaluate`, which writes the scores alone
         metrics = {"final": metrics}
-    log = _read_lines(folder / "log.jsonl")
-    predictions = _read_lines(folder / "predictions.jsonl")
     if not (config or metrics or log or predictions):
         raise InputError(f"{folder}: not a run folder (no config.json, log.jsonl, metrics.json or predictions.jsonl)")
     for number_of_line, line in enumerate(predictions, start=1):
-        place = f"{folder / 'predictions.jsonl'}: prediction {number_of_line}: "
-        if not isinstance(line, dict):
-            raise InputError(f"{place}must be an object, as a run writes it")
+        place = f"{told.predictions_file}:{number_of_line}: "
         check_values(place, line, PREDICTION)
         if not line["answers"]:
             raise InputError(f"{place}answers is empty")
@@ -187,35 +182,15 @@ def _read(folder: Path, name: str, style: str) -> Told:
         name=name,
         style=style,
         config=config,
-        environment=_read_json(folder / "environment.json"),
+        environment=told.environment,
         metrics=metrics,
         steps=_by_step(line for line in log if line.get("kind") == "step"),
         evals=_by_step(line for line in log if line.get("kind") == "eval"),
         skipped=sum(line.get("kind") == "skip" for line in log),
-        predictions=predictions,
-        lengths={key: Statistics(**value) for key, value in _read_json(folder / LENGTHS).items()},
+        predictions=predictions,  # type: ignore[arg-type]
+        lengths={key: Statistics(**value) for key, value in told.lengths.items()},
+        published=told.published,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, {} if there is no such file. Raises InputError if it is something else."""
-    return read_object(path) if path.exists() else {}
-
-
-def _read_lines(path: Path) -> list[Any]:
-    """The objects of a jsonl file; [] if it is not there. A last line that is still being written is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    objects = []
-    for i, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                objects.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            if i < len(lines):
-                raise InputError(f"{path}:{i}: not JSON: {error}") from error
-    return objects
 
 
 def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,7 +218,7 @@ def _values(runs: Sequence[Told]) -> dict[str, Any]:
         "facts": [(run, _facts(run)) for run in runs],
         "charts": _charts(runs),
         "metric_table": _metric_table(contestants),
-        "published_notes": list(dict.fromkeys(row.note for _, row in filter(None, map(_published, runs)) if row.note)),
+        "published_notes": list(dict.fromkeys(note for run in runs if (note := run.published.get("note")))),
         "same_questions": len({frozenset(line["id"] for line in run.predictions) for run in runs if run.predictions})
         < 2,
         "confusions": [(run, confusion(run.predictions)) for run in runs if run.predictions],
@@ -274,11 +249,11 @@ def _contestants(runs: Sequence[Told]) -> list[Contestant]:
     befores = list({json.dumps(before): before for run in runs if (before := run.metrics.get("before"))}.values())
     if len(befores) == 1:
         everyone.append(Contestant("Before", "the model training started from", befores[0]))
-    published = dict.fromkeys(filter(None, map(_published, runs)))
-    for table, row in published:
-        name = "Published" if len(published) == 1 else f"Published, {row.mode}"
-        note = f"{table.model}, {row.mode}, {row.dtype}" + ("*" if row.note else "")
-        everyone.append(Contestant(name, note, {table.metric.lower(): (row.score or 0) / 100}))
+    published = list({json.dumps(run.published): run.published for run in runs if run.published}.values())
+    for row in published:
+        name = "Published" if len(published) == 1 else f"Published, {row['mode']}"
+        note = f"{row['model']}, {row['mode']}, {row['dtype']}" + ("*" if row["note"] else "")
+        everyone.append(Contestant(name, note, {row["metric"]: row["score"]}))
     floors = _floors(runs)
     everyone += [
         Contestant(key.capitalize(), note, {"accuracy": floors[key]})
@@ -291,19 +266,6 @@ def _contestants(runs: Sequence[Told]) -> list[Contestant]:
 def _floors(runs: Sequence[Told]) -> Mapping[str, float]:
     """The scores of models that never look at a picture, which are those of the data."""
     return next((floors for run in runs if (floors := run.metrics.get("baselines"))), {})
-
-
-def _published(run: Told) -> tuple[Table, Row] | None:
-    """The score that was published for the recipe and the mode of a run, if there is one."""
-    sources = {line.get("source") for line in run.predictions}
-    recipe = str(sources.pop()).replace("_", "-") if len(sources) == 1 else ""
-    if recipe not in RECIPES or (table := getattr(find_recipe(recipe), "TABLE", None)) is None:
-        return None
-    tuning, dtype = run.config.get("tuning") or {}, (run.config.get("base") or {}).get("dtype")
-    modes = [mode for mode, flags in MODES.items() if all(tuning.get(flag) == on for flag, on in flags.items())]
-    rows = [row for row in table.rows if row.mode == modes[-1] and row.score is not None]  # full is all of them
-    rows.sort(key=lambda row: row.dtype != ("fp16" if dtype == "fp16" else "bf16"))
-    return (table, rows[0]) if rows else None
 
 
 def _verdict(metrics: Mapping[str, Any]) -> str:

@@ -113,6 +113,19 @@ def with_mode(run: Run, table: Table, mode: Mode | None) -> Run:
     )
 
 
+def published_for(run: Run, table: Table) -> dict[str, Any]:
+    """The score published for the mode that a run trains in, as the run folder keeps it; {} if there is none."""
+    tuning = vars(run.tuning)
+    mode = [mode for mode, flags in MODES.items() if all(tuning[flag] == on for flag, on in flags.items())][-1]
+    rows = [row for row in table.rows if row.mode == mode and row.score is not None]
+    rows.sort(key=lambda row: row.dtype != ("fp16" if run.base.dtype == "fp16" else "bf16"))
+    if not rows:
+        return {}
+    row = rows[0]
+    about = {"model": table.model, "metric": table.metric.lower(), "mode": row.mode, "dtype": row.dtype}
+    return {**about, "score": (row.score or 0) / 100, "note": row.note}
+
+
 def show(name: str | None = None) -> None:
     """Prints the recipes, or one of them with its table; of `forkme`, the template, the source."""
     if name == "forkme":

@@ -22,7 +22,7 @@ from phi3v.train.engines import Parallel
 from phi3v.train.feed import TrainingData
 from phi3v.train.memory import estimate, layers_to_recompute
 
-# `--activation-memory auto`: steps whose packs are looked at, and the share of free memory that is planned with.
+# `--activation-checkpointing auto`: steps whose packs are looked at, and the share of free memory that is planned with.
 STEPS_LOOKED_AT, MEMORY_TO_USE = 100, 0.9
 
 
@@ -81,10 +81,10 @@ def pick_recompute(
     dtype: torch.dtype,
     engine: Parallel,
 ) -> int:
-    """How many layers keep their input alone: as `--activation-memory` says, `auto` by what is free on the GPU."""
+    """The number of layers to recompute for `--activation-checkpointing`; auto decides by the GPU's free memory."""
     every = config.num_hidden_layers + config.clip["num_hidden_layers"] - 1
-    if run.tuning.activation_memory != "auto" or ranks.device.type != "cuda":
-        return every if run.tuning.activation_memory == "full" else 0
+    if run.tuning.activation_checkpointing != "auto" or ranks.device.type != "cuda":
+        return every if run.tuning.activation_checkpointing == "full" else 0
     shell = build_model(run, attention, dtype, ranks, 0, shell=config)
     plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=0)
     seen = [data.largest_pack(plan.packs(step, ranks.num)[1]) for step in range(min(len(plan), STEPS_LOOKED_AT))]

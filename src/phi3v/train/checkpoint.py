@@ -27,19 +27,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.base.errors import InputError
 from phi3v.base.files import begin, disk_errors, finish, flush
-from phi3v.base.jsonfile import NULL, OBJECT, check_values, number, parse_object, read_object, several, whole
+from phi3v.base.jsonfile import NonNegative, NonNegativeInt, check_values, parse_object, read_object
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.train.engines.engine import Engine, Slice
 
 MANIFEST, STATE = "manifest.json", "state.json"
 
-STATE_RULES = {"step": whole(0, 2**40), "schedule": OBJECT, "scaler": NULL | OBJECT}
-SCHEDULE_RULES = {
-    "last_epoch": whole(0, 2**40),
-    "_step_count": whole(0, 2**40),
-    "_last_lr": several(number(0, 1e9)),
-}
-SLICE_RULES = {"shape": several(whole(0, 2**40)), "start": whole(0, 2**60), "count": NULL | number(0, 2**40)}
+STATE_RULES = {"step": NonNegativeInt, "schedule": dict, "scaler": dict | None}
+SCHEDULE_RULES = {"last_epoch": NonNegativeInt, "_step_count": NonNegativeInt, "_last_lr": list[NonNegative]}
+SLICE_RULES = {"shape": list[NonNegativeInt], "start": NonNegativeInt, "count": NonNegative | None}
 
 
 def save_checkpoint(

@@ -73,7 +73,7 @@ def describe(
     unit, scale = ("GB", 1) if memory["total"] >= 1 else ("MB", 1000)
     parts = [f"{name} {size * scale:.1f}" for name, size in memory.items() if name != "total"]
     each = " a process" if ranks.num > 1 else ""
-    recomputing = f", {recompute} layers recomputed (--activation-memory)" if recompute else ""
+    recomputing = f", {recompute} layers recomputed (--activation-checkpointing)" if recompute else ""
     _row("memory", f"about {memory['total'] * scale:.1f} {unit}{each}{recomputing}")
     _row("", ", ".join(parts[:3]) + ",")
     _row("", ", ".join(parts[3:]))

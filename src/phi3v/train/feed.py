@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,10 +16,9 @@ import torch
 from phi3v.base.config import Run
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.base.files import write_text
 from phi3v.base.hardware import pick_tokens_per_pack
-from phi3v.base.jsonfile import Rule, by_name, parse_object
 from phi3v.base.ranks import Ranks
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import Statistics, check
 from phi3v.data.encode import Encoded, Example, encode
 from phi3v.data.image import read_size
@@ -66,6 +63,12 @@ class TrainingData:
             for image, size in zip(example.images, example.image_sizes, strict=True)
         }
 
+    def statistics(self) -> dict[str, Any]:
+        """Statistics of the training examples, as the run folder keeps them for the report."""
+        lengths = self.lengths
+        columns = {"tokens": lengths.tokens, "answer tokens": lengths.supervised, "crops": lengths.crops}
+        return {name: asdict(Statistics.of(column)) for name, column in columns.items()}
+
     def total_steps(self, run: Run) -> int:
         """Optimizer steps of the whole run."""
         if run.optim.max_steps is not None:
@@ -82,7 +85,10 @@ def read_data(
     assert run.data.train is not None
     if check_first:
         ranks.first_does(lambda: _check(run, processor, config))
-    sizes = {} if check_first else read_sizes(run.keeping.out)
+    # A run that resumes plans with the image sizes it began with, whatever has become of the files; padded images are
+    # padded no further.
+    known = {} if check_first else RunFolder(run.keeping.out).image_sizes
+    sizes = {image: (w, h) for image, (h, w) in known.items()}
     examples, encoded = encode_all(iter_jsonl(run.data.train, run.data.image_root), processor, ranks, sizes)
     lengths = Lengths.of(encoded)
     settings = PlanSettings(
@@ -166,39 +172,6 @@ def encode_all(
         for rank, share in enumerate(ranks.gather(mine)):
             whole[rank :: ranks.num] = share
         ranks.all_do(functools.partial(keep, some, whole))
-
-
-SIZES = "images.json"
-"""In the run folder: padded [h, w] of every image when the run began, by path. The steps follow from it: they stay what
-they were, whatever has become of an image when the run goes on."""
-SIZE = Rule("[height, width]", lambda v: isinstance(v, list) and [type(n) for n in v] == [int, int] and min(v) > 0)
-
-
-def write_sizes(data: TrainingData, folder: Path) -> None:
-    """Keeps how large the images are."""
-    write_text(folder / SIZES, json.dumps(data.image_sizes))
-
-
-LENGTHS = "lengths.json"
-"""In the run folder: how long the training examples are, for the report."""
-
-
-def write_lengths(data: TrainingData, folder: Path) -> None:
-    """Keeps the statistics of the training examples: {"tokens": .., "answer tokens": .., "crops": ..}."""
-    lengths = data.lengths
-    columns = {"tokens": lengths.tokens, "answer tokens": lengths.supervised, "crops": lengths.crops}
-    write_text(folder / LENGTHS, json.dumps({name: asdict(Statistics.of(column)) for name, column in columns.items()}))
-
-
-def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """(width, height) of images as they were padded, which pads them no further; nothing, if nothing was kept."""
-    file = folder / SIZES
-    if not file.exists():
-        return {}
-    sizes = parse_object(file.read_bytes(), file)
-    if not by_name(SIZE).holds(sizes):
-        raise InputError(f"{file}: it must be {by_name(SIZE).words}")
-    return {image: (w, h) for image, (h, w) in sizes.items()}
 
 
 def _num_workers(wanted: int | None) -> int:

@@ -6,18 +6,18 @@ number of ranks; and a run that is killed and resumed ends in the same weights, 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from rich.markup import escape
@@ -26,14 +26,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from phi3v.base.config import Run
 from phi3v.base.console import console, say, speak
 from phi3v.base.errors import InputError, RankError
-from phi3v.base.files import make_folder, write_text, written_whole
+from phi3v.base.files import written_whole
 from phi3v.base.hardware import environment, peak_memory_gb, pick_dtype
 from phi3v.base.ranks import MissingRank, Ranks, join
-from phi3v.base.runfolder import check_shared, claim, digests, locked
+from phi3v.base.runfolder import RunFolder, digests
 from phi3v.base.stopping import Stopped, StopRequest
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import Scoring, evenly, predict, read_predictions, write_predictions
-from phi3v.infer.metrics import baselines, label_tables, score
+from phi3v.infer.evaluate import Scoring, evenly, predict
+from phi3v.infer.metrics import Prediction, baselines, label_tables, score
 from phi3v.model.backend import pick_attention
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
@@ -55,7 +55,7 @@ from phi3v.train.build import (
 from phi3v.train.checkpoint import forget, load_checkpoint, newest_checkpoint, save_checkpoint, scores
 from phi3v.train.describe import describe, list_settings
 from phi3v.train.engines import Engine, build_engine, pick_engine
-from phi3v.train.feed import StepPacks, TrainingData, examples_of, read_data, steps, write_lengths, write_sizes
+from phi3v.train.feed import StepPacks, TrainingData, examples_of, read_data, steps
 from phi3v.train.flops import Flops, achieved, device_peak_tflops, training_flops
 from phi3v.train.optim import build_optimizer, build_schedule, reach
 from phi3v.train.runlog import RunLog
@@ -91,11 +91,11 @@ class _Job:
     """Of the evaluations during training whose checkpoints are kept, by step."""
 
     @property
-    def checkpoints(self) -> Path:
-        return self.run.keeping.out / "checkpoints"
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run.keeping.out)
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Trains, saves and scores; returns what `metrics.json` holds (nothing for a dry run, or one that was stopped).
 
     Under `torchrun` every rank calls this. Writes the run folder `run.keeping.out`: config.json, environment.json,
@@ -105,14 +105,13 @@ def train(run: Run) -> dict[str, Any]:
     run.check()
     ranks = join(60 * run.scaling.rank_timeout_minutes)
     speak(ranks.is_first)
-    folder, dtype = run.keeping.out, pick_dtype(run.precision, ranks.device)
-    checkpoints = folder / "checkpoints"
+    folder, dtype = RunFolder(run.keeping.out), pick_dtype(run.precision, ranks.device)
     with ExitStack() as held, StopRequest(run.keeping.max_minutes) as stop:
-        found = ranks.first_does(lambda: claim(run))
+        found = ranks.first_does(lambda: folder.claim(run))
         if found.finished:
             return ranks.first_does(lambda: _already_finished(folder))
         if found.started:
-            holder = ranks.first_does(lambda: held.enter_context(locked(folder)))
+            holder = ranks.first_does(lambda: held.enter_context(folder.locked()))
 
         processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
         config = load_config(run.base.model)
@@ -165,8 +164,8 @@ def train(run: Run) -> dict[str, Any]:
         )
         schedule = build_schedule(engine.optimizer, run.optim, total_steps)
         if not found.started:
-            holder = ranks.first_does(lambda: _open_folder(run, data, ranks, held))
-        ranks.all_do(lambda: None if ranks.is_first else check_shared(folder, holder))
+            holder = ranks.first_does(lambda: _open_folder(run, data, ranks, held, published))
+        ranks.all_do(lambda: None if ranks.is_first else folder.check_shared(holder))
         step = _resume(run, ranks, engine, schedule) if found.started else 0
         log = _start_log(run, ranks, data, total_steps, step)
         with log:
@@ -186,7 +185,7 @@ def train(run: Run) -> dict[str, Any]:
                 log=log,
                 stop=stop,
                 saved_at=step or None,
-                scores=ranks.first_does(lambda: scores(checkpoints, step)),
+                scores=ranks.first_does(lambda: scores(folder.checkpoints, step)),
             )
             try:
                 with log.screen:
@@ -259,14 +258,14 @@ def _conclude_step(job: _Job, step: int, *, stops: bool) -> None:
 
 def _finish(job: _Job) -> dict[str, Any]:
     """Saves the model, scores it, writes the report."""
-    run, ranks, folder = job.run, job.ranks, job.run.keeping.out
+    run, ranks, folder = job.run, job.ranks, job.folder
     screen = job.log.screen
     if screen.skipped:
         say(f"[yellow]note[/]        {screen.skipped} of {job.total_steps} steps were skipped: they overflowed")
     if screen.lost:
         say(f"[yellow]note[/]        {screen.lost} times an example was skipped: log.jsonl lists them")
     # If the process that wrote the last checkpoint was killed before it could remove an older one.
-    ranks.first_does(lambda: forget(job.checkpoints, job.total_steps, run.keeping.keep_checkpoints))
+    ranks.first_does(lambda: forget(job.folder.checkpoints, job.total_steps, run.keeping.keep_checkpoints))
     # What is scored last is what was saved: full weights rounded to the base checkpoint's own precision.
     rounded = isinstance(job.config.dtype, torch.dtype) and not run.tuning.adapters
     model = job.engine.final(job.config.dtype if rounded else None)
@@ -274,7 +273,7 @@ def _finish(job: _Job) -> dict[str, Any]:
         restore_frozen(model, run)
 
     def save() -> None:
-        with written_whole(folder / "final") as final:
+        with written_whole(folder.final) as final:
             save_model(model, job.processor, final, carry_from=run.base.model)
 
     ranks.first_does(save)
@@ -283,14 +282,14 @@ def _finish(job: _Job) -> dict[str, Any]:
     if job.data.questions:
         result["final"] = _score(job, "final", job.total_steps, model)
         if job.scoring.labels:
-            tables = lambda: label_tables(read_predictions(folder / "predictions.jsonl"), job.scoring.labels)  # noqa: E731
-            result["labels"] = ranks.first_does(tables)
+            predictions = cast(list[Prediction], ranks.first_does(lambda: folder.predictions))
+            result["labels"] = label_tables(predictions, job.scoring.labels)
         result["before"] = ranks.first_does(lambda: _score_before(folder))
         result["baselines"] = ranks.first_does(lambda: baselines(job.data.examples, job.data.questions))
 
     def conclude() -> None:
-        write_text(folder / "metrics.json", json.dumps(result, indent=1))
-        _announce(result, write_report(folder))
+        folder.save(metrics=result)
+        _announce(result, write_report(folder.path))
 
     ranks.first_does(conclude)
     return result
@@ -299,17 +298,16 @@ def _finish(job: _Job) -> dict[str, Any]:
 # -- the run folder --------------------------------------------------------------------------------------------------
 
 
-def _open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack) -> str:
-    folder = run.keeping.out
-    make_folder(folder)
-    holder = held.enter_context(locked(folder))
-    if claim(run).started:
-        raise InputError(f"--out {folder}: another run has begun here meanwhile")
+def _open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack, published: Mapping[str, Any]) -> str:
+    folder = RunFolder(run.keeping.out)
+    holder = held.enter_context(folder.locked())
+    if folder.claim(run).started:
+        raise InputError(f"--out {folder.path}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
-    write_text(folder / "environment.json", json.dumps(about, indent=1))
-    write_sizes(data, folder)
-    write_lengths(data, folder)
-    write_text(folder / "config.json", json.dumps(run.to_dict(), indent=1))  # last: now the folder is this run's
+    folder.save(environment=about, images=data.image_sizes, lengths=data.statistics())
+    if published:
+        folder.save(published=dict(published))
+    folder.save(config=run.to_dict())  # last: now the folder is this run's
     return holder
 
 
@@ -337,7 +335,7 @@ def _start_log(run: Run, ranks: Ranks, data: TrainingData, total_steps: int, ste
 def _resume(run: Run, ranks: Ranks, engine: Engine, schedule: LRScheduler) -> int:
     """Goes back to where the newest whole checkpoint stands; its step, or 0 if there is none."""
     folder = run.keeping.out
-    newest, complaints = newest_checkpoint(folder / "checkpoints", ranks)
+    newest, complaints = newest_checkpoint(RunFolder(folder).checkpoints, ranks)
     for complaint in complaints:
         say(f"[yellow]damaged checkpoint passed over:[/] {escape(complaint)}")
     say(escape(f"resuming from {newest}" if newest else f"no whole checkpoint in {folder}: starting again at step 0"))
@@ -347,7 +345,7 @@ def _resume(run: Run, ranks: Ranks, engine: Engine, schedule: LRScheduler) -> in
 def _save(job: _Job, step: int, score: float | None = None) -> None:
     job.ranks.first_does(job.log.flush)
     save_checkpoint(
-        job.checkpoints,
+        job.folder.checkpoints,
         step,
         engine=job.engine,
         schedule=job.schedule,
@@ -360,11 +358,10 @@ def _save(job: _Job, step: int, score: float | None = None) -> None:
         job.scores[step] = score
 
 
-def _already_finished(folder: Path) -> dict[str, Any]:
-    result = json.loads((folder / "metrics.json").read_text())
-    say(escape(f"{folder} holds this run, finished: nothing is left to do"))
-    report = folder / "report.html"
-    _announce(result, report if report.exists() else write_report(folder))
+def _already_finished(folder: RunFolder) -> dict[str, Any]:
+    result = folder.metrics
+    say(escape(f"{folder.path} holds this run, finished: nothing is left to do"))
+    _announce(result, folder.report_file if folder.report_file.exists() else write_report(folder.path))
     return result
 
 
@@ -408,8 +405,8 @@ def _memory(step: int, pack: Pack) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise RankError(
             f"step {step + 1}: out of GPU memory in a pack of {pack.tokens:,} tokens, {pack.crops} crops. Less takes "
-            "--activation-memory full; smaller --max-tokens-per-pack and --max-crops-per-pack; --optimizer adamw-bf16; "
-            f"--freeze-vision-model; --lora; --qlora ({str(error).splitlines()[0]})"
+            "--activation-checkpointing full; smaller --max-tokens-per-pack and --max-crops-per-pack; "
+            f"--optimizer adamw-bf16; --freeze-vision-model; --lora; --qlora ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -454,8 +451,8 @@ def _score(job: _Job, split: str, step: int, model: Any = None) -> dict[str, flo
             leave_off=lambda: job.stop.reason is not None,
         )
     if split != "during":
-        name = "predictions.jsonl" if split == "final" else "predictions-before.jsonl"
-        job.ranks.first_does(lambda: write_predictions(run.keeping.out / name, predictions))
+        before = split == "before"
+        job.ranks.first_does(lambda: job.folder.save_predictions(predictions, before=before))
     metrics, seconds = score(predictions), time.monotonic() - started
     say(f"{when}: accuracy {metrics['accuracy']:.1%} on {metrics['questions']:,} questions in {seconds:.0f} s")
     epoch = round(step / data.steps_per_epoch, 4)
@@ -464,9 +461,8 @@ def _score(job: _Job, split: str, step: int, model: Any = None) -> dict[str, flo
     return metrics
 
 
-def _score_before(folder: Path) -> dict[str, float] | None:
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return next((entry["metrics"] for entry in entries if entry.get("split") == "before"), None)
+def _score_before(folder: RunFolder) -> dict[str, float] | None:
+    return next((entry["metrics"] for entry in folder.log if entry.get("split") == "before"), None)
 
 
 def _announce(result: dict[str, Any], report: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import time
@@ -18,13 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phi3v.base.errors import InputError
-from phi3v.base.files import write_text
-from phi3v.base.jsonfile import read_object
+from phi3v.base.runfolder import RunFolder
 from phi3v.model.loading import first_line
 
 PROJECT = "phi3v"
-KEPT = "trackers.json"
-"""In the run folder: what wandb and MLflow call the run."""
 
 
 class Tracker(Protocol):
@@ -186,10 +182,10 @@ def start_trackers(
 
 
 def _remembered(folder: Path, name: str) -> str | None:
-    return read_object(folder / KEPT).get(name) if (folder / KEPT).exists() else None
+    return RunFolder(folder).trackers.get(name)
 
 
 def _remember(folder: Path, name: str, key: str) -> str:
-    known = read_object(folder / KEPT) if (folder / KEPT).exists() else {}
-    write_text(folder / KEPT, json.dumps({**known, name: key}))
+    run = RunFolder(folder)
+    run.save(trackers={**run.trackers, name: key})
     return key
