@@ -20,7 +20,7 @@ def test_data_workers_are_killed(busy_with: str, night: Any, left_by: LEFT, tmp_
     """Every other step, while they are busy with a pack, or are handing it over."""
     busy = ["when", f"phi3v.packing.loader:{busy_with}", list(range(100)), "sleep", 0.05]
     killer = ["when", "phi3v.train.engines.replicated:Replicated.step", [1, 3, 5, 7, 9], "kill a worker"]
-    by_handle = ["put", "phi3v.packing.loader:THROUGH_PIPE", 1000]
+    by_handle = ["put", "phi3v.packing.workers:THROUGH_PIPE", 1000]
     status, said = night.run(tmp_path / "run", busy, killer, by_handle, num_workers=2)
     assert status == 0, said
     assert "a data worker died (exit signal 9; out of memory?); another begins its pack again: " in said

@@ -1,10 +1,13 @@
 """Positions, branches, regimes and visibility of a layout, against loops that follow the definition word by word."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3v import packing
 from phi3v.packing.layout import Layout, Tree
 
 trees = st.lists(
@@ -84,3 +87,35 @@ def test_an_empty_layout():
 @pytest.mark.parametrize("name", ["position", "long", "branch", "tree"])
 def test_a_layout_moves_whole(name):
     assert getattr(Layout.of([Tree(1, (2,), True)]).to("meta"), name).device.type == "meta"
+
+
+def test_the_drawing_in_the_package_docstring_is_true():
+    """Its expression, its numbers and its table."""
+    text = packing.__doc__ or ""
+    expression = re.search(r"`(Layout\.of\(.*?\))` lays", text)
+    assert expression
+    layout = eval(expression[1], {"Layout": Layout, "Tree": Tree})
+    rows = {
+        name: re.findall(r"-?\d+", line) for name, line in re.findall(r"^    (\w+)  +(-?\d.*)$", text, re.MULTILINE)
+    }
+    ends = [int(token) for token in rows["token"]]
+    assert [layout.position[end].item() for end in ends] == [int(position) for position in rows["position"]]
+    assert [layout.branch[end].item() for end in ends[::2]] == [int(branch) for branch in rows["branch"]]
+    assert layout.tokens == ends[-1] + 1
+    assert f"{layout.tokens} tokens instead of {3 * 316 + 12 + 9 + 14}" in text
+
+    blocks = [slice(start, end + 1) for start, end in zip(ends[::2], ends[1::2], strict=True)]
+    table = [
+        line.split()[-5:] for line in text.splitlines() if re.match(r"    (page|branch) \d  +(causal|all|-)", line)
+    ]
+    every = torch.arange(layout.tokens)
+    visible = layout.visible(every, every)
+    for query, words in zip(blocks, table, strict=True):
+        for key, word in zip(blocks, words, strict=True):
+            seen = visible[query, key]
+            expected = {
+                "causal": torch.ones_like(seen).tril(),
+                "all": torch.ones_like(seen),
+                "-": torch.zeros_like(seen),
+            }
+            assert torch.equal(seen, expected[word])

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from phi3v.base.errors import InputError
-from phi3v.packing.loader import Reading, _send, prompt_packs, training_packs
+from phi3v.packing import workers
+from phi3v.packing.loader import Reading, prompt_packs, training_packs
 from phi3v.packing.pack import make_pack
 from phi3v.packing.schedule import PlanSettings, plan_epoch
 from phi3v.packing.trees import Lengths, PackLimits
@@ -227,7 +228,7 @@ def test_a_worker_that_dies_changes_no_pack(encoded, making, tmp_path, num_worke
     victim = wanted[2].pack.ids[0]
     making(**{moment: lambda ids: victim in ids and once(tmp_path / "died", die)})
     told = []
-    assert_same(training_packs(encoded, plan, with_workers(num_workers), tell=told.append), wanted)
+    assert_same(training_packs(encoded, plan, with_workers(num_workers), log=told.append), wanted)
     (line,) = told
     assert re.fullmatch(
         r"a data worker died \(exit signal 9; out of memory\?\); another begins its pack again: train\.jsonl:.*", line
@@ -240,7 +241,7 @@ def test_deaths_are_counted_by_pack(encoded, making, tmp_path):
     wanted = list(training_packs(encoded, plan, READING))
     making(before=lambda ids: once(tmp_path / ids[0], die))
     told = []
-    assert_same(training_packs(encoded, plan, with_workers(1), tell=told.append), wanted)
+    assert_same(training_packs(encoded, plan, with_workers(1), log=told.append), wanted)
     assert len(told) == 6
 
 
@@ -249,14 +250,16 @@ def test_a_pack_outlives_the_worker_that_made_it(encoded, monkeypatch, tmp_path)
     plan = plan_of(encoded)
     wanted = list(training_packs(encoded, plan, READING))
 
+    send = workers._send
+
     def send_and_die(connection, pack):
-        _send(connection, pack)
+        send(connection, pack)
         if pack.ids == wanted[1].pack.ids:
             once(tmp_path / "died", die)
 
-    monkeypatch.setattr("phi3v.packing.loader._send", send_and_die)
+    monkeypatch.setattr(workers, "_send", send_and_die)
     told = []
-    batches = training_packs(encoded, plan, with_workers(1), tell=told.append)
+    batches = training_packs(encoded, plan, with_workers(1), log=told.append)
     first = next(batches)
     (worker,) = multiprocessing.active_children()
     worker.join()
@@ -269,7 +272,7 @@ def test_an_idle_worker_that_dies_is_replaced(encoded):
     plan = plan_of(encoded)
     wanted = list(training_packs(encoded, plan, READING))
     told = []
-    batches = training_packs(encoded, plan, with_workers(2, packs_ahead=1), tell=told.append)
+    batches = training_packs(encoded, plan, with_workers(2, packs_ahead=1), log=told.append)
     seen = [next(batches)]
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -284,7 +287,7 @@ def test_a_worker_may_die_at_an_empty_pack(encoded, making, tmp_path):
     assert not wanted[0].pack.ids
     making(before=lambda ids: ids or once(tmp_path / "died", die))
     told = []
-    assert_same(training_packs(encoded, plan, with_workers(1), rank=2, num_ranks=3, tell=told.append), wanted)
+    assert_same(training_packs(encoded, plan, with_workers(1), rank=2, num_ranks=3, log=told.append), wanted)
     assert "again: empty pack" in told[0]
 
 
@@ -294,7 +297,7 @@ def test_a_pack_that_no_worker_survives_stops_in_its_turn(encoded, making):
     victim = wanted[3].pack.ids
     making(before=lambda ids: victim[0] in ids and die(signal.SIGTERM))
     told = []
-    batches = training_packs(encoded, plan, with_workers(2), tell=told.append)
+    batches = training_packs(encoded, plan, with_workers(2), log=told.append)
     assert_same(islice(batches, 3), wanted[:3])
     with pytest.raises(InputError, match=r"a data worker died 3 times at this pack \(exit signal 15\)$") as caught:
         next(batches)
@@ -325,7 +328,7 @@ def test_a_message_names_at_most_fifty_examples(fabricate, making):
     making(before=lambda ids: die())
     examples = [fabricate(2, -2, id=str(number), seed=number) for number in range(60)]
     with pytest.raises(InputError, match=r"^train\.jsonl:\d+(, \d+){49} and 10 more: a data worker died"):
-        list(training_packs(examples, plan_of(examples, batch_size=60), with_workers(1), tell=str))
+        list(training_packs(examples, plan_of(examples, batch_size=60), with_workers(1), log=str))
 
 
 def test_ctrl_c_does_not_reach_the_workers(encoded):
@@ -333,7 +336,7 @@ def test_ctrl_c_does_not_reach_the_workers(encoded):
     plan = plan_of(encoded)
     wanted = list(training_packs(encoded, plan, READING))
     told = []
-    batches = training_packs(encoded, plan, with_workers(1), tell=told.append)
+    batches = training_packs(encoded, plan, with_workers(1), log=told.append)
     seen = [next(batches)]
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGINT)

@@ -350,7 +350,8 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, with paths as strings: what `config.json` holds."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return plain
 
 
 def check_flags(values: Mapping[str, Any], of: Callable[..., Any]) -> None:

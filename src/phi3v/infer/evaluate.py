@@ -75,7 +75,7 @@ def answer(
     encoded = [encode(prompt, processor, sizes) for prompt in prompts]
     answered: list[tuple[int, Prediction]] = []
     packs = prompt_packs(
-        encoded, limits, reading, max_new_tokens=max_new_tokens, rank=ranks.rank, num_ranks=ranks.num, tell=say
+        encoded, limits, reading, max_new_tokens=max_new_tokens, rank=ranks.rank, num_ranks=ranks.num, log=say
     )
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     with progress_bar(title, len(prompts), "questions", show=progress, summary=False) as advance, mixed:

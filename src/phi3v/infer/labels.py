@@ -73,7 +73,7 @@ def score_labels(
     sizes = functools.cache(read_size)  # a page has many questions
     endings = label_tokens(labels, processor)
     branches = Branches(share([encode(prompt, processor, sizes) for prompt in prompts], len(labels)), endings)
-    packs = prompt_packs(branches, limits, reading, max_new_tokens=0, rank=ranks.rank, num_ranks=ranks.num, tell=say)
+    packs = prompt_packs(branches, limits, reading, max_new_tokens=0, rank=ranks.rank, num_ranks=ranks.num, log=say)
     device = next(model.parameters()).device
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scores = torch.zeros(len(branches), dtype=torch.float64)

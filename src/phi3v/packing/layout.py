@@ -3,7 +3,8 @@
 A pack is one flat sequence of tokens. It holds trees laid end to end; a tree is a prefix (the page) followed by its
 branches (the examples that share it). A token sees itself and the earlier tokens of its own branch, plus the whole
 prefix of its tree; a prefix token sees the earlier prefix. Nothing sees another tree or another branch. Positions of
-every branch go on from the end of the prefix, so each example has exactly the positions it would have alone.
+every branch continue from the end of the prefix, so that each example has exactly the positions it would have alone.
+The package docstring has a drawing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 class Tree(NamedTuple):
-    """One tree: `prefix` tokens shared by `branches` (tokens of each, in order); `long` is the RoPE regime of all."""
+    """A prefix of `prefix` tokens and branches of `branches[i]` tokens each; `long` is the RoPE regime of all."""
 
     prefix: int
     branches: tuple[int, ...]

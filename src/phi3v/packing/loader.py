@@ -1,52 +1,24 @@
-"""From a plan to packs, in order, read ahead by worker processes.
+"""From a schedule to packs, in order, read ahead by worker processes.
 
-Its invariant: the packs are the same, bit for bit, whatever `num_workers` is and however many workers die, and reading
-them touches no global random state. A worker gets the few examples of its pack with the order to make it, so the data
-set is never copied to it.
-
-The workers are our own, because PyTorch's DataLoader does not outlive one of its: it raises a RuntimeError from a
-signal handler, wherever the training happens to be, and be it in the middle of writing a checkpoint.
+Invariant: the packs are the same, bit for bit, whatever `num_workers` is. Reading them touches no global random state.
+A worker receives the few examples of its pack with the order to make it, so that the data set is never copied to it.
 """
 
 from __future__ import annotations
 
-import gc
-import io
-import mmap
-import multiprocessing
-import os
-import pickle
-import signal
-import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-
-from phi3v.base.errors import InputError
 from phi3v.data.encode import Encoded
 from phi3v.packing.pack import Lost, OnBadExample, Pack, make_pack
 from phi3v.packing.schedule import EpochPlan, PackPlan, Step, plan_prompts
 from phi3v.packing.trees import Lengths, PackLimits
+from phi3v.packing.workers import Log, packs_by_workers
 
 About = TypeVar("About")
-Tell = Callable[[str], None]
-
-MAX_DEATHS = 3
-"""Workers that may die of one pack. One is bad luck, so many are the pack's own doing."""
-
-DYING_S = 5.0
-"""How long a process may take to die; one that hangs in the kernel takes longer, and is not waited for."""
-
-THROUGH_PIPE = 2**20
-"""Bytes of the largest array that a worker sends through its pipe; those above, pictures, go through shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +84,9 @@ def training_packs(
     first_step: int = 0,
     rank: int = 0,
     num_ranks: int = 1,
-    tell: Tell = warnings.warn,
+    log: Log = warnings.warn,
 ) -> Iterator[MicroBatch]:
-    """The packs of one rank from a step of an epoch to its end. `tell` is told of workers that died.
+    """The packs of one rank from a step of an epoch to its end. `log` is called for workers that died.
 
     Raises InputError, in the turn of its pack, for an image that cannot be read (unless it is to be skipped) and for a
     pack that no worker survives or returns from.
@@ -126,7 +98,7 @@ def training_packs(
             for index, trees in enumerate(ranks[rank]):
                 yield (step, index == step.packs - 1), trees
 
-    for (step, last), pack in _read(encoded, orders(), reading, tell):
+    for (step, last), pack in _read(encoded, orders(), reading, log):
         yield MicroBatch(step, last, pack)
 
 
@@ -138,7 +110,7 @@ def prompt_packs(
     max_new_tokens: int,
     rank: int = 0,
     num_ranks: int = 1,
-    tell: Tell = warnings.warn,
+    log: Log = warnings.warn,
 ) -> Iterator[PromptBatch]:
     """The packs of one rank for generation, over all ranks every prompt once; every rank gets the same number of packs.
 
@@ -151,7 +123,7 @@ def prompt_packs(
             for trees in ranks[rank]:
                 yield tuple(number for tree in trees for number in tree.examples), trees
 
-    for numbers, pack in _read(encoded, orders(), replace(reading, on_bad_example="stop"), tell):
+    for numbers, pack in _read(encoded, orders(), replace(reading, on_bad_example="stop"), log):
         yield PromptBatch(numbers, pack)
 
 
@@ -161,8 +133,10 @@ class _Order(NamedTuple):
     number: int
     trees: PackPlan
     encoded: dict[int, Encoded]
+    reading: Reading
 
-    def make(self, reading: Reading) -> Pack:
+    def make(self) -> Pack:
+        reading = self.reading
         return make_pack(
             self.trees,
             self.encoded,
@@ -183,7 +157,7 @@ class _Order(NamedTuple):
 
 
 def _read(
-    encoded: Sequence[Encoded], orders: Iterable[tuple[About, PackPlan]], reading: Reading, tell: Tell
+    encoded: Sequence[Encoded], orders: Iterable[tuple[About, PackPlan]], reading: Reading, log: Log
 ) -> Iterator[tuple[About, Pack]]:
     """The packs, in order, each with what `orders` says about it."""
     ordered: deque[About] = deque()
@@ -191,159 +165,17 @@ def _read(
     def sent() -> Iterator[_Order]:
         for number, (about, trees) in enumerate(orders):
             ordered.append(about)
-            yield _Order(number, trees, {index: encoded[index] for tree in trees for index in tree.examples})
+            yield _Order(number, trees, {index: encoded[index] for tree in trees for index in tree.examples}, reading)
 
-    alone = (order.make(reading) for order in sent())
-    for pack in _by_workers(sent(), reading, tell) if reading.num_workers else alone:
+    if reading.num_workers:
+        packs = packs_by_workers(
+            sent(),
+            num_workers=reading.num_workers,
+            packs_ahead=reading.packs_ahead,
+            timeout_s=reading.timeout_s,
+            log=log,
+        )
+    else:
+        packs = (order.make() for order in sent())
+    for pack in packs:
         yield ordered.popleft(), pack.pin_memory() if reading.pin_memory else pack
-
-
-def _by_workers(orders: Iterator[_Order], reading: Reading, tell: Tell) -> Iterator[Pack]:
-    """The packs of the orders, in their order, whichever worker makes them and whenever it is done."""
-    ahead = reading.num_workers * reading.packs_ahead
-    due = asked = 0  # numbers of the next pack to yield and of the next order to give
-    made: dict[int, Pack | Exception] = {}
-    workers = [_Worker(reading) for _ in range(reading.num_workers)]
-    try:
-        while True:
-            for worker in workers:
-                if not worker.order and asked - due <= ahead and (order := next(orders, None)):
-                    worker.ask(order)
-                    asked += 1
-            if due == asked:
-                return
-            busy = [worker for worker in workers if worker.order]
-            ready = wait([worker.connection for worker in busy], 0 if due in made else reading.timeout_s or None)
-            for worker in busy:
-                if worker.connection in ready:
-                    made |= worker.answer(tell)
-            if ready:
-                continue  # an idle worker comes before the training
-            if due not in made:
-                order = next(worker.order for worker in busy if worker.order and worker.order.number == due)
-                raise InputError(f"{order}: no data worker has delivered this pack within {reading.timeout_s:g} s")
-            pack = made.pop(due)
-            due += 1
-            if isinstance(pack, Exception):
-                raise pack
-            yield pack
-    finally:
-        for worker in workers:
-            worker.end()
-
-
-class _Worker:
-    """A process that makes one pack at a time. If it dies, another takes its place and begins the pack again."""
-
-    def __init__(self, reading: Reading) -> None:
-        self.order: _Order | None = None
-        self._reading = reading
-        self._deaths = 0
-        self._start()
-
-    def _start(self) -> None:
-        self.connection, theirs = multiprocessing.Pipe()
-        arguments = (self.connection, theirs, self._reading)
-        self._process = multiprocessing.Process(target=_work, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def ask(self, order: _Order) -> None:
-        """Gives an order to a worker that has none: it listens, so that this waits for nothing."""
-        self.order, self._deaths = order, 0
-        self._send()
-
-    def _send(self) -> None:
-        with suppress(ConnectionError):  # it has died meanwhile: `answer` will see
-            self.connection.send(self.order)
-
-    def answer(self, tell: Tell) -> dict[int, Pack | Exception]:
-        """The pack it was asked for, by its number, or why there is none; nothing if it died and tries again."""
-        assert self.order
-        try:
-            answer = _receive(self.connection)
-        except (EOFError, OSError):  # no ConnectionError, but an OSError of its own, in the middle of a message
-            self._process.join(DYING_S)
-            death = _death(self._process.exitcode)
-            self._deaths += 1
-            self.end()
-            self._start()
-            if self._deaths < MAX_DEATHS:
-                tell(f"a data worker died ({death}); another begins its pack again: {self.order}")
-                self._send()
-                return {}
-            answer = InputError(f"{self.order}: a data worker died {MAX_DEATHS} times at this pack ({death})")
-        number, self.order = self.order.number, None
-        return {number: answer}
-
-    def end(self) -> None:
-        """Ends the process. It has nothing to clean up: its pipe and its shared memory have no names."""
-        self.connection.close()
-        if self._process.exitcode is None:  # it has one when Python itself ends, with half of its modules gone
-            self._process.kill()
-            self._process.join(DYING_S)
-
-
-def _death(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"exit code {exitcode}"
-    return f"exit signal {-exitcode}{'; out of memory?' if exitcode == -signal.SIGKILL else ''}"
-
-
-def _work(ours: Connection, theirs: Connection, reading: Reading) -> None:
-    """What a worker does until the other end of its pipe closes, with the training process at the latest."""
-    ours.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which finishes its step
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and not what the training process does at it
-    gc.freeze()  # a collection touches every object, and would copy all that a forked worker shares
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: waiting for them, a worker would hang
-    with suppress(EOFError, OSError):
-        while True:
-            _send(theirs, _answer(theirs.recv(), reading))
-
-
-def _answer(order: _Order, reading: Reading) -> Pack | Exception:
-    """The pack, or what was raised instead."""
-    try:
-        return order.make(reading)
-    except Exception as error:
-        if not isinstance(error, InputError):
-            error.add_note(traceback.format_exc())
-        return error
-
-
-def _send(connection: Connection, answer: Pack | Exception) -> None:
-    """Sends a pack as one message, and a file in memory for every large array."""
-    large: list[pickle.PickleBuffer] = []
-
-    def small(buffer: pickle.PickleBuffer) -> bool:
-        if buffer.raw().nbytes > THROUGH_PIPE:
-            large.append(buffer)
-            return False
-        return True
-
-    message = io.BytesIO()
-    _Pickler(message, protocol=5, buffer_callback=small).dump(answer)
-    connection.send((message.getvalue(), len(large)))
-    for buffer in large:
-        with open(os.memfd_create("pack"), "wb") as file:
-            file.write(buffer)
-            file.flush()
-            send_handle(connection, file.fileno(), None)
-
-
-def _receive(connection: Connection) -> Pack | Exception:
-    message, num_large = connection.recv()
-    large = []
-    for _ in range(num_large):
-        with open(recv_handle(connection), "r+b") as file:
-            large.append(mmap.mmap(file.fileno(), 0))
-    return pickle.loads(message, buffers=large)
-
-
-class _Pickler(pickle.Pickler):
-    """Tensors as NumPy arrays, whose memory can travel beside the message. PyTorch's own way costs every tensor an open
-    file and a handshake, and needs a large /dev/shm, which containers do not have."""
-
-    def reducer_override(self, value: object) -> Any:
-        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented

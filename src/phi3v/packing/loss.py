@@ -36,6 +36,6 @@ def loss_of_rows(
 
     if hidden_RH.shape[0] <= rows_per_chunk or not torch.is_grad_enabled():
         return of(hidden_RH, targets_R, weights_R)
-    chunks = zip(*(t.split(rows_per_chunk) for t in (hidden_RH, targets_R, weights_R)), strict=True)
+    chunks = zip(*(torch.split(t, rows_per_chunk) for t in (hidden_RH, targets_R, weights_R)), strict=True)
     losses = [checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()

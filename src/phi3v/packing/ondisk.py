@@ -1,4 +1,4 @@
-"""A sequence that is kept in a file: a data set costs disk instead of the memory of every process that trains on it."""
+"""A sequence in a temporary file: a data set costs disk space instead of memory in every process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class OnDisk(Sequence[T], Generic[T]):
-    """Items that can be pickled, in a temporary file without a name. In memory is where each of them ends: 8 bytes.
+    """Picklable items in a temporary file without a name. In memory is the position where each item ends: 8 bytes.
 
-    An item is read anew whenever it is asked for. The file lies where Python puts temporary ones (`TMPDIR`) and is gone
-    with the process, however that ends. Raises InputError, naming the folder, for whatever its disk refuses.
+    An item is read from disk every time it is asked for. The file lies where Python puts temporary files (`TMPDIR`) and
+    disappears with the process, however that ends. Raises InputError, naming the folder, when the disk is full.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""A pack: trees laid end to end as one flat sequence, with their pictures, labels and weights. One forward pass.
+"""A pack: trees laid end to end as one flat sequence, with their images, targets and loss weights. One forward pass.
 
-Its invariant: nothing in a pack says more or less than its examples one by one. Every example keeps its tokens, its
-positions, its targets and its loss weights; only the tokens of a shared prefix stand there once.
+Invariant: a pack holds exactly what its examples hold one by one. Every example keeps its tokens, its positions, its
+targets and its loss weights; only the tokens of a shared prefix are stored once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,17 +31,17 @@ MAY_PASS = frozenset(
     | {errno.ETIMEDOUT, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
     | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 )
-"""What a network file system says that is slow or gone for a while; of a vanished mount, that there is no such file."""
+"""Errors of a network file system that is slow or gone for a while; a vanished mount reports missing files."""
 
 
 class Lost(NamedTuple):
-    """An example left out of its pack, because an image of its page cannot be read."""
+    """An example that is left out of its pack because an image of its page cannot be read."""
 
     id: str
     where: str
     reason: str
     weight: float
-    """Its part of the step's loss: the weights of all supervised rows of a step add up to 1, and these are missing."""
+    """Its share of the step's loss: the weights of all target rows of a step add up to 1, and these are missing."""
 
     def __str__(self) -> str:
         return f"{self.where}: example {self.id}: {self.reason}"
@@ -49,12 +49,12 @@ class Lost(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """T tokens of B examples with R supervised rows. May be empty: T = B = R = 0.
+    """T tokens of B examples with R target rows. May be empty: T = B = R = 0.
 
     input_ids     [T] int64; the places of an image hold the image token's id, `num_image_tokens(h, w)` times
     layout        where trees, prefixes and branches lie; the branches are the examples, in order
-    tiles         [n, 3, 336, 336] uint8, the local crops of all pictures; the model makes the global ones
-    image_sizes   [images, 2] int64, padded (h, w) in pixels of every picture, in the order of the tokens
+    tiles         [n, 3, 336, 336] uint8, the local crops of all images; the model makes the global views
+    image_sizes   [images, 2] int64, padded (h, w) in pixels of every image, in the order of the tokens
     rows          [R] int64, tokens whose next token in their branch is a target; of a prompt, its last token
     targets       [R] int64, the next token (0 for a prompt)
     weights       [R] float32, the loss is the sum of weight * cross entropy (0 for a prompt)
@@ -80,14 +80,14 @@ class Pack:
 
     @property
     def crops(self) -> int:
-        """Crops the vision tower sees, local and global."""
+        """Tiles and global views."""
         return self.tiles.shape[0] + self.image_sizes.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Pack:
         return _changed(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Pack:
-        """The pack in page-locked memory, for `to("cuda", non_blocking=True)`. The DataLoader calls this by name."""
+        """The pack in page-locked memory, for `to("cuda", non_blocking=True)`."""
         return _changed(self, lambda tensor: tensor.pin_memory())
 
 
@@ -112,16 +112,16 @@ def make_pack(
     pauses_s: Iterable[float] = (),
     on_bad_example: OnBadExample = "stop",
 ) -> Pack:
-    """The pack of some planned trees; `encoded[i]` is example i of the plan.
+    """The pack of some scheduled trees; `encoded[i]` is example i of the schedule.
 
-    An example without supervised tokens is a prompt: its one row is its last token. Every image file is read once.
+    An example without targets is a prompt: its one row is its last token. Every image file is read once.
 
-    While an image cannot be read for a reason that may pass, it is tried again after each of `pauses_s`; all images of
-    the pack draw from them, so that a pack takes no longer than their sum. An image that still cannot be read, or has
-    changed since it was encoded, is an InputError naming example and file; with `on_bad_example="skip"`, the examples
-    of its trees are left out and listed in `lost`.
+    While an image cannot be read for a reason that may pass, it is tried again after each of `pauses_s`. All images of
+    the pack share these pauses, so that a pack takes no longer than their sum. An image that still cannot be read, or
+    has changed since it was encoded, is an InputError naming example and file; with `on_bad_example="skip"` the
+    examples of its trees are left out and listed in `lost`.
     """
-    pictures = _Pictures(num_crops, pauses_s)
+    images = _Images(num_crops, pauses_s)
     layout, shown, ids = [], list[Tensor](), []
     image_sizes: list[tuple[int, int]] = []
     lost: list[Lost] = []
@@ -134,7 +134,7 @@ def make_pack(
         first = encoded[tree.examples[0]]
         prefix = first.prefix_tokens
         try:
-            shown += [pictures.read(*image) for image in zip(first.images, first.image_sizes, strict=True)]
+            shown += [images.read(*image) for image in zip(first.images, first.image_sizes, strict=True)]
         except InputError as error:
             examples = [encoded[index] for index in tree.examples]
             lost += [
@@ -186,8 +186,8 @@ def _expanded(example: Encoded, image_token_id: int) -> tuple[NDArray[np.int32],
     return np.repeat(example.ids, repeats), np.flatnonzero(np.repeat(example.supervised, repeats))
 
 
-class _Pictures:
-    """The pictures of a pack: every image file is read once, whether that ends well or not."""
+class _Images:
+    """The images of a pack: every file is read once, whether that succeeds or not."""
 
     def __init__(self, num_crops: int, pauses_s: Iterable[float]) -> None:
         self._num_crops = num_crops
@@ -195,15 +195,15 @@ class _Pictures:
         self._read: dict[str, Tensor | str] = {}
 
     def read(self, image: str, size: tuple[int, int]) -> Tensor:
-        """The crops of an image file, uint8 [n, 3, 336, 336]. Raises InputError if they cannot be had at this size."""
+        """The tiles of an image file, uint8 [n, 3, 336, 336]. Raises InputError unless its padded size is `size`."""
         if image not in self._read:
-            self._read[image] = self._picture_or_reason(image, size)
+            self._read[image] = self._tiles_or_reason(image, size)
         read = self._read[image]
         if isinstance(read, str):
             raise InputError(read)
         return read
 
-    def _picture_or_reason(self, image: str, size: tuple[int, int]) -> Tensor | str:
+    def _tiles_or_reason(self, image: str, size: tuple[int, int]) -> Tensor | str:
         waited = 0.0
         while True:
             try:
@@ -221,7 +221,7 @@ class _Pictures:
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is one of the file system and not of the file."""
+    """Whether an error, or its cause, comes from the file system and not from the file."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in MAY_PASS:
             return True
@@ -229,5 +229,5 @@ def _may_pass(error: BaseException | None) -> bool:
     return False
 
 
-def _joined(pieces: Sequence[NDArray], dtype: torch.dtype) -> Tensor:
+def _joined(pieces: Sequence[NDArray[Any]], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.concatenate(pieces)).to(dtype) if pieces else torch.zeros(0, dtype=dtype)

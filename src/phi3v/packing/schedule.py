@@ -1,8 +1,8 @@
-"""Which examples are in which pack, of which rank, of which optimizer step: arithmetic on lengths, nothing else.
+"""Which examples are in which pack, on which rank, in which optimizer step: arithmetic on lengths, nothing else.
 
-A plan is a pure function of (lengths, settings, seed, epoch). Every rank computes the same plan and takes its own part
-of it. Its invariant: the loss of a step is the sum of weight * cross entropy over the supervised rows of all its packs
-on all ranks, however many packs and ranks there are.
+A schedule is a pure function of (lengths, settings, seed, epoch). Every rank computes the same schedule and takes its
+own part. Invariant: the loss of a step is the sum of weight * cross entropy over the target rows of all its packs on
+all ranks, however many packs and ranks there are.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from phi3v.packing.trees import Floats, Ints, Lengths, PackLimits, PackTree, mak
 Questions = Literal["all", "expected", "random"]
 Weighting = Literal["example", "token"]
 PackPlan = tuple[PackTree, ...]
-"""The trees of one pack: one forward pass of one rank. It may be empty."""
+"""The trees of a pack, one forward pass of one rank; may be empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What an optimizer step is made of."""
+    """What makes an optimizer step."""
 
     batch_size: int
     """Examples (`questions="all"`) or pages (`"expected"`, `"random"`) of an optimizer step, over all ranks."""
 
     questions: Questions = "all"
-    """What counts when a page has several questions. `all`: every question is an example. `expected`: the page
-    counts once, its questions averaged. `random`: the page counts once, with one question drawn anew every epoch;
-    `expected` is the expectation of that draw."""
+    """How pages with several questions count. `all`: every question is an example. `expected`: the page counts once,
+    its questions averaged. `random`: the page counts once, with one question drawn every epoch; `expected` is the
+    expectation of that draw."""
 
     weighting: Weighting = "example"
     """`example`: mean over the supervised tokens of each example, then over the examples. `token`: mean over all
@@ -52,7 +52,7 @@ class PlanSettings:
 
 
 class Step(NamedTuple):
-    """One optimizer step, counted over all ranks."""
+    """Counts of one optimizer step over all ranks."""
 
     number: int
     """Within the epoch, from 0."""
@@ -64,16 +64,16 @@ class Step(NamedTuple):
     packs: int
     """Packs of every rank: equal, so that some may be empty."""
     rows: int
-    """Supervised rows: tokens that carry loss."""
+    """Target rows: tokens whose next token carries loss."""
     pairs: int
-    """A query token and a key token that it sees: what attention has to compute."""
+    """Pairs of a query token and a key token that it sees: the work of attention."""
 
 
 @dataclass(frozen=True)
 class EpochPlan:
     """The steps of one epoch: step k sees the examples `order[bounds[k]:bounds[k + 1]]`, page by page.
 
-    Only the order is held; a step is packed when it is asked for, so a run resumes at any step at no cost.
+    Only the order is held. A step is packed when it is asked for, so that a run resumes at any step at no cost.
     """
 
     lengths: Lengths = field(repr=False)
@@ -90,10 +90,10 @@ class EpochPlan:
         return self.order[self.bounds[step] : self.bounds[step + 1]]
 
     def weights(self, step: int) -> Floats:
-        """Loss weight of every supervised token of each example of a step, in the order of `examples(step)`.
+        """Loss weight of every target token of each example of a step, in the order of `examples(step)`.
 
-        With n supervised tokens in an example, E examples and S supervised tokens in the step, and q questions of
-        a page among P pages:
+        With n target tokens in an example, E examples and S target tokens in the step, and q questions of a page among
+        P pages:
 
             example             1 / (n E)
             example, expected   1 / (n q P)
@@ -109,7 +109,7 @@ class EpochPlan:
         return 1.0 / (supervised * len(examples))
 
     def packs(self, step: int, num_ranks: int = 1) -> tuple[Step, list[list[PackPlan]]]:
-        """A step and its packs by rank. Which examples a step holds, and their weights, do not depend on the ranks."""
+        """The counts of a step, and its packs by rank. The examples and their weights do not depend on the ranks."""
         examples = self.examples(step)
         trees = make_trees(examples, self.weights(step), self.lengths, self.settings.limits)
         ranks = pack_trees(trees, self.settings.limits, num_ranks)
@@ -126,7 +126,7 @@ class EpochPlan:
         return counts, ranks
 
     def _pairs(self, trees: Sequence[PackTree]) -> int:
-        """A prefix is causal; a branch sees all of the prefix, and itself causally."""
+        """A prefix is causal; a branch sees its whole prefix, and itself causally."""
         examples = np.array([i for tree in trees for i in tree.examples], dtype=np.int64)
         prefixes = self.lengths.prefix[[tree.examples[0] for tree in trees]]
         prefix, tokens = self.lengths.prefix[examples], self.lengths.tokens[examples]
@@ -137,8 +137,9 @@ class EpochPlan:
 def plan_epoch(lengths: Lengths, settings: PlanSettings, *, seed: int, epoch: int) -> EpochPlan:
     """The steps of an epoch: pages in a new order, each with all its questions (`random`: one of them).
 
-    Every example is seen once an epoch (`random`: every page once). Steps hold exactly `batch_size` units, the
-    last one of an epoch the rest; with `questions="all"` a step border may cut a page in two.
+    Every example is seen once an epoch (`random`: every page once). A step holds exactly `batch_size` examples or
+    pages, the last one of an epoch the rest. With `questions="all"` a step border may cut a page in two. Raises
+    InputError for an example without a target, and when the batch is larger than the data.
     """
     unlabelled = np.flatnonzero(lengths.supervised == 0)
     if len(unlabelled):
@@ -175,9 +176,9 @@ def _random_bits(seed: int, epoch: int, purpose: Literal["pages", "question"], c
 def plan_prompts(
     lengths: Lengths, limits: PackLimits, *, max_new_tokens: int, num_ranks: int = 1, pages_at_once: int = 256
 ) -> Iterator[list[list[PackPlan]]]:
-    """Packs by rank for generation, over all ranks every prompt once, each page with all its prompts.
+    """Packs by rank for generation: every prompt once over all ranks, each page with all its prompts.
 
-    The pages go in order, `pages_at_once` packed together. Every branch keeps room for `max_new_tokens`.
+    Pages keep their order, `pages_at_once` of them are packed together. Every branch leaves room for `max_new_tokens`.
     """
     order = np.argsort(lengths.page, kind="stable")
     ends = np.bincount(lengths.page, minlength=lengths.num_pages).cumsum()
@@ -189,10 +190,10 @@ def plan_prompts(
 
 
 def pack_trees(trees: Sequence[PackTree], limits: PackLimits, num_ranks: int) -> list[list[PackPlan]]:
-    """Packs by rank, the same number for every rank, within both budgets except for a tree that alone exceeds one.
+    """Packs by rank, the same number for every rank, within both limits except for a tree that exceeds one alone.
 
-    Best-fit decreasing says how few packs are needed. That number, rounded up to a multiple of the ranks, is then
-    filled evenly, so that no rank waits for another; where an even filling does not fit, best fit stays and the
+    Best-fit decreasing finds how few packs are needed. That number, rounded up to a multiple of the ranks, is then
+    filled evenly, so that no rank waits for another. Where that does not fit, the packs of best fit stay, and the
     missing packs are empty.
     """
     bins = _best_fit(trees, limits)
@@ -207,7 +208,7 @@ def pack_trees(trees: Sequence[PackTree], limits: PackLimits, num_ranks: int) ->
 
 
 class _Bin:
-    """A pack being filled. Its load is tokens and crops as parts of their budgets, in integers, the same everywhere."""
+    """A pack being filled. Its load is tokens and crops relative to their limits, in exact integers."""
 
     def __init__(self, limits: PackLimits) -> None:
         self.limits = limits

@@ -1,8 +1,7 @@
-"""Which examples look at the same page, and how a handful of examples becomes trees.
+"""Which examples look at the same page, and how the examples of a step become trees.
 
-Everything here is arithmetic on lengths: no tokens, no pictures. A tree is a prefix that is computed once and the
-examples that share it. The one invariant: cutting a page into several trees never changes the loss, it only costs the
-prefix again.
+Everything here is arithmetic on lengths: no tokens, no images. Invariant: cutting a page into several trees never
+changes the loss; it only computes the prefix again.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ class PackLimits:
     """What one pack may hold, and where the RoPE regime changes."""
 
     max_tokens_per_pack: int
-    """Tokens of all trees of a pack together. An example that alone has more gets a pack of its own. So does a page
-    that leaves less than an eighth of this for its questions: that much they get, before the page is computed again."""
+    """Tokens of all trees of a pack together. An example that has more gets a pack of its own. The questions of a page
+    may use at least an eighth of this limit, even past it, before the page is computed again in another tree."""
 
     max_crops_per_pack: int
-    """Crops (global and local) of all pages of a pack together. A page that alone has more gets a pack of its own."""
+    """Tiles and global views of all images of a pack together. A page that has more gets a pack of its own."""
 
     original_max: int = 4096
     """An example uses the long RoPE factors when it has more tokens than this."""
@@ -50,7 +49,7 @@ class PackLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """What a plan needs to know of n examples: [n] int64 arrays, 40 MB for a million examples."""
+    """The lengths of n examples: [n] int64 arrays, 40 MB for a million examples."""
 
     page: Ints
     """Number of the page of each example, 0 .. num_pages - 1; equal numbers share images and prefix tokens."""
@@ -69,7 +68,7 @@ class Lengths:
 
     @classmethod
     def of(cls, encoded: Iterable[Encoded]) -> Lengths:
-        """Of examples that are looked at once, one after the other."""
+        """The lengths of encoded examples; the iterable is read once."""
         rows = ((page, e.tokens, e.prefix_tokens, e.crops, e.num_supervised) for page, e in _paged(encoded))
         page, tokens, prefix, crops, supervised = np.fromiter(rows, dtype=(np.int64, 5)).T.copy()
         return cls(page=page, tokens=tokens, prefix=prefix, crops=crops, supervised=supervised)
@@ -82,12 +81,12 @@ class Lengths:
         return int(self.page.max()) + 1 if len(self) else 0
 
     def oversized(self, limits: PackLimits) -> Ints:
-        """The examples that alone exceed a budget, so that their pages are planned into packs of their own."""
+        """The examples that exceed a limit alone; their pages get packs of their own."""
         return np.flatnonzero((self.tokens > limits.max_tokens_per_pack) | (self.crops > limits.max_crops_per_pack))
 
 
 class PackTree(NamedTuple):
-    """One tree of a plan. Its examples are the branches, in order."""
+    """A tree before it is made: its examples are the branches, in order."""
 
     examples: tuple[int, ...]
     weights: tuple[float, ...]
@@ -107,7 +106,7 @@ def group(encoded: Iterable[Encoded]) -> Ints:
 
 
 def _paged(encoded: Iterable[Encoded]) -> Iterator[tuple[int, Encoded]]:
-    """Every example with the number of its page."""
+    """Yields every example with the number of its page."""
     pages: dict[object, int] = {}
     for index, example in enumerate(encoded):
         key: object = index

@@ -254,7 +254,7 @@ def steps(run: Run, data: TrainingData, ranks: Ranks, *, first_step: int, total_
         while True:
             plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch)
             packs = training_packs(
-                data.encoded, plan, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, tell=say
+                data.encoded, plan, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, log=say
             )
             before = time.monotonic()
             for micro in packs:
