@@ -89,7 +89,7 @@ def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
         ({"dora": True}, "--dora has no effect without --lora or --qlora"),
         ({"lora": True, "double_quant": True}, "--double-quant has no effect without --qlora"),
         ({"lora": True, "quantize": ("vision",)}, "--quantize has no effect without --qlora"),
-        ({"qlora": True, "lora_init": "pissa"}, "--lora-init pissa decomposes the weights, which --qlora has quantis"),
+        ({"qlora": True, "lora_init": "pissa"}, "--lora-init pissa decomposes the weights, which --qlora quantizes"),
         ({"qlora": True, "freeze": ("embeddings",)}, "--freeze embeddings has no effect with --lora"),
         ({"max_minutes": 0.0}, "--max-minutes 0.0: must be greater than 0"),
         ({"rank_timeout_minutes": 0.0}, "--rank-timeout-minutes 0.0: must be greater than 0"),
@@ -99,17 +99,20 @@ def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
         ({"freeze": ("vision",), "vision_learning_rate": 1e-5}, "--vision-learning-rate has no effect"),
         (
             {"optimizer": "adamw-8bit", "parallel": "zero2"},
-            "--optimizer adamw-8bit cannot be split by --parallel zero2",
+            "--optimizer adamw-8bit cannot be sharded by --parallel zero2",
         ),
         (
             {"optimizer": "adamw-bf16", "parallel": "fsdp2"},
-            "--optimizer adamw-bf16 cannot be split by --parallel fsdp2",
+            "--optimizer adamw-bf16 cannot be sharded by --parallel fsdp2",
         ),
         (
             {"optimizer": "adamw-bf16", "dtype": "fp16"},
-            "--optimizer adamw-bf16 cannot learn in --dtype fp16: loss scaling",
+            "--optimizer adamw-bf16 cannot be combined with --dtype fp16",
         ),
-        ({"optimizer": "adamw-bf16"}, "--optimizer adamw-bf16 cannot learn in --dtype fp32: its weights are bf16"),
+        (
+            {"optimizer": "adamw-bf16"},
+            "--optimizer adamw-bf16 cannot be combined with --dtype fp32: its weights are bf16",
+        ),
         ({"eval_every_steps": 5}, "--eval-every-steps needs --eval"),
         ({"track": ("no_such_tracker",)}, "--track no_such_tracker: must be tensorboard, wandb, mlflow, trackio"),
     ],

@@ -36,111 +36,113 @@ Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The checkpoint training starts from."""
+    """The checkpoint that training starts from, and how it is computed."""
 
     model: str = "microsoft/Phi-3.5-vision-instruct"
     """A folder in the published layout, or a name on the Hugging Face Hub."""
 
     num_crops: Count | None = None
-    """Tiles an image may be cut into: 16 suits single images, 4 several frames. Default: the checkpoint's own."""
+    """Largest number of tiles an image is cut into: 16 suits single images, 4 several frames. Default: the
+    checkpoint's own."""
 
     attention: Attention = "auto"
-    """How attention is computed. All choices compute the same. auto: flash_attention_2 (PyTorch's kernel, or that of
-    flash-attn) on CUDA in bf16 or fp16, else sdpa."""
+    """Attention backend; all compute the same function. auto: flash_attention_2 (PyTorch's own kernel, or the
+    flash-attn package) on CUDA in bf16 or fp16, otherwise sdpa."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the layers with torch.compile, which takes its time at the start: the same arithmetic in fewer kernels.
-    auto: on for CUDA, unless the weights are split over processes or `--dora` is on."""
+    """Compile the layers with torch.compile: the same arithmetic in fewer kernels, after a slow start. auto: on for
+    CUDA, unless the weights are split over processes or `--dora` is on."""
 
     fp8: bool = False
-    """Multiply in fp8 in the decoder while it learns: approximate, faster on Hopper, Ada and later, needs torchao."""
+    """Train the decoder with fp8 matrix products: approximate, faster on Hopper, Ada and later, needs torchao."""
 
     deterministic: bool = False
     """Use deterministic algorithms only, so that a resumed run on a GPU repeats the same bits. Slower; an operation
     without a deterministic form is an error."""
 
     dtype: Precision = "auto"
-    """Precision of the arithmetic. Trainable weights are kept in float32, frozen ones in this precision. auto: bf16
-    where the hardware has it, else fp16 with loss scaling on CUDA, else fp32; with `--optimizer adamw-bf16` bf16."""
+    """Precision of the computation. Trainable weights are kept in float32, frozen ones in this precision. auto: bf16
+    where the hardware supports it, otherwise fp16 with loss scaling on CUDA and fp32 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is learnt from, and how it is laid out in steps and packs."""
+    """The data, and how it is divided into steps and packs."""
 
     train: Path | None = None
-    """Training conversations, one JSON object a line."""
+    """Training conversations, one JSON object per line."""
 
     eval: Path | None = None
-    """Conversations to be evaluated on, in the same format."""
+    """Conversations to evaluate on, in the same format."""
 
     image_root: Path | None = None
-    """Folder the image paths are relative to. Default: the folder `images` beside each data file."""
+    """Folder that image paths are relative to. Default: the folder `images` beside each data file."""
 
     batch_size: Count = 16
-    """Examples (`--questions all`) or pages (otherwise) of an optimizer step, exactly, however many packs they fill."""
+    """Examples (with `--questions all`) or pages per optimizer step, over all processes and packs."""
 
     questions: Literal["all", "expected", "random"] = "all"
-    """Pages with several questions. all: every question is an example. expected: the page counts once, its questions
-    averaged. random: the page counts once, with one question drawn anew every epoch."""
+    """How pages with several questions count. all: every question is an example. expected: the page counts once, its
+    questions averaged. random: the page counts once, with one question drawn every epoch."""
 
     weighting: Literal["example", "token"] = "example"
-    """example: mean over an example's supervised tokens, then over examples. token: mean over all supervised tokens."""
+    """example: mean over the target tokens of each example, then over examples. token: mean over all target
+    tokens."""
 
     share_prefix: bool = True
-    """Compute a page once for all its questions. The loss is the same without, only slower."""
+    """Compute a page once for all its questions. Off: the same loss, slower."""
 
     pack: bool = True
-    """Several pages in one forward pass. The loss is the same without, only slower."""
+    """Put several pages into one forward pass. Off: the same loss, slower."""
 
     max_tokens_per_pack: Count | None = None
-    """Tokens of one forward pass. Larger keeps a GPU busier until memory runs out; the result is the same. Default:
-    8192 on a GPU, 4096 on a CPU, which one page keeps busy."""
+    """Tokens per forward pass. More keep a GPU busier, as long as memory suffices; the result is the same. Default:
+    8192 on a GPU, 4096 on a CPU."""
 
     max_crops_per_pack: Count = 64
-    """336x336 crops of one forward pass."""
+    """Crops of 336x336 pixels per forward pass, counting tiles and one global view for each image."""
 
     num_workers: NonNegativeInt | None = None
-    """Processes that read images. Default: one for every core but one, at most 4, and none on two cores or fewer."""
+    """Processes that read images. Default: one per core but one, at most 4; none on two cores or fewer."""
 
     on_bad_example: Literal["stop", "skip"] = "stop"
-    """An image that has become unreadable while the run goes on. stop: end, naming it. skip: go on without its examples
+    """When an image becomes unreadable during the run. stop: end and name it. skip: continue without its examples
     (the mean is over the others), list them in log.jsonl and count them in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Which weights learn."""
+    """Which weights are trained."""
 
     freeze: tuple[Part, ...] = ()
-    """Parts that do not learn. vision: CLIP. projector: the image projection and separators. embeddings: tokens."""
+    """Parts that are not trained. vision: CLIP. projector: image projection and separators. embeddings: tokens."""
 
     freeze_vision_model: bool = False
     """Freeze the image embedder: short for `--freeze vision projector`."""
 
     lora: bool = False
-    """Train low-rank adapters instead of the weights: on the decoder, its head, and the parts that are not frozen."""
+    """Train low-rank adapters (LoRA) on the decoder, its head, and the parts that are not frozen."""
 
     qlora: bool = False
-    """LoRA over a base whose decoder weights are held in four bits (nf4)."""
+    """LoRA on a base model whose decoder weights are quantized to four bits (nf4)."""
 
     quantize: tuple[Literal["vision", "projector"], ...] = ()
-    """Further parts that `--qlora` holds in four bits."""
+    """Further parts that `--qlora` quantizes."""
 
     double_quant: bool = False
-    """With `--qlora`: quantise the scales as well, 0.4 bits less a weight."""
+    """With `--qlora`: quantize the scales as well, which saves 0.4 bits per weight."""
 
     lora_rank: Count = 64
     """Rank of the adapters."""
 
     lora_alpha: Positive | None = None
-    """Scale of the adapters. Default: twice the rank."""
+    """LoRA alpha, the scale of the adapters. Default: twice the rank."""
 
     lora_dropout: Fraction = 0.0
     """Dropout before the adapters."""
 
     lora_init: Literal["gaussian", "default", "pissa", "olora"] = "gaussian"
-    """How the adapters start. default: PEFT's Kaiming."""
+    """Initialization of the adapters. default: PEFT's Kaiming uniform."""
 
     dora: bool = False
     """Decompose the weights into direction and magnitude (DoRA)."""
@@ -149,8 +151,8 @@ class Tuning:
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
 
     activation_checkpointing: Annotated[Literal["auto", "none", "full"], arg(aliases=["--activation-memory"])] = "auto"
-    """full: keep only the layers' inputs and recompute the rest in the backward pass. none: keep everything. auto: on a
-    GPU recompute as few layers as its free memory needs, on a CPU none."""
+    """full: keep only the inputs of the layers and recompute the rest in the backward pass. none: keep all
+    activations. auto: on a GPU recompute as few layers as its free memory requires, on a CPU none."""
 
     @property
     def frozen(self) -> tuple[Part, ...]:
@@ -159,7 +161,7 @@ class Tuning:
 
     @property
     def adapters(self) -> bool:
-        """Whether adapters learn, not the weights themselves."""
+        """Whether adapters are trained instead of the weights."""
         return self.lora or self.qlora
 
     @property
@@ -172,23 +174,23 @@ class Optim:
     """AdamW and its schedule. The defaults are the original recipe's."""
 
     optimizer: Optimizer = "adamw"
-    """adamw: all float32, 16 bytes a weight that learns. adamw-8bit: moments in eight bits, 10 bytes (pip install
-    'phi3v[qlora]'). adamw-bf16: weights, gradients and moments in bf16, stochastically rounded, 8 bytes."""
+    """adamw: float32, 16 bytes per trained weight. adamw-8bit: moments in eight bits, 10 bytes (pip install
+    'phi3v[qlora]'). adamw-bf16: weights, gradients and moments in bf16 with stochastic rounding, 8 bytes."""
 
     epochs: Positive = 1.0
-    """Passes over the data; a fraction stops within one."""
+    """Passes over the data; may be fractional."""
 
     max_steps: Count | None = None
-    """Stop after this many optimizer steps; the schedule ends there too."""
+    """Number of optimizer steps, instead of `--epochs`."""
 
     learning_rate: Positive = 4e-5
-    """Of everything without a learning rate of its own."""
+    """Learning rate of everything that has no learning rate of its own."""
 
     vision_learning_rate: NonNegative | None = None
-    """Of CLIP."""
+    """Learning rate of CLIP."""
 
     projector_learning_rate: NonNegative | None = None
-    """Of the image projection and separators."""
+    """Learning rate of the image projection and separators."""
 
     weight_decay: NonNegative = 0.01
     """Weight decay, applied to the groups that `--decay` names."""
@@ -204,79 +206,79 @@ class Optim:
     """Decay of the second moment."""
 
     eps: Positive = 1e-7
-    """Added to the denominator."""
+    """AdamW's epsilon."""
 
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Clip gradients to this global norm."""
 
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Of the learning rate after the warm-up."""
+    """Learning rate schedule after the warm-up."""
 
     warmup_steps: NonNegativeInt = 50
-    """Steps in which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """How several processes share the work (`torchrun --nproc_per_node=N -m phi3v train ...`)."""
+    """Several processes (`torchrun --nproc_per_node=N -m phi3v train ...`)."""
 
     parallel: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
-    """ddp: every GPU holds everything. zero1, zero2: the optimizer's state (and gradients) are split. fsdp2, zero3: the
-    weights too. auto: zero2 for the whole model (fsdp2 without DeepSpeed), ddp for adapters, on CPUs, and for any
-    `--optimizer` but adamw, which is the only one that can be split."""
+    """ddp: every GPU holds everything. zero1, zero2: the optimizer state (and the gradients) are sharded. fsdp2, zero3:
+    the weights as well. auto: zero2 for the whole model (fsdp2 without DeepSpeed); ddp for adapters, on CPUs, and for
+    every `--optimizer` but adamw, the only one that can be sharded."""
 
     rank_timeout_minutes: Positive = 30.0
-    """A process that has not come to where the others wait after so long is reported, and the job ends."""
+    """Report a process that keeps the others waiting for longer than this, and end the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Answering the questions of `--eval`."""
+    """Evaluation on the questions of `--eval`."""
 
     eval_before: bool = True
     """Evaluate before training."""
 
     eval_every_steps: Count | None = None
-    """Evaluate every so many steps."""
+    """Evaluate after every this many steps."""
 
     eval_limit: Count | None = None
-    """Questions of the evaluations before and during training, evenly spread. The final one always takes all."""
+    """Number of questions, evenly spread, in evaluations before and during training; the final one uses all."""
 
     max_new_tokens: Count = 64
-    """Longest answer, in tokens."""
+    """Maximum length of an answer, in tokens."""
 
     score: Literal["generate", "labels", "both"] = "generate"
-    """generate: the answer is what the model writes. labels: of a closed set of labels, the most likely one, found in
-    one pass. both: written answers, and the scores of the labels beside them (accuracy, AUROC)."""
+    """generate: score the text the model generates. labels: choose the most likely of a closed set of labels, in one
+    forward pass. both: score generated answers, and the labels beside them (accuracy, AUROC)."""
 
     labels: tuple[str, ...] = ()
-    """The closed set. Default: the answers of the training data, if they are few."""
+    """The closed set of labels. Default: the answers of the training data, if there are few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """The run folder and what goes on around the loop."""
+    """The run folder, checkpoints and logging."""
 
     out: Path = Path("runs/latest")
-    """The run folder. A finished run in it is never overwritten."""
+    """The run folder. A finished run is never overwritten."""
 
     save_every_steps: Count | None = None
-    """Checkpoint every so many steps. One is always written at the end."""
+    """Save a checkpoint after every this many steps; one is always saved at the end."""
 
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept, besides the one that scored best."""
+    """Number of newest checkpoints to keep, besides the best one."""
 
     resume: Literal["no", "auto"] = "no"
-    """auto: go on exactly where the newest whole checkpoint in the run folder stands, or start where there is none."""
+    """auto: continue exactly from the newest intact checkpoint in the run folder, or start if there is none."""
 
     max_minutes: Positive | None = None
-    """Checkpoint and end after so long, to be resumed."""
+    """Save a checkpoint and stop after this time, to be resumed."""
 
     seed: NonNegativeInt = 42
-    """Of the data order, adapters and dropout."""
+    """Seed of the data order, the adapters and dropout."""
 
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Trackers that receive the log as well."""
+    """Experiment trackers that receive the log."""
 
     profile_steps: str | None = None
     """Write a trace of these steps, FIRST:LAST, to `profile/` in the run folder (chrome://tracing or Perfetto)."""
@@ -285,7 +287,7 @@ class Keeping:
     """Show a progress bar."""
 
     dry_run: bool = False
-    """Print what would be done, and stop."""
+    """Print the resolved run and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,9 +303,9 @@ class Run:
     keeping: Keeping = field(default_factory=Keeping)
 
     def check(self) -> None:
-        """Raises InputError, naming the flag to change, for what cannot be run."""
+        """Raises InputError, naming the flag to change, for settings that exclude each other."""
         if self.data.train is None:
-            raise InputError("--train is missing: give the training conversations, a .jsonl file")
+            raise InputError("--train is missing: name the .jsonl file of training conversations")
         if self.evaluation.labels and self.evaluation.score == "generate":
             raise InputError("--labels has no effect with --score generate: choose labels or both")
         if self.evaluation.eval_every_steps is not None and self.data.eval is None:
@@ -325,31 +327,31 @@ class Run:
             if not self.tuning.qlora and values[name]:
                 raise InputError(f"--{name.replace('_', '-')} has no effect without --qlora")
         if self.tuning.qlora and self.tuning.lora_init in ("pissa", "olora"):
-            raise InputError(f"--lora-init {self.tuning.lora_init} decomposes the weights, which --qlora has quantised")
+            raise InputError(f"--lora-init {self.tuning.lora_init} decomposes the weights, which --qlora quantizes")
         if self.base.fp8 and self.tuning.adapters:
-            raise InputError("--fp8 is for weights that learn: leave it out with --lora and --qlora")
+            raise InputError("--fp8 is for trained weights: it cannot be combined with --lora or --qlora")
         optimizer, parallel = self.optim.optimizer, self.scaling.parallel
         if optimizer != "adamw" and parallel not in ("auto", "ddp"):
-            raise InputError(f"--optimizer {optimizer} cannot be split by --parallel {parallel}: choose ddp")
+            raise InputError(f"--optimizer {optimizer} cannot be sharded by --parallel {parallel}: choose ddp")
         if optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--optimizer adamw-8bit needs bitsandbytes: pip install 'phi3v[qlora]'")
         if optimizer == "adamw-bf16" and self.base.dtype == "fp16":
             raise InputError(
-                "--optimizer adamw-bf16 cannot learn in --dtype fp16: loss scaling is for gradients in fp16, its own "
-                "are bf16 (choose --dtype bf16, or --optimizer adamw-8bit)"
+                "--optimizer adamw-bf16 cannot be combined with --dtype fp16: its weights and gradients are bf16 (choose "
+                "--dtype bf16, or --optimizer adamw-8bit)"
             )
         if optimizer == "adamw-bf16" and self.base.dtype == "fp32":
-            raise InputError("--optimizer adamw-bf16 cannot learn in --dtype fp32: its weights are bf16")
+            raise InputError("--optimizer adamw-bf16 cannot be combined with --dtype fp32: its weights are bf16")
         if "embeddings" in self.tuning.frozen and self.tuning.adapters:
-            raise InputError("--freeze embeddings has no effect with --lora: adapters never touch the embeddings")
+            raise InputError("--freeze embeddings has no effect with --lora: the embeddings have no adapters")
 
     @property
     def precision(self) -> Precision:
-        """Of the arithmetic, as `pick_dtype` understands it: bf16 weights are multiplied in bf16 on any hardware."""
+        """Precision of the computation, for `pick_dtype`: bf16 weights are multiplied in bf16 on any hardware."""
         return "bf16" if self.optim.optimizer == "adamw-bf16" else self.base.dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested, with paths as strings: what `config.json` holds."""
+        """The settings as `config.json` holds them: nested, with paths as strings."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return plain
 
