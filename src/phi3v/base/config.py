@@ -337,8 +337,8 @@ class Run:
             raise InputError("--optimizer adamw-8bit needs bitsandbytes: pip install 'phi3v[qlora]'")
         if optimizer == "adamw-bf16" and self.base.dtype == "fp16":
             raise InputError(
-                "--optimizer adamw-bf16 cannot be combined with --dtype fp16: its weights and gradients are bf16 (choose "
-                "--dtype bf16, or --optimizer adamw-8bit)"
+                "--optimizer adamw-bf16 cannot be combined with --dtype fp16: its weights and gradients are bf16 "
+                "(choose --dtype bf16, or --optimizer adamw-8bit)"
             )
         if optimizer == "adamw-bf16" and self.base.dtype == "fp32":
             raise InputError("--optimizer adamw-bf16 cannot be combined with --dtype fp32: its weights are bf16")
