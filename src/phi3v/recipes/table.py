@@ -113,8 +113,12 @@ def with_mode(run: Run, table: Table, mode: Mode | None) -> Run:
     )
 
 
-def show(name: str | None = None) -> None:
-    """Prints the recipes, or one of them with its table; of `forkme`, the template, the source."""
+def show(name: str | None = None, /) -> None:
+    """Print the recipes, or one of them with its table.
+
+    Args:
+        name: A recipe, or `forkme` for the template of your own.
+    """
     if name == "forkme":
         print(Path(__file__).with_name("forkme.py").read_text(encoding="utf-8"), end="")  # as it is, for a file
     elif name is None:
