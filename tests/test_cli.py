@@ -440,6 +440,14 @@ def test_only_the_first_process_of_a_job_prints_help_and_typing_errors(words: li
     assert captured.out + captured.err == ""
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_gets_a_script_that_knows_commands_and_flags(shell: str, capsys) -> None:
+    assert main(["--completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "--learning-rate", "flex_attention"):
+        assert word in script
+
+
 def test_completion_in_a_real_bash(tmp_path: Path) -> None:
     """As `source <(phi3v --completion bash)` does it."""
     bash = shutil.which("bash")
