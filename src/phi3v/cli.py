@@ -1,27 +1,29 @@
-"""The roof: the commands, their flags from dataclasses and signatures, and nothing else.
+"""The command line: a table of commands, each a function whose signature gives the flags and docstring the help.
 
-A command is a line of COMMANDS: nothing but the room of the one that was asked for is imported.
+tyro parses, prints help, suggests and completes. Only the module of the command asked for is imported, so that help
+and misspelt flags do not wait for torch.
 """
 
 import contextlib
 import functools
 import importlib
+import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from tyro._errors import on_parse_error
+from tyro.conf import DisallowNone, arg
 from tyro.conf import OmitArgPrefixes as Flat
-from tyro.conf import arg
 
-from phi3v import __version__, usage
+from phi3v import __version__
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError, RankError
 from phi3v.recipes import RECIPES, find_recipe, load_recipe
@@ -32,21 +34,18 @@ class Command:
     """What `phi3v NAME` does."""
 
     function: str
-    """Its room and its name there: the signature has the flags, the docstring their texts."""
+    """`module:name` of the function to call."""
 
     purpose: str
-    """In a line."""
+    """One line of `phi3v --help`."""
 
     examples: tuple[str, ...]
-
-    common: tuple[str, ...] = ()
-    """Flags that `--help` shows, of a command that has too many for a screen. `--help-all` shows all."""
 
 
 COMMANDS = {
     "convert": Command(
         "phi3v.data.convert:convert",
-        "Turn data of another layout into jsonl to train on.",
+        "Convert data of other layouts to the jsonl format used for training.",
         ("phi3v convert imagefolder photos --out data --val-fraction 0.1",),
     ),
     "check": Command(
@@ -56,32 +55,27 @@ COMMANDS = {
     ),
     "look": Command(
         "phi3v.publish.look:look",
-        "Show data on a page as the model will see it.",
+        "Show data as the model will see it, as an HTML page.",
         ("phi3v look data/train.jsonl --model microsoft/Phi-3.5-vision-instruct",),
     ),
     "plan": Command(
         "phi3v.plan.command:plan",
-        "Say what fits on which GPUs, and the command to run.",
+        "Show what fits on which GPUs, and the command to run.",
         ("phi3v plan --train data/train.jsonl --gpu 4090", "phi3v plan docvqa --gpu H100 --num-gpus 8 --azure job.yml"),
     ),
     "train": Command(
         "phi3v.train.loop:train",
-        "Fine-tune a model: checks the data, trains, evaluates, saves, reports.",
+        "Fine-tune a model: check the data, train, evaluate, save, report.",
         (
             "phi3v train --train data/train.jsonl --eval data/val.jsonl --out runs/mine --lora",
-            "phi3v train docvqa --data-dir docvqa --mode lora       a recipe: phi3v recipes lists them",
-        ),
-        common=(
-            *("mode", "data-dir", "full-train", "prompts", "turns"),
-            *("model", "num-crops", "dtype", "train", "eval", "batch-size", "questions"),
-            *("freeze-vision-model", "lora", "qlora", "lora-rank", "optimizer", "epochs", "learning-rate"),
-            *("parallel", "eval-every-steps", "score", "out", "save-every-steps", "resume", "track", "dry-run"),
+            "phi3v train docvqa --data-dir docvqa --mode lora",
+            "phi3v train docvqa --help    (with the flags and defaults of this recipe)",
         ),
     ),
     "recipes": Command(
-        "phi3v.cli:recipes",
+        "phi3v.recipes.table:show",
         "List the recipes, or show one: data, settings, published scores.",
-        ("phi3v recipes docvqa", "phi3v recipes forkme > my_task.py       the template of your own"),
+        ("phi3v recipes docvqa", "phi3v recipes forkme > my_task.py    (the template for a recipe of your own)"),
     ),
     "evaluate": Command(
         "phi3v.infer.evaluate:evaluate",
@@ -90,27 +84,27 @@ COMMANDS = {
     ),
     "report": Command(
         "phi3v.publish.report:report",
-        "Show one run, or several beside each other, as one HTML page.",
+        "Show one run, or compare several, as an HTML page.",
         ("phi3v report runs/mine", "phi3v report runs/lora runs/full --out compared.html"),
     ),
     "chat": Command(
         "phi3v.infer.chat:chat",
-        "Ask about pictures, once or in a conversation.",
+        "Ask about images, once or in a conversation.",
         ('phi3v chat runs/mine --image page.png "What is the total?"',),
     ),
     "demo": Command(
         "phi3v.infer.demo:demo",
-        "Talk to a model in the browser, beside another if you like.",
+        "Talk to a model in the browser, or compare two.",
         ("phi3v demo runs/mine --compare base",),
     ),
     "predict": Command(
         "phi3v.infer.predict:predict",
-        "Answer every question of a data file, to a file; resumable.",
+        "Answer every question of a data file and write the answers to a file; resumable.",
         ("phi3v predict runs/mine data/questions.jsonl --out answers.jsonl",),
     ),
     "export": Command(
         "phi3v.publish.export:export",
-        "Make of a run a tested folder to publish or to serve.",
+        "Export a run as a verified, standalone model folder.",
         ("phi3v export runs/mine --out models/mine",),
     ),
     "merge": Command(
@@ -118,36 +112,149 @@ COMMANDS = {
         "Merge the adapter of a LoRA or QLoRA run into its base model.",
         ("phi3v merge runs/mine --out models/mine",),
     ),
+    "env": Command(
+        "phi3v.base.env:env",
+        "Show versions, devices and installed extras, to paste into an issue.",
+        ("phi3v env", "phi3v env --json"),
+    ),
 }
 
-NOTES = """phi3v COMMAND --help                 flags, and an example
-phi3v --completion bash|zsh|fish     a script that completes commands and flags
-phi3v --version"""
-HELP = {"-h", "--help", "--help-all"}
+DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
+  phi3v COMMAND --help               flags and examples of a command
+  phi3v --completion bash|zsh|fish   a script that completes commands and flags
+  phi3v --version"""
 SHELLS = ("bash", "zsh", "fish")
-BASH_FILES = """# tyro offers an empty word where it knows none; then it may be a file.
+BASH_FILES = """# tyro offers an empty word for a positional argument, which may be a file.
 _phi3v() { _tyro_phi3v "$@"; [ -n "${COMPREPLY[*]}" ] || COMPREPLY=(); }
 complete -o bashdefault -o default -F _phi3v phi3v"""
 
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Without a recipe a run has its own flags only."""
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns about every worker process
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns about every worker process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; the status is that of `status_of`."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return _status(lambda: _run(given))
+    """Run the command line and return the status of `status_of`. Help and misspelt flags end in tyro's SystemExit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return _status(lambda: _run(words))
 
 
 def status_of(work: Callable[[], Any]) -> int:
-    """0 when all went well, 2 when the user can mend what went wrong (one line says what), 130 after Ctrl-C."""
+    """Run `work`. Returns 0 on success, 2 on an InputError (printed as one line), 130 after Ctrl-C."""
     _silence()
     return _status(work)
+
+
+def _run(words: list[str]) -> Any:
+    if words[:1] == ["--version"]:
+        return print(f"phi3v {__version__}")
+    if words[:1] == ["--completion"]:
+        return _complete(*words[1:2])
+    streams = (sys.stdout, sys.stderr) if _rank() == 0 else (io.StringIO(), io.StringIO())
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):  # one message per job
+        work = parse(words)
+    _silence()
+    return work()
+
+
+def parse(words: Sequence[str]) -> Callable[[], Any]:
+    """Return the call that the words ask for, not yet made. Raises InputError, or SystemExit once tyro has printed."""
+    name, *rest = words or ["--help"]
+    if name in RECIPES:
+        raise InputError(f"{name} is a recipe: phi3v train {name}")
+    if name == "bench":
+        raise InputError("phi3v bench is no longer a command: run `python -m benchmarks.bench` in a checkout")
+    if name not in COMMANDS:  # `--help`, or a misspelt command: no module is needed for either
+        return _program(dict.fromkeys(COMMANDS, lambda: None)).cli(prog="phi3v", description=DESCRIPTION, args=[name])
+    function, rest = _function(name, rest)
+
+    @functools.wraps(function)
+    def call(*positional: Any, **flags: Any) -> Callable[[], Any]:
+        return functools.partial(function, *positional, **flags)
+
+    examples = "\n".join(f"  {example}" for example in COMMANDS[name].examples)
+    description = f"{COMMANDS[name].purpose}\n\nExamples:\n{examples}"
+    return tyro.cli(call, prog=f"phi3v {name}", description=description, args=rest, config=[DisallowNone])
+
+
+def _complete(shell: str = "bash") -> None:
+    """Print a script that completes what may follow `phi3v`."""
+    if shell not in SHELLS:
+        raise InputError(f"--completion {shell}: it must be {', '.join(SHELLS)}")
+    program = _program({name: _function(name, [])[0] for name in COMMANDS})
+    with contextlib.suppress(SystemExit):
+        program.cli(prog="phi3v", args=["--tyro-write-completion", shell, "-"])
+    if shell == "bash":
+        print(BASH_FILES)
+
+
+def _program(functions: Mapping[str, Callable[..., Any]]) -> tyro.extras.SubcommandApp:
+    """All commands as one parser, for the overview and for completion."""
+    program = tyro.extras.SubcommandApp()
+    for name, function in functions.items():
+        program.command(name=name, help=COMMANDS[name].purpose)(function)
+    return program
+
+
+def _function(name: str, words: list[str]) -> tuple[Callable[..., Any], list[str]]:
+    """The function of a command, and the words that are left to parse for it."""
+    if name == "train":
+        return _training(words)
+    module, _, function = COMMANDS[name].function.partition(":")
+    return getattr(importlib.import_module(module), function), words
+
+
+# -- phi3v train: flags and defaults depend on the recipe --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRecipe:
+    """Train with a recipe from a file."""
+
+    recipe: Path | None = None
+    """A recipe of your own, whose flags and defaults apply as well; `phi3v recipes forkme` prints a template."""
+
+
+def _training(words: list[str]) -> tuple[Callable[..., Any], list[str]]:
+    """`phi3v train` with the flags and defaults of the recipe, which is taken from the words."""
+    parse_known = functools.partial(tyro.cli, prog="phi3v train", return_unknown_args=True, add_help=False)
+    module: ModuleType | None = None
+    options: Any = OwnRecipe
+    if words and not words[0].startswith("-"):
+        module, words = find_recipe(words[0]), words[1:]
+    else:
+        asked, words = parse_known(OwnRecipe, args=words)
+        if asked.recipe is not None:
+            module = load_recipe(asked.recipe)
+    default = Run()
+    if module is not None:
+        options = module.Options
+        asked, _ = parse_known(Flat[options], args=words)  # type: ignore[misc]
+        default = module.settings(asked)
+
+    def train(
+        recipe: Literal[RECIPES] | None = None,  # type: ignore[valid-type]
+        /,
+        *,
+        task: Flat[Annotated[options, arg(name="")]] = asked,
+        run: Flat[Annotated[Run, arg(name="")]] = default,
+    ) -> None:
+        """Fine-tune a model.
+
+        Args:
+            recipe: A recipe, whose data and settings are the defaults: `phi3v recipes` describes them.
+        """
+        from phi3v.recipes.table import published_for
+        from phi3v.train import loop
+
+        if recipe is not None:  # it stands behind a flag, so that its settings have not become the defaults
+            raise InputError(f"the recipe comes first: phi3v train {recipe} ...")
+        prepared = run if module is None else module.prepare(run, task)
+        table = getattr(module, "TABLE", None)
+        loop.train(prepared, published={} if table is None else published_for(prepared, table))
+
+    return train, words
+
+
+# -- status, output and processes --------------------------------------------------------------------------------------
 
 
 def _status(work: Callable[[], Any]) -> int:
@@ -171,54 +278,8 @@ def _status(work: Callable[[], Any]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _run(given: list[str]) -> Any:
-    name, *words = given or ["--help"]
-    if name in HELP:
-        purposes = {name: command.purpose for name, command in COMMANDS.items()}
-        return usage.show(usage.overview("Fine-tune Phi-3.5-vision, score it, and talk to it.", purposes, NOTES))
-    if name == "--version":
-        return print(f"phi3v {__version__}")
-    if name == "--completion":
-        return _complete(*words[:1])
-    if name not in COMMANDS:
-        _unknown(name)
-
-    command, prog = COMMANDS[name], f"phi3v {name}"
-    function, words = _function(name, words)
-    parts = usage.parts_of(function)
-    if HELP & set(words):
-        common = () if "--help-all" in words else command.common
-        return usage.show(usage.explain(prog, command.purpose, command.examples, parts, common))
-    with on_parse_error(usage.refuse(prog, command.examples[0], parts)):
-        return tyro.cli(_quietly(function), prog=prog, args=words)
-
-
-def _unknown(name: str) -> NoReturn:
-    if name in RECIPES:
-        raise InputError(f"{name} is a recipe: phi3v train {name}")
-    if name == "bench":
-        raise InputError("phi3v bench is no longer a command: run `python -m benchmarks.bench` in a checkout")
-    words = [*COMMANDS, "--help", "--version", "--completion"]
-    raise InputError(f"phi3v has no command {name}: {usage.nearest(name, words, 'phi3v --help lists them')}")
-
-
-def _complete(shell: str = "bash") -> None:
-    """Prints a script that completes what may follow `phi3v`."""
-    if shell not in SHELLS:
-        raise InputError(f"--completion {shell}: it must be {', '.join(SHELLS)}")
-    functions = {name: _function(name, [])[0] for name in COMMANDS}
-    with contextlib.suppress(SystemExit):
-        tyro.extras.subcommand_cli_from_dict(functions, prog="phi3v", args=["--tyro-write-completion", shell, "-"])
-    if shell == "bash":
-        print(BASH_FILES)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def _end(status: int) -> int:
-    """Among several processes an error ends this one at once: tidying up would wait for the others, who wait for it."""
+    """End one of several processes at once: cleaning up would wait for the others, which wait for this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -226,19 +287,12 @@ def _end(status: int) -> int:
     return status
 
 
-def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Silent only once the flags are right: who mistyped one need not wait for torch."""
-
-    @functools.wraps(function)
-    def quiet(*words: Any, **flags: Any) -> Any:
-        _silence()
-        return function(*words, **flags)
-
-    return quiet
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
 
 def _silence() -> None:
-    """No bars and advice of libraries between our own lines; what matters is raised, and errors are still logged."""
+    """Turn off the progress bars, advice and warnings of libraries; their errors are still logged."""
     from transformers.utils import logging as transformers_logging
 
     from phi3v.base.console import speak
@@ -253,69 +307,7 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _function(name: str, words: list[str]) -> tuple[Callable[..., Any], list[str]]:
-    """What a command calls, and the words that are left for it."""
-    if name == "train":
-        return _training(*_take_recipe(words))
-    room, _, function = COMMANDS[name].function.partition(":")
-    return getattr(importlib.import_module(room), function), words
-
-
-def _take_recipe(words: list[str]) -> tuple[Any, list[str]]:
-    """`NAME ...` or `--recipe FILE ...` -> the recipe's module and the rest."""
-    if words and not words[0].startswith("-"):
-        return find_recipe(words[0]), words[1:]
-    for at, word in enumerate(words):
-        if word == "--recipe" and at + 1 < len(words):
-            return load_recipe(Path(words[at + 1])), [*words[:at], *words[at + 2 :]]
-        if word.startswith("--recipe="):
-            return load_recipe(Path(word.partition("=")[2])), [*words[:at], *words[at + 1 :]]
-    return None, words
-
-
-def _training(module: Any, words: list[str]) -> tuple[Callable[..., Any], list[str]]:
-    """`phi3v train` with the flags and defaults of a recipe: what the task is asked for decides the run's defaults."""
-    options: Any = NoOptions if module is None else module.Options
-    with on_parse_error(usage.refuse("phi3v train", "", list(usage.parts_of_dataclass(options, options())))):
-        asked, _ = tyro.cli(Flat[options], args=words, return_unknown_args=True, add_help=False)  # type: ignore[misc]
-    default = Run() if module is None else module.settings(asked)
-
-    def train(
-        recipe: Literal[RECIPES] | None = None,  # type: ignore[valid-type]
-        /,
-        *,
-        task: Flat[Annotated[options, arg(name="")]] = asked,
-        run: Flat[Annotated[Run, arg(name="")]] = default,
-    ) -> None:
-        """Fine-tune a model.
-
-        Args:
-            recipe: One of `phi3v recipes`, whose data and settings are the defaults; or --recipe FILE, your own.
-        """
-        from phi3v.recipes.table import published_for
-        from phi3v.train import loop as room
-
-        if recipe is not None:  # the first word would have been taken
-            raise InputError(f"the recipe comes first: phi3v train {recipe} ...")
-        table = getattr(module, "TABLE", None)
-        prepared = run if module is None else module.prepare(run, task)
-        room.train(prepared, published={} if table is None else published_for(prepared, table))
-
-    return train, words
-
-
-# -- commands that only call on another room ---------------------------------------------------------------------------
-
-
-def recipes(name: str | None = None, /) -> None:
-    """List the recipes, or show one.
-
-    Args:
-        name: A recipe, or `forkme` for the template of your own.
-    """
-    from phi3v.recipes.table import show
-
-    show(name)
+# -- a command that only calls another module --------------------------------------------------------------------------
 
 
 def check(

@@ -8,14 +8,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import tyro
 from benchmarks.bench import sample
 from benchmarks.bench.answering import WAYS
+from benchmarks.bench.command import bench
 from benchmarks.bench.sample import SHAPES, Mode, Shape, make_examples, packs_of, prepare
 from benchmarks.bench.ways import SAVINGS, hardware_flops, loss_of, variants
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from phi3v.cli import main
+from phi3v.cli import status_of
 from phi3v.data.encode import encode
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VForCausalLM
@@ -122,7 +124,7 @@ def test_the_command_writes_what_it_prints(
     monkeypatch.setattr(sample, "SIZES", {"vocab_size": 512, **small, "vision_config": tower})
     file = tmp_path / "bench.json"
     flags = ["--pages", "1", "--questions", "3", "--rounds", "2", "--no-ablation", "--dtype", "fp32"]
-    assert main(["bench", *flags, "--json", str(file)]) == 0
+    tyro.cli(bench, args=[*flags, "--json", str(file)])
     found = json.loads(file.read_text())
     names = [row["variant"] for row in found["rows"]]
     assert names == ["original", *(v.name for v in variants(3, ablation=False))][1:]
@@ -141,5 +143,5 @@ def test_the_command_writes_what_it_prints(
 
 
 def test_what_cannot_be_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--rounds", "0"]) == 2
+    assert status_of(lambda: tyro.cli(bench, args=["--rounds", "0"])) == 2
     assert "--rounds is 0, it must be at least 1" in capsys.readouterr().err

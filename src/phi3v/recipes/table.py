@@ -126,8 +126,12 @@ def published_for(run: Run, table: Table) -> dict[str, Any]:
     return {**about, "score": (row.score or 0) / 100, "note": row.note}
 
 
-def show(name: str | None = None) -> None:
-    """Prints the recipes, or one of them with its table; of `forkme`, the template, the source."""
+def show(name: str | None = None, /) -> None:
+    """Print the recipes, or one of them with its table.
+
+    Args:
+        name: A recipe, or `forkme` for the template of your own.
+    """
     if name == "forkme":
         print(Path(__file__).with_name("forkme.py").read_text(encoding="utf-8"), end="")  # as it is, for a file
     elif name is None:
