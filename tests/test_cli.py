@@ -115,7 +115,7 @@ def test_the_help_of_train_explains_every_flag_in_its_group(help_of: Callable[..
         shown = text.partition(f" {group.name} options ")[2].partition(" options ")[0]
         for field in dataclasses.fields(getattr(Run(), group.name)):
             assert f" --{field.name.replace('_', '-')} " in shown.replace(",", " "), field.name
-    assert "--save-every-steps INT Checkpoint every so many steps. One is always written at the end." in text
+    assert "--save-every-steps INT Save a checkpoint after every this many steps; one is always saved at the end." in text
     assert "--recipe PATH" in text
 
 
@@ -190,7 +190,7 @@ def test_check_says_what_is_wrong_and_its_status_says_whether(tiny_data: Path, t
 
 
 def test_an_interrupted_command_has_the_shells_status(training, monkeypatch, capsys) -> None:
-    def interrupt(run: Any) -> None:
+    def interrupt(run: Any, **unused: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("phi3v.train.loop.train", interrupt)
@@ -198,7 +198,7 @@ def test_an_interrupted_command_has_the_shells_status(training, monkeypatch, cap
 
 
 def test_a_bug_of_ours_keeps_its_traceback(training, monkeypatch) -> None:
-    def bug(run: Any) -> None:
+    def bug(run: Any, **unused: Any) -> None:
         raise ValueError("not the user's fault")
 
     monkeypatch.setattr("phi3v.train.loop.train", bug)
@@ -504,8 +504,8 @@ def test_an_unfinished_run_is_gone_on_with_only_when_asked(training, fails, tmp_
         patch.setattr("phi3v.model.phi3v.Phi3VForCausalLM.save_pretrained", full_disk)
         fails(*training())
     before = files(run)
-    assert "holds an unfinished run: add --resume auto to go on with it" in fails(*training())
-    assert "holds an unfinished run: add --resume auto to go on with it" in fails(*training(resume="no"))
+    assert "holds an unfinished run: add --resume auto to continue it" in fails(*training())
+    assert "holds an unfinished run: add --resume auto to continue it" in fails(*training(resume="no"))
     assert "--learning-rate was 4e-05" in fails(*training(resume="auto", learning_rate=1.0))
     assert files(run) == before
     assert main([str(word) for word in training(resume="auto")]) == 0
