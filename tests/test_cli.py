@@ -115,7 +115,9 @@ def test_the_help_of_train_explains_every_flag_in_its_group(help_of: Callable[..
         shown = text.partition(f" {group.name} options ")[2].partition(" options ")[0]
         for field in dataclasses.fields(getattr(Run(), group.name)):
             assert f" --{field.name.replace('_', '-')} " in shown.replace(",", " "), field.name
-    assert "--save-every-steps INT Save a checkpoint after every this many steps; one is always saved at the end." in text
+    assert (
+        "--save-every-steps INT Save a checkpoint after every this many steps; one is always saved at the end." in text
+    )
     assert "--recipe PATH" in text
 
 
