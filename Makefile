@@ -92,6 +92,6 @@ endef
 	$(call environment,.venv-minimal,--constraint constraints.txt .)
 
 .venv-beside/.ready: .venv/.ready
-	$(BIN)/$(INSTALL) --target .venv-beside "azure-ai-ml>=1.28"
+	$(BIN)/$(INSTALL) --target .venv-beside "azure-ai-ml==1.35.2"
 	$(BIN)/$(INSTALL) --target .venv-beside --no-deps "torchao==0.17.0"
 	touch $@

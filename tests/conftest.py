@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ def refresh_golden(request: pytest.FixtureRequest) -> bool:
 def _reproducible() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_files_in_one_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What torchrun, torch.compile and Gradio leave in the system's temporary folder goes the way of `tmp_path`."""
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
+    tempfile.tempdir = None  # it remembers the folder
 
 
 @pytest.fixture(scope="session")

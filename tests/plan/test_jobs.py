@@ -116,6 +116,7 @@ def test_one_gpu_needs_no_torchrun() -> None:
 # -- Azure -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # azure-ai-ml's own
 def test_azure_ml_loads_the_job_and_finds_nothing_wrong(job: Job, tmp_path: Path) -> None:
     logging.getLogger("azure").setLevel(logging.CRITICAL)
     azure = pytest.importorskip("azure.ai.ml", reason="azure-ai-ml is not installed")
@@ -132,6 +133,7 @@ def test_azure_ml_loads_the_job_and_finds_nothing_wrong(job: Job, tmp_path: Path
         assert loaded.compute == compute_name(find_machine(A100, each.num_gpus))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # azure-ai-ml's own
 def test_azure_ml_would_find_a_mistake(job: Job, tmp_path: Path) -> None:
     """So that the test above is known to be able to fail."""
     azure = pytest.importorskip("azure.ai.ml", reason="azure-ai-ml is not installed")
