@@ -34,9 +34,9 @@ def test_a_run_and_its_model_answer_as_the_run_did_at_its_end(
 def test_answers_are_those_of_generate_one_at_a_time(finished_run: Path, tiny_data: Path) -> None:
     model, processor = load_model(finished_run / "final")
     for record in records(finished_run):
-        pictures = [Image.open(path) for path in record["images"]]
         if record["id"].startswith("e13"):
             continue  # of two turns
+        pictures = [Image.open(path) for path in record["images"]]
         text = processor.apply_chat_template(
             [{"role": "user", "content": ("<|image_1|>\n" if pictures else "") + record["user"]}],
             add_generation_prompt=True,

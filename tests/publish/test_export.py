@@ -359,3 +359,12 @@ def test_a_push_that_is_refused_leaves_the_folder(hub: Any, finished_run: Path, 
     ):
         export(str(finished_run), out=tmp_path / "out", push="me/colours")
     assert ModelCard.load(tmp_path / "out/README.md").data.license == "mit"
+
+
+def test_a_hub_that_cannot_be_reached_leaves_the_folder(
+    hub: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(InputError, match=r"--push me/colours: .* itself is whole"):
+        export(str(finished_run), out=tmp_path / "out", push="me/colours")
+    assert (tmp_path / "out/config.json").is_file()

@@ -145,6 +145,7 @@ def test_wandb_does_as_its_environment_says(tmp_path: Path, monkeypatch: pytest.
 
 
 @needs("mlflow")
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")  # mlflow's use of SQLAlchemy
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 

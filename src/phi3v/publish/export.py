@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from httpx import HTTPError
 from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import HTTPError  # that of httpx up to 1.x, that of httpx2 from 2.0 on
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from rich.markup import escape
