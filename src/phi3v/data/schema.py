@@ -90,12 +90,17 @@ def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
         raise InputError(f"{path}: {error.strerror}") from error
 
 
+def image_folder(path: str | Path, image_root: str | Path | None) -> Path:
+    """The folder that the image paths in a data file are relative to."""
+    return Path(path).parent / "images" if image_root is None else Path(image_root)
+
+
 def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[[str], str]:
     """A function from an image's path in the data to its absolute path, symbolic links followed.
 
     It raises InputError when that lies outside the image root or the root is no folder.
     """
-    root = Path(path).parent / "images" if image_root is None else Path(image_root)
+    root = image_folder(path, image_root)
     if image_root is not None and not root.is_dir():
         raise InputError(f"--image-root {root}: no such folder")
     real_root = os.path.realpath(root)
