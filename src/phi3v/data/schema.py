@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from phi3v.base import jsonfile
 from phi3v.base.errors import InputError
-from phi3v.data.encode import Example, Turn
+from phi3v.data.encode import Example, Turn, messages
 
 EXAMPLE_KEYS: dict[str, type] = {
     "id": str,
@@ -157,6 +158,16 @@ def parse(
         group=record.get("group", ""),
         closed_turns=record.get("closed_turns", False),
     )
+
+
+def read_record(record: Mapping[str, object], where: str, resolve: Callable[[str], str]) -> Example:
+    """The example on the line that a record would be. Raises InputError with everything that is wrong with it."""
+    notes = Notes()
+    example = parse(json.dumps(record).encode(), where, resolve, notes)
+    if example is None or notes.problems:
+        raise InputError("; ".join(notes.problems))
+    messages(example)  # raises if its tags and images do not match
+    return example
 
 
 def _turn(turn: Mapping[str, object], name: str, resolve: Callable[[str], str], notes: Notes) -> Turn:
