@@ -28,13 +28,13 @@ from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, wit
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
+    cauldron_source,
     download,
     find_file,
     find_images,
     find_parquet,
     image_bytes,
     nothing_found,
-    open_cauldron,
     parquet_source,
     with_keys,
 )
@@ -168,13 +168,9 @@ def cauldron(folder: Path) -> dict[str, Source]:
             for file, prompt in (("train", PROMPT.format(question=plain)), ("train-original", asked)):
                 yield Record(id=f"train-{number}-{index}", images=pages, turns=[(prompt, answer)], file=file)
 
-    source = Source(
-        name=f"{CAULDRON}, docvqa",
-        files=files,
-        splits=["train", "train-original"],
-        open=lambda: each(open_cauldron(files, "docvqa", num_images=1), records),
+    return (
+        {"train": cauldron_source(files, "docvqa", ["train", "train-original"], records, num_images=1)} if files else {}
     )
-    return {"train": source} if files else {}
 
 
 def challenge(folder: Path) -> dict[str, Source]:

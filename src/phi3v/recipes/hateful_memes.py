@@ -23,12 +23,12 @@ from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, wit
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
+    cauldron_source,
     download,
     find_file,
     find_images,
     find_parquet,
     nothing_found,
-    open_cauldron,
     read_lines,
 )
 from phi3v.recipes.table import FROZEN_LEARNT_LITTLE, Row, Table, TaskOptions, with_mode
@@ -112,12 +112,7 @@ def cauldron(files: Sequence[Path], eval_size: int) -> Source:
         meme = NamedImage(f"{split}/{number}", images[0])
         return [Record(id=f"{split}-{number}", images=[meme], turns=[turn], file=split)]
 
-    return Source(
-        name=f"{CAULDRON}, hateful_memes",
-        files=files,
-        splits=["train", "test"],
-        open=lambda: each(open_cauldron(files, "hateful_memes", num_images=1), records),
-    )
+    return cauldron_source(files, "hateful_memes", ["train", "test"], records, num_images=1)
 
 
 def challenge(split: str, file: Path) -> Source:

@@ -29,12 +29,12 @@ from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, wit
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
+    cauldron_source,
     download,
     find_file,
     find_images,
     find_parquet,
     nothing_found,
-    open_cauldron,
     read_lines,
 )
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
@@ -121,12 +121,7 @@ def cauldron(files: Sequence[Path], eval_size: int) -> Source:
             return learnt(f"train-{number}", pair, turns)
         return [Record(id=f"test-{number}", images=pair, turns=turns[:1], file="test")]
 
-    return Source(
-        name=f"{CAULDRON}, nlvr2",
-        files=files,
-        splits=["train", "train-branches", "test"],
-        open=lambda: each(open_cauldron(files, "nlvr2", num_images=2), records),
-    )
+    return cauldron_source(files, "nlvr2", ["train", "train-branches", "test"], records, num_images=2)
 
 
 def release(folder: Path, split: str, file: Path) -> Source:

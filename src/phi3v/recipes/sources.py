@@ -25,9 +25,6 @@ ROWS_AT_ONCE = 16
 CAULDRON = "HuggingFaceM4/the_cauldron"
 CAULDRON_COLUMNS = ("images", "texts")
 
-CauldronRow = tuple[int, str, list[bytes], list[dict[str, str]]]
-"""Number, "file, row n", images, and texts: {"user", "assistant", "source"}."""
-
 
 def find_parquet(folder: Path, split: str, columns: Iterable[str], subset: str | None = None) -> list[Path]:
     """The parquet files of a split that have these columns, in order, at any depth of a folder.
@@ -62,7 +59,7 @@ def parquet_source(
     files: Sequence[Path],
     columns: Sequence[str],
     splits: Sequence[str],
-    records: Callable[[int, str, dict[str, Any]], Sequence[Record]],
+    records: Callable[[int, str, dict[str, Any]], Iterable[Record]],
 ) -> Source:
     """Parquet files whose rows, (number, "file, row n", row), `records` turns into records."""
     return Source(name=name, files=files, splits=splits, open=lambda: each(open_parquet(files, columns), records))
@@ -94,22 +91,30 @@ def image_bytes(value: Mapping[str, Any] | None, where: str) -> bytes:
     return content
 
 
-def open_cauldron(files: Sequence[Path], subset: str, num_images: int) -> tuple[int, Iterator[CauldronRow]]:
-    """Number of rows of a subset of the Cauldron, and the rows. Raises InputError for a row of another subset."""
-    num_rows, rows = open_parquet(files, CAULDRON_COLUMNS)
+def cauldron_source(
+    files: Sequence[Path],
+    subset: str,
+    splits: Sequence[str],
+    records: Callable[[int, str, list[bytes], list[dict[str, str]]], Iterable[Record]],
+    *,
+    num_images: int,
+) -> Source:
+    """A subset of the Cauldron whose rows, (number, "file, row n", images, texts), `records` turns into records.
 
-    def checked() -> Iterator[CauldronRow]:
-        for number, where, row in rows:
-            images = [image_bytes(image, where) for image in row["images"]]
-            sources = {re.sub(r"\W", "", text["source"]).lower() for text in row["texts"]}
-            if len(images) != num_images or sources != {subset.replace("_", "")}:
-                raise InputError(
-                    f"{where}: {len(images)} images from {', '.join(sorted(sources)) or 'nowhere'}, so this is not "
-                    f"the Cauldron's {subset} ({num_images} in every row)"
-                )
-            yield number, where, images, row["texts"]
+    A text is {"user", "assistant", "source"}. A row of another subset raises InputError.
+    """
 
-    return num_rows, checked()
+    def of_row(number: int, where: str, row: dict[str, Any]) -> Iterable[Record]:
+        images = [image_bytes(image, where) for image in row["images"]]
+        sources = {re.sub(r"\W", "", text["source"]).lower() for text in row["texts"]}
+        if len(images) != num_images or sources != {subset.replace("_", "")}:
+            raise InputError(
+                f"{where}: {len(images)} images from {', '.join(sorted(sources)) or 'nowhere'}, so this is not the "
+                f"Cauldron's {subset} ({num_images} in every row)"
+            )
+        return records(number, where, images, row["texts"])
+
+    return parquet_source(f"{CAULDRON}, {subset}", files, CAULDRON_COLUMNS, splits, of_row)
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
@@ -150,14 +155,14 @@ def find_images(folder: Path, names: Iterable[str], file: Path) -> dict[str, Pat
     return found
 
 
-def download(repository: str, *patterns: str) -> Path:
-    """The local copy of the files of a data set on the Hub, downloaded if need be."""
+def download(repository: str, *patterns: str, flag: str = "--data-dir") -> Path:
+    """The local copy of some files of a data set on the Hub, downloaded if need be; `flag` names it otherwise."""
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # no network, no access
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{repository} cannot be read from the Hub ({reason}): name a folder that holds it with --data-dir"
+            f"{repository} cannot be read from the Hub ({reason}): name a folder that holds it with {flag}"
         ) from error
 
 

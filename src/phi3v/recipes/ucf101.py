@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from huggingface_hub import hf_hub_download
 from rich.markup import escape
 
 from phi3v.base.config import Base, Keeping, Run
@@ -35,7 +34,7 @@ from phi3v.data.schema import iter_jsonl, lines
 from phi3v.data.video import pyav
 from phi3v.data.writer import DatasetWriter, writing
 from phi3v.recipes.conversion import alone, folder_for
-from phi3v.recipes.sources import nothing_found
+from phi3v.recipes.sources import download, nothing_found
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 
 HUB = "sayakpaul/ucf101-subset"
@@ -209,14 +208,7 @@ def _write(
 def _source(archive: Path | None) -> Path:
     """The archive or folder to take the videos from."""
     if archive is None:
-        try:
-            return Path(hf_hub_download(HUB, SUBSET, repo_type="dataset"))
-        except (OSError, ValueError) as error:  # no network, no access
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(
-                f"{SUBSET} cannot be downloaded from the Hub's {HUB} ({reason}): name it, or the folder it was unpacked"
-                " to, with --archive (phi3v train: --data-dir)"
-            ) from error
+        return download(HUB, SUBSET, flag="--archive (phi3v train: --data-dir)") / SUBSET
     if not archive.exists():
         raise InputError(f"{archive}: no such archive or folder")
     packed = [archive / name for name in (SUBSET, FULL) if (archive / name).is_file()]
@@ -225,11 +217,10 @@ def _source(archive: Path | None) -> Path:
 
 def _lists_near(source: Path, folder: Path) -> Path | None:
     """The official lists, packed or unpacked, in a folder or beside its source."""
-    for place in (folder, source.parent):
-        for pattern in ("classInd.txt", "*/classInd.txt", LISTS):
-            for found in sorted(place.glob(pattern)):
-                return found if found.name == LISTS else found.parent
-    return None
+    patterns = ("trainlist01.txt", "*/trainlist01.txt", LISTS)
+    found = (file for place in (folder, source.parent) for pattern in patterns for file in sorted(place.glob(pattern)))
+    file = next(found, None)
+    return file if file is None or file.name == LISTS else file.parent
 
 
 @contextmanager
@@ -297,41 +288,18 @@ def _of_full_set(folder: Path, files: Sequence[Path], lists: Path, split: int) -
     for file in files:
         if (twin := there.setdefault(f"{file.parent.name}/{file.name}", file)) != file:
             raise InputError(f"{file} is also {twin}: name one of the folders")
-    index = next(iter(sorted(lists.rglob("classInd.txt"))), None)
-    if index is None:
-        raise InputError(
-            f"{folder} has folders of classes and neither train, val and test nor the official lists: put {LISTS} "
-            "beside it or name it with --lists (videos of your own are for phi3v convert video-folder)"
-        )
-    numbers = {label: number for _, (number, label) in _read_list(index, 2)}
-    listed_at: dict[str, str] = {}
     videos = []
     for name in ("train", "test"):
-        for where, (listed, *number) in _read_list(index.with_name(f"{name}list{split:02d}.txt"), 1):
-            label = listed.partition("/")[0]
-            if label not in numbers:
-                raise InputError(f"{where}: unknown class {label!r}, {index.name} has {len(numbers)} others")
-            if number not in ([], [numbers[label]]):
-                raise InputError(f"{where}: {label} has number {number[0]} here, {numbers[label]} in {index.name}")
-            if (other := listed_at.setdefault(listed, where)) != where:
-                raise InputError(f"{where}: {listed} is also in {other}")
-            videos.append(Video(name, label, there.get(listed, folder / listed)))
-    if missing := sorted(listed_at.keys() - there.keys()):
-        raise InputError(
-            f"{folder / missing[0]} is missing, which {listed_at[missing[0]]} names: "
-            f"{len(videos) - len(missing):,} of {len(videos):,} videos are there"
-        )
-    return videos, {*numbers}
-
-
-def _read_list(file: Path, num_words: int) -> Iterator[tuple[str, list[str]]]:
-    """("file:line", words) of every line that is not blank; it must have `num_words` or 2."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; it comes with {LISTS}") from error
-    for number, line in enumerate(lines, start=1):
-        if words := line.split():
-            if not num_words <= len(words) <= 2:
-                raise InputError(f"{file}:{number}: {len(words)} words, expected {num_words} or 2")
-            yield f"{file}:{number}", words
+        found = sorted(lists.rglob(f"{name}list{split:02d}.txt"))
+        if not found:
+            raise InputError(
+                f"{folder} has neither train, val and test nor the official lists: put {LISTS} beside it or name it "
+                "with --lists (videos of your own are for phi3v convert video-folder)"
+            )
+        for _, line in lines(found[0]):
+            listed = line.decode(errors="replace").split()[0]
+            videos.append(Video(name, listed.partition("/")[0], there.get(listed, folder / listed)))
+    if missing := [video.file for video in videos if not video.file.is_file()]:
+        have = f"{len(videos) - len(missing):,} of the {len(videos):,} listed videos are there"
+        raise InputError(f"{missing[0]} is missing: {have}")
+    return videos, {video.label for video in videos}
