@@ -344,10 +344,8 @@ class Tally:
         self.warnings[kind] = (first, count + 1)
 
     def findings(self, images: Images, root: str, *, has_tokens: bool) -> Findings:
-        more = {
-            kind: f" (and {counted(n - 1, 'more line')})" if n > 1 else "" for kind, (_, n) in self.warnings.items()
-        }
-        warnings = [text + more[kind] for kind, (text, _) in self.warnings.items()]
+        found = self.warnings.values()
+        warnings = [text if n == 1 else f"{text} (and {counted(n - 1, 'more line')})" for text, n in found]
         tokens, answer_tokens, crops = (Statistics.of(numbers) if numbers else None for numbers in self.measures)
         return Findings(
             path=self.path,
