@@ -5,7 +5,7 @@
 Pages are letters (1275 x 1650, 17 crops) in JPEG with four questions each. For memory every number of examples is a
 process of its own that reads and encodes a data file, plans its epoch and makes the first packs; its pages are hard
 links to a few pictures, as many as there would be. For speed one process, without workers, makes packs of all pages.
-The file is checked before, as in training: that opens every picture and holds every line, for a while.
+The file is checked before, as in training: that decodes every image.
 
 Expected: a page is decoded, resized and cut by PIL, 0.15 s or so on one core; an example's text and token ids lie on
 disk, so that 0.2 kB or so of it stay in memory; pictures never stay.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
 from phi3v.base import files
 from phi3v.base.errors import InputError
-from phi3v.base.files import make_folder, write_text, written_whole
+from phi3v.base.files import locked, make_folder, write_text, written_whole
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -87,3 +91,44 @@ def test_folders_are_made_with_those_they_lie_in_or_the_reason_is_said(tmp_path:
         make_folder(tmp_path / "file" / "c")
     with pytest.raises(InputError, match=r"cannot make the folder .*file/c: Not a directory"):
         write(tmp_path / "file" / "c" / "final", "a")
+
+
+def _hold(file: Path, held: Any, release: Any) -> None:
+    with locked(file, "unused"):
+        held.set()
+        release.wait(30)
+
+
+def test_a_lock_says_who_holds_it_and_can_be_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path / "lock", held, release))
+    process.start()
+    assert held.wait(30)
+    with (
+        pytest.raises(InputError, match=rf"busy \(process {process.pid} on .* since "),
+        locked(tmp_path / "lock", "busy"),
+    ):
+        pass
+    threading.Timer(0.2, release.set).start()
+    with locked(tmp_path / "lock", "waiting", wait=True) as holder:
+        assert f"waiting (process {process.pid} on" in capsys.readouterr().out
+        assert str(os.getpid()) in holder
+    process.join()
+    with locked(tmp_path / "lock", "busy") as holder:
+        pass
+    assert (tmp_path / "lock").read_text() == holder
+    with pytest.raises(InputError, match=r"cannot write .*gone/lock"), locked(tmp_path / "gone/lock", "busy"):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path / "lock", held, context.Event()))
+    process.start()
+    assert held.wait(30)
+    process.kill()
+    process.join()
+    with locked(tmp_path / "lock", "busy"):
+        pass

@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import tracemalloc
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +16,14 @@ from PIL import Image
 from rich.console import Console
 
 from phi3v.base.errors import InputError
-from phi3v.data import check as module
-from phi3v.data.check import Findings, Statistics, check, render
+from phi3v.base.ranks import Ranks
+from phi3v.data import check as room
+from phi3v.data.check import check, check_lines, render
 from phi3v.data.encode import encode
 from phi3v.data.image import EXIF_ORIENTATION
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
+from phi3v.data.statistics import Findings
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,7 @@ def test_every_problem_is_reported(data: Path, processor: Phi3VProcessor) -> Non
         4: (line(4, images=("missing.png",)), "missing.png: no such image"),
         5: (line(5, images=("cut.png",)), "cut.png: unreadable image"),
         6: (line(6, images=("text.png",)), "text.png: unreadable image"),
-        7: (line(7, images=("long.png",)), "long.png: picture with sides 3000 and 2 is too elongated"),
+        7: (line(7, images=("long.png",)), "long.png: image with sides 3000 and 2 is too elongated"),
         8: (line(8, images=("../cut.png",)), "leads out of the image root"),
         9: (line(9, "<|image_1|>", images=("a.png", "b.jpg")), "turn 1: prompt has 1 image tags (1), 2 images"),
         10: (line(10, assistant="  "), "turn 1: the answer is empty"),
@@ -92,7 +100,8 @@ def test_every_problem_is_reported(data: Path, processor: Phi3VProcessor) -> Non
     data.write_text("\n".join([*GOOD[:2], *(text for text, _ in bad.values())]))
     findings = check(data, None, processor, max_tokens=2000)
     assert not findings.ok
-    assert findings.bad_lines == len(findings.problems) == len(bad)
+    assert findings.bad_lines == tuple(range(2, 2 + len(bad)))
+    assert len(findings.problems) == len(bad)
     for problem, (number, (_, expected)) in zip(findings.problems, bad.items(), strict=True):
         assert problem.startswith(f"{data}:{number}: ")
         assert expected in problem
@@ -120,9 +129,10 @@ def test_warnings(data: Path, processor: Phi3VProcessor) -> None:
     assert findings.ok
     assert findings.warnings == (
         f"{data}:2: unknown key 'licence' is ignored (and 1 more line)",
-        f"{data}:2: id 'n1' is also on line 1 (and 1 more line)",
         f"{data}:2: turn 1: the model will read <|end|> in the text as a control token (and 1 more line)",
+        f"{data}:2: id 'n1' is also on line 1 (and 1 more line)",
     )
+    assert findings.odd_lines == (1, 2)
 
 
 def test_workers_find_the_same(data: Path, processor: Phi3VProcessor) -> None:
@@ -133,14 +143,20 @@ def test_workers_find_the_same(data: Path, processor: Phi3VProcessor) -> None:
     assert check(data, None, processor) == alone
 
 
-def test_each_image_is_decoded_once(data: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = []
-    original = module.read_picture
-    monkeypatch.setattr(module, "read_picture", lambda *arguments: loaded.append(arguments[0]) or original(*arguments))
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the images that are decoded from now on."""
+    names: list[str] = []
+    read_info = room.read_info
+    monkeypatch.setattr(room, "read_info", lambda path: names.append(Path(path).name) or read_info(path))
+    return names
+
+
+def test_each_image_is_decoded_once(data: Path, processor: Phi3VProcessor, decoded: list[str]) -> None:
     (data.parent / "images" / "again.png").symlink_to(data.parent / "images" / "a.png")
     data.write_text("\n".join([*GOOD, *GOOD, line(9, images=("again.png", "./a.png"))]))
     check(data, None, processor)
-    assert sorted(Path(path).name for path in loaded) == ["a.png", "b.jpg"]
+    assert sorted(decoded) == ["a.png", "b.jpg"]
 
 
 def test_what_a_viewer_would_show_otherwise(data: Path, processor: Phi3VProcessor) -> None:
@@ -159,14 +175,15 @@ def test_what_a_viewer_would_show_otherwise(data: Path, processor: Phi3VProcesso
     findings = check(data, None, processor)
     assert findings.ok
     rotated, animated = findings.warnings
-    assert f"{data}: 3 image files with an EXIF orientation ({images.resolve()}/turned.jpg, for one)" in rotated
-    assert f"{data}: 4 image files with several frames or pages ({images.resolve()}/moves.gif, for one)" in animated
+    assert f"{data}: 3 image files with an EXIF orientation (such as turned.jpg)" in rotated
+    assert f"{data}: 4 image files with several frames or pages (such as moves.gif)" in animated
 
 
 def test_absurdly_large_images(data: Path, processor: Phi3VProcessor) -> None:
-    data.write_text(GOOD[0])
-    (problem,) = check(data, None, processor, max_pixels=3000).problems
-    assert problem.endswith("a.png: 64x48 is more than 3000 pixels")
+    Image.new("1", (10_000, 9_000)).save(data.parent / "images" / "large.png")
+    data.write_text(line(1, images=("large.png",)))
+    (problem,) = check(data, None, processor).problems
+    assert problem.endswith("large.png: 10000x9000 is more than 89478485 pixels")
 
 
 def test_without_a_processor(data: Path, processor: Phi3VProcessor) -> None:
@@ -194,20 +211,6 @@ def test_problems_cannot_steer_the_terminal(data: Path, processor: Phi3VProcesso
     assert r"a\x1b[2J\nb.png: no such image" in problems[0]
 
 
-def test_statistics() -> None:
-    values = np.random.default_rng(0).integers(50, 5000, 1000)
-    statistics = Statistics.of(values)
-    ordered = sorted(values.tolist())
-    assert (statistics.p50, statistics.p95, statistics.max) == (ordered[499], ordered[949], ordered[-1])
-    assert sum(count for _, count in statistics.histogram) == 1000
-    assert statistics.histogram[0][0] == ordered[0]
-    lows = [low for low, _ in statistics.histogram]
-    for (low, count), high in zip(statistics.histogram, [*lows[1:], 10**9], strict=True):
-        assert count == ((values >= low) & (values < high)).sum()
-    assert len(lows) <= 12
-    assert Statistics.of([7, 7]).histogram == ((7, 2),)
-
-
 def rendered(findings: Findings) -> str:
     console = Console(width=90, record=True, file=io.StringIO())
     render(findings, console)
@@ -228,3 +231,213 @@ def test_render(data: Path, processor: Phi3VProcessor) -> None:
     assert "✓" in rendered(check(data, None, processor))
     data.write_text("{")
     assert "1 problem on 1 line" in rendered(check(data, None, processor))
+
+
+def test_some_lines_in_detail(data: Path, processor: Phi3VProcessor) -> None:
+    """Counted without blank lines, with all that `check` finds there."""
+    data.write_text("\n".join([GOOD[0], "", "{", line(3, images=("cut.png",)), line(4, "a <|end|>"), GOOD[3]]))
+    findings = check(data, None, processor)
+    assert (findings.num_lines, findings.bad_lines, findings.odd_lines) == (5, (1, 2), (3,))
+    assert check_lines(data, None, processor, set()) == []
+    broken, cut, odd, good = check_lines(data, None, processor, {1, 2, 3, 4})
+    assert (broken.where, broken.raw, broken.example) == (f"{data}:3", b"{\n", None)
+    assert cut.example is not None
+    assert cut.measure is None
+    assert "cut.png: unreadable image" in cut.notes.problems[0]
+    assert "control token" in odd.notes.warnings[0]
+    assert good.measure is not None
+    assert findings.tokens is not None
+    assert good.measure.tokens == findings.tokens.max
+
+
+# -- what an earlier check found ---------------------------------------------------------------------------------------
+
+
+UNCHANGED = "nothing has changed"
+
+
+@pytest.fixture
+def good(data: Path) -> Path:
+    data.write_text("\n".join(GOOD))
+    return data
+
+
+def test_nothing_is_checked_twice(
+    good: Path, processor: Phi3VProcessor, decoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = check(good, None, processor)
+    assert UNCHANGED not in capsys.readouterr().out
+    decoded.clear()
+    assert check(good, None, processor, max_tokens=10_000) == first
+    assert decoded == []
+    assert f"{good}: checked on 20" in (said := capsys.readouterr().out)
+    assert said.endswith(f"{UNCHANGED}: 4 examples\n")
+    without = check(good)  # asks for less
+    assert UNCHANGED in capsys.readouterr().out
+    assert (without.crops, without.tokens, without.answer_tokens) == (first.crops, None, None)
+    assert [file.name for file in (good.parent / "images").glob(".*")] == []
+
+
+def test_what_has_changed_is_checked_again(
+    good: Path, processor: Phi3VProcessor, decoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image, alone; the data, its images not; settings on which the result depends."""
+    first = check(good, None, processor)
+    decoded.clear()
+    Image.new("RGB", (700, 400)).save(good.parent / "images" / "b.jpg")
+    larger = check(good, None, processor)
+    assert decoded == ["b.jpg"]
+    assert larger.crops != first.crops
+    (good.parent / "images" / "a.png").write_bytes((good.parent / "images" / "cut.png").read_bytes())
+    assert "a.png: unreadable image" in check(good, None, processor).problems[0]
+    (good.parent / "images" / "a.png").unlink()
+    assert "a.png: no such image" in check(good, None, processor).problems[0]
+    Image.new("RGB", (64, 48)).save(good.parent / "images" / "a.png")
+    assert check(good, None, processor).ok
+
+    decoded.clear()
+    good.write_text("\n".join([*GOOD, line(5, images=("b.jpg",))]))
+    assert check(good, None, processor).examples == 5
+    assert check(good, num_crops=1).crops != check(good, num_crops=9).crops
+    assert decoded == []
+    check(good, None, processor)
+    assert UNCHANGED not in capsys.readouterr().out
+    assert "tokens, more than 300" in check(good, None, processor, max_tokens=300).problems[0]
+    assert UNCHANGED not in capsys.readouterr().out
+
+
+def test_problems_are_found_again_and_good_images_are_not_decoded_again(
+    data: Path, processor: Phi3VProcessor, decoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.write_text("\n".join([*GOOD, line(5, images=("cut.png",)), "{"]))
+    first = check(data, None, processor)
+    decoded.clear()
+    assert check(data, None, processor) == first
+    assert decoded == ["cut.png"]
+    assert UNCHANGED not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "types", "table", "another version"])
+def test_a_damaged_stamp_is_replaced(
+    damage: str, good: Path, processor: Phi3VProcessor, decoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = check(good, None, processor)
+    stamp = good.with_name(".train.jsonl.checked.json")
+    content = json.loads(stamp.read_text())
+    stamp.write_bytes(
+        {
+            "cut": stamp.read_bytes()[:-20],
+            "text": b"\xff",
+            "types": json.dumps(content | {"findings": {"path": "x"}}).encode(),
+            "table": json.dumps(content | {"images": "AAAA"}).encode(),
+            "another version": json.dumps(content | {"checker": "phi3v 0.0.1"}).encode(),
+        }[damage]
+    )
+    decoded.clear()
+    assert check(good, None, processor) == first
+    assert len(decoded) == 2
+    assert check(good, None, processor) == first
+    assert capsys.readouterr().out.count(UNCHANGED) == 1
+
+
+def test_data_that_cannot_be_written_to(
+    good: Path, processor: Phi3VProcessor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good.with_name(".train.jsonl.checked.json").mkdir()  # root may write anywhere else
+    assert check(good, None, processor).ok
+    assert "note  the next check starts from scratch: cannot write" in capsys.readouterr().out
+    assert [file.name for file in good.parent.glob(".*")] == [".train.jsonl.checked.json"]
+
+
+def test_data_may_be_moved(
+    good: Path, processor: Phi3VProcessor, decoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good.write_text("\n".join([*GOOD, line(1)]))
+    check(good, None, processor)
+    moved = good.parent.rename(good.parent.with_name("moved"))
+    decoded.clear()
+    (warning,) = check(moved / "train.jsonl", None, processor).warnings
+    assert warning == f"{moved}/train.jsonl:5: id 'n1' is also on line 1"
+    assert decoded == []
+    assert UNCHANGED in capsys.readouterr().out
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thread(Ranks):
+    """A rank that is a thread."""
+
+    desk: list[Any]
+    barrier: threading.Barrier
+
+    def gather(self, items: Sequence[Any]) -> list[list[Any]]:
+        self.desk[self.rank] = list(items)
+        self.barrier.wait()
+        found = list(self.desk)
+        self.barrier.wait()
+        return found
+
+    def first_does(self, work: Callable[[], Any]) -> Any:
+        return self.gather([work()] if self.is_first else [])[0][0]
+
+
+def together(num: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """What every rank returns."""
+    desk, barrier = [None] * num, threading.Barrier(num, timeout=20)
+    with ThreadPoolExecutor(num) as threads:
+        return list(threads.map(lambda rank: work(Thread(rank=rank, num=num, desk=desk, barrier=barrier)), range(num)))
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_ranks_share_the_work(
+    num: int, data: Path, processor: Phi3VProcessor, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All find the same as one alone; each image and line is checked by one of them, and they meet often."""
+    monkeypatch.setattr(room, "LINES_PER_BLOCK", 3)
+    monkeypatch.setattr(room, "BLOCKS", room.BLOCKS._replace(per_meeting=2))
+    monkeypatch.setattr(room, "IMAGES", room.IMAGES._replace(per_meeting=2))
+    images = []
+    for number in range(11):
+        Image.new("RGB", (20 + number, 30)).save(data.parent / "images" / f"{number}.png")
+        images.append(f"{number}.png")
+    lines = [line(number, images=(images[number % 11],)) for number in range(50)]
+    lines[7], lines[40] = "{", line(40, images=("cut.png",))
+    data.write_text("\n".join(lines))
+    alone = check(data, None, processor)
+    stamp = data.with_name(".train.jsonl.checked.json")
+    stamp.unlink()
+    decoded.clear()
+    parsed = list[str]()
+    check_line = room.Checker.check_line
+    monkeypatch.setattr(
+        room.Checker, "check_line", lambda self, where, *rest: parsed.append(where) or check_line(self, where, *rest)
+    )
+    assert together(num, lambda ranks: check(data, None, processor, ranks=ranks)) == [alone] * num
+    assert sorted(decoded) == sorted([*images, "cut.png"])
+    assert sorted(parsed) == sorted(f"{data}:{number}" for number in range(1, 51))
+    assert len(alone.problems) == 2
+
+    lines[7] = lines[40] = lines[0].replace("n0", "another")
+    data.write_text("\n".join(lines))
+    decoded.clear()
+    first, *others = together(num, lambda ranks: check(data, None, processor, ranks=ranks))
+    assert first.ok
+    assert others == [first] * (num - 1)
+    parsed.clear()
+    assert together(num, lambda ranks: check(data, None, processor, ranks=ranks)) == [first] * num
+    assert decoded == parsed == []
+
+
+def test_a_small_part_of_every_line_stays_in_memory(good: Path, processor: Phi3VProcessor) -> None:
+    used = []
+    for count in (1_000, 6_000):
+        good.write_text("\n".join(line(number, "what is this " * 20, images=("a.png",)) for number in range(count)))
+        check(good, None, processor, num_workers=0)  # what is loaded once
+        good.with_name(".train.jsonl.checked.json").unlink()
+        tracemalloc.start()
+        check(good, None, processor, num_workers=0)
+        used.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (used[1] - used[0]) / 5_000 < 600, used

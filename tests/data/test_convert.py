@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v.base.errors import InputError
-from phi3v.data import convert as room
+from phi3v.data import writer as room
 from phi3v.data.check import check
-from phi3v.data.convert import convert, split
+from phi3v.data.convert import convert
+from phi3v.data.layouts import Format
 from phi3v.data.schema import read_jsonl
 from phi3v.data.video import sample_frames
 
@@ -53,7 +52,7 @@ def say(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
 
 
-def converted(source: Path, records: Sequence[Any], format: room.Format = "llava", **flags: Any) -> Path:
+def converted(source: Path, records: Sequence[Any], format: Format = "llava", **flags: Any) -> Path:
     file = source / "data.json"
     file.write_text(json.dumps(records, indent=2))
     convert(format, file, out=source.parent / "out", progress=False, **flags)
@@ -277,33 +276,6 @@ def test_splits_share_no_image(source: Path) -> None:
     assert [line["id"] for line in sides[0]] == sorted(line["id"] for line in sides[0]), "the order is the source's"
 
 
-IMAGES = st.lists(st.lists(st.sampled_from("abcdefghijkl"), max_size=2), min_size=1, max_size=30)
-
-
-@given(IMAGES, st.floats(0, 0.9), st.integers(0, 5))
-def test_no_image_is_on_both_sides(images: list[list[str]], fraction: float, seed: int) -> None:
-    try:
-        held_out = split(images, fraction, seed)
-    except InputError:
-        return
-    assert held_out == split(images, fraction, seed)
-    sides: list[set[str]] = [set(), set()]
-    for shown, held in zip(images, held_out, strict=True):
-        sides[held].update(shown)
-    assert not sides[0] & sides[1]
-    assert sum(held_out) <= round(fraction * len(images))
-    assert (sum(held_out) > 0) == (fraction > 0)
-
-
-def test_splits_depend_on_the_seed_and_fill_the_fraction() -> None:
-    singles = [[str(k)] for k in range(100)]
-    assert sum(split(singles, 0.3, 0)) == 30
-    assert split(singles, 0.3, 0) != split(singles, 0.3, 1)
-    assert split([[]] * 10, 0.2, 0).count(True) == 2, "texts are not connected"
-    with pytest.raises(InputError, match=r"--val-fraction 0.5 is impossible: images connect 5 examples to 1 groups"):
-        split([["a", "b"], ["b", "c"], ["c"], ["c", "d"], ["a"]], 0.5, 0)
-
-
 @pytest.mark.parametrize(
     ("format", "flags", "message"),
     [
@@ -335,7 +307,7 @@ def test_refusals_leave_nothing_behind(source: Path, format: Any, flags: dict[st
 def test_nothing_is_written_over(source: Path) -> None:
     out = converted(source, [GOOD])
     before = (out / "train.jsonl").read_bytes()
-    with pytest.raises(InputError, match=r"--out .* is there already: choose another folder"):
+    with pytest.raises(InputError, match=r"out is not empty: choose another folder, or remove it"):
         converted(source, [GOOD, GOOD])
     assert (out / "train.jsonl").read_bytes() == before
 

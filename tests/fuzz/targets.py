@@ -34,8 +34,8 @@ from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder, claim
 from phi3v.data.archive import unpack
 from phi3v.data.check import check
-from phi3v.data.convert import read
-from phi3v.data.image import hd_size, hd_transform, load_image, read_picture, read_size
+from phi3v.data.image import hd_size, hd_transform, load_image, read_info, read_size
+from phi3v.data.layouts import read
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.model.loading import load_config, load_model
@@ -179,7 +179,7 @@ def _image(place: Path) -> None:
     file = place / "image"
     fit = True
     try:
-        picture = read_picture(file)
+        picture = read_info(file)
         size = hd_size(*picture.size, 4)
     except InputError:
         fit = False
@@ -267,7 +267,7 @@ def _archive(place: Path) -> None:
 
 
 def _convert(format: Any, place: Path) -> None:
-    read(format, place / f"{format}.json", place / "data/images", None)
+    list(read(format, place / f"{format}.json", place / "data/images", None))
 
 
 LLAVA = json.dumps(

@@ -15,7 +15,7 @@ import pytest
 
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError
-from phi3v.recipes.conversion import MADE_FROM, Picture, Record, Source, converting, each, folder_for, with_converted
+from phi3v.recipes.conversion import MADE_FROM, NamedImage, Record, Source, converting, each, folder_for, with_converted
 from phi3v.recipes.table import TaskOptions
 
 Read = Callable[[Path], list[dict[str, Any]]]
@@ -33,8 +33,8 @@ def list_of(record: Record) -> list[Record]:
     return [record]
 
 
-def record(id: str, file: str, *pictures: Picture, **more: Any) -> Record:
-    return Record(id=id, file=file, pictures=pictures, turns=[("what?", "that")], **more)
+def record(id: str, file: str, *images: NamedImage, **more: Any) -> Record:
+    return Record(id=id, file=file, images=images, turns=[("what?", "that")], **more)
 
 
 def prepared(data_dir: Path, sources: list[Source], **choices: Any) -> Run:
@@ -56,8 +56,8 @@ def data_dir(tmp_path: Path, published: ModuleType) -> Path:
 
 @pytest.fixture
 def sources(data_dir: Path, published: ModuleType) -> list[Source]:
-    shown = Picture("train/1", published.picture(1)), Picture("train/2", published.picture(2, "JPEG"))
-    other = Picture("test/page", data_dir / "page.PNG")
+    shown = NamedImage("train/1", published.picture(1)), NamedImage("train/2", published.picture(2, "JPEG"))
+    other = NamedImage("test/page", data_dir / "page.PNG")
     more = {"answers": ["that", "it"], "group": "g"}
     records = [record("a", "train", *shown), record("b", "train", shown[0]), record("c", "test", other, **more)]
     return [source(data_dir / "data.json", *records)]
@@ -188,13 +188,13 @@ def test_a_place_that_cannot_be_written(data_dir: Path, sources: list[Source]) -
 
 
 def _convert_slowly(folder: Path, started: Any) -> None:
-    with converting(folder, {"n": 1}) as unfinished:
-        if unfinished is not None:
+    with converting(folder, {"n": 1}, "task") as writer:
+        if writer is not None:
             with open(folder.with_name("converters"), "a") as log:
                 log.write("one\n")
             started.set()
             time.sleep(0.3)
-            (unfinished / "train.jsonl").write_text("whole")
+            (writer.folder / "train.jsonl").write_text("whole")
     assert (folder / "train.jsonl").read_text() == "whole"
 
 

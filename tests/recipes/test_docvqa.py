@@ -176,7 +176,7 @@ def test_another_subset_of_the_cauldron_is_refused(tmp_path: Path, published: Mo
     published.write_cauldron(tmp_path, "hateful_memes", [([published.picture(0)], [("hateful?", "No.")])], num_shards=1)
     with pytest.raises(InputError, match=r"holds no DocVQA.* found hateful_memes/"):
         prepare(settings(), Options(data_dir=tmp_path, full_train=True))
-    with pytest.raises(InputError, match=r"row 0: 1 pictures from hatefulmemes, so this is not the Cauldron's docvqa"):
+    with pytest.raises(InputError, match=r"row 0: 1 images from hatefulmemes, so this is not the Cauldron's docvqa"):
         prepare(Run(data=Data(eval=Path("x"))), Options(data_dir=tmp_path / "hateful_memes"))
     assert not list((tmp_path / "hateful_memes" / "phi3v").glob("docvqa*"))
 
@@ -188,7 +188,7 @@ def test_another_subset_of_the_cauldron_is_refused(tmp_path: Path, published: Mo
         (lambda data: data[1].pop("answers"), "train_v1.0_withQT.json, question 1: there is no 'answers' in it"),
         (
             lambda data: data[1].update(image="documents/none.png"),
-            "1 of its 4 pictures are nowhere in .*, like none.png",
+            "1 of its 4 images are nowhere in .*, like none.png",
         ),
         (lambda data: data.append("x"), "question 6: there is no 'questionId' in it"),
         (lambda data: data[1].update(answers=[7, None]), "train_v1.0_withQT.json: question 1 has no answer"),

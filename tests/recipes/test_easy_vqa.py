@@ -75,7 +75,7 @@ def test_published_split(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "paths"), [("train", "get_train_image_paths"), ("test", "get_test_image_paths")])
-def test_pictures_are_copies(prepared: Path, split: str, paths: str) -> None:
+def test_images_are_those_of_the_package(prepared: Path, split: str, paths: str) -> None:
     originals = getattr(package, paths)()
     folder = prepared / "images" / split
     assert {path.name for path in folder.iterdir()} == {f"{number}.png" for number in originals}
@@ -112,12 +112,12 @@ def test_a_run_with_its_own_data_and_model_needs_nothing(tmp_path: Path, monkeyp
 
 
 class Few:
-    """An easy-VQA of two pictures; the second one may be missing on the disk."""
+    """An easy-VQA of two images; the second one may be missing on the disk."""
 
     def __init__(self, folder: Path, *, broken: bool) -> None:
         self.paths = {0: str(folder / "a.png"), 1: str(folder / "b.png")}
         for path in list(self.paths.values())[: 1 if broken else 2]:
-            Path(path).write_bytes(b"picture")
+            Path(path).write_bytes(b"image")
         self.questions = (["red?", "big?"], ["yes", "no"], [0, 1])
 
     def __getattr__(self, name: str) -> Any:
@@ -144,7 +144,7 @@ def test_conversion_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds no easy-VQA"):
+    with pytest.raises(InputError, match="is not empty"):
         easy_vqa.convert(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -249,7 +249,7 @@ def test_words_of_the_tokenizer_come_from_the_texts() -> None:
 # -- checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def test_checkpoint_loads_and_answers_for_its_pictures(prepared: Path) -> None:
+def test_checkpoint_loads_and_answers_for_its_images(prepared: Path) -> None:
     processor = Phi3VProcessor.from_pretrained(prepared / "model")
     model = Phi3VForCausalLM.from_pretrained(prepared / "model", dtype=torch.float32).eval()
     assert processor.num_crops == 1

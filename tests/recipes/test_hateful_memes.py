@@ -74,7 +74,7 @@ def test_challenge(dev: str, below: str, tmp_path: Path, published: ModuleType, 
         ({"label": [1]}, r"train.jsonl:1: unknown label \[1\], expected 0 or 1"),
         ({"img": 5}, r"train.jsonl:1: img is 5, which it cannot be"),
         ({"label": None}, r"train.jsonl:1: there is no 'label' in it"),
-        ({"img": "img/99999.png"}, r"train.jsonl: 1 of its 5 pictures are nowhere in .*, like 99999.png"),
+        ({"img": "img/99999.png"}, r"train.jsonl: 1 of its 5 images are nowhere in .*, like 99999.png"),
         ({"img": "../../99999.png"}, r"like 99999.png"),
     ],
 )

@@ -140,11 +140,11 @@ def test_test1_stands_in_for_dev(tmp_path: Path, published: ModuleType, read: Re
         (
             "train.json",
             {"identifier": "train-9-9-0"},
-            r"train.json: 2 of its 10 pictures are nowhere in .*, like train-9-9-img0",
+            r"train.json: 2 of its 10 images are nowhere in .*, like train-9-9-img0",
         ),
         ("dev.json", {"identifier": 7}, r"dev.json:1: identifier is 7, which it cannot be"),
         ("dev.json", {"sentence": None}, r"dev.json:1: there is no 'sentence' in it"),
-        ("dev.json", {"identifier": "dev-0-0-x-0"}, r"dev.json: 2 of its 10 pictures are nowhere"),
+        ("dev.json", {"identifier": "dev-0-0-x-0"}, r"dev.json: 2 of its 10 images are nowhere"),
     ],
 )
 def test_damaged_lines(file: str, change: dict[str, Any], message: str, tmp_path: Path, published: ModuleType) -> None:

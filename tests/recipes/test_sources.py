@@ -10,12 +10,12 @@ import pytest
 from phi3v.base.errors import InputError
 from phi3v.recipes.sources import (
     CAULDRON_COLUMNS,
+    cauldron_source,
     find_file,
+    find_images,
     find_parquet,
-    find_pictures,
-    open_cauldron,
+    image_bytes,
     open_parquet,
-    picture_bytes,
     read_lines,
 )
 
@@ -28,6 +28,12 @@ def cauldron(tmp_path: Path, published: ModuleType) -> Path:
     rows = [([published.picture(n)], [(f"q{n}", f"a{n}")]) for n in range(10)]
     published.write_cauldron(tmp_path, "docvqa", rows, num_shards=4)
     return tmp_path
+
+
+def rows_of(files: list[Path], subset: str, num_images: int) -> None:
+    """Reads all rows."""
+    _, rows = cauldron_source(files, subset, ["train"], lambda *row: [], num_images=num_images).open()
+    list(rows)
 
 
 def found(folder: Path, subset: str = "docvqa") -> list[Path]:
@@ -61,7 +67,7 @@ def test_rows_come_in_order(cauldron: Path, published: ModuleType) -> None:
     assert [number for number, _, _ in listed] == list(range(10))
     assert [row["texts"][0]["user"] for _, _, row in listed] == [f"q{n}" for n in range(10)]
     assert [where for _, where, _ in listed][1:4] == [f"{files[0]}, row 1", f"{files[1]}, row 0", f"{files[1]}, row 1"]
-    assert picture_bytes(listed[7][2]["images"][0], "") == published.picture(7)
+    assert image_bytes(listed[7][2]["images"][0], "") == published.picture(7)
 
 
 @pytest.mark.parametrize("given", ["", "docvqa"])
@@ -119,22 +125,22 @@ def test_damage_in_the_middle_is_named(cauldron: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, {"bytes": None, "path": "x.png"}, {"bytes": b"", "path": None}])
-def test_a_row_without_its_picture_is_named(value: dict[str, object] | None) -> None:
-    with pytest.raises(InputError, match=r"x.parquet, row 3: there is no picture in it"):
-        picture_bytes(value, "x.parquet, row 3")
+def test_a_row_without_its_image_is_named(value: dict[str, object] | None) -> None:
+    with pytest.raises(InputError, match=r"x.parquet, row 3: there is no image in it"):
+        image_bytes(value, "x.parquet, row 3")
 
 
 def test_rows_of_another_subset_are_refused(cauldron: Path) -> None:
-    with pytest.raises(InputError, match=r"row 0: 1 pictures from docvqa, so this is not the Cauldron's nlvr2 \(2 in"):
-        list(open_cauldron(found(cauldron), "nlvr2", 2)[1])
-    with pytest.raises(InputError, match=r"row 0: 1 pictures from docvqa, so this is not the Cauldron's hateful_memes"):
-        list(open_cauldron(found(cauldron), "hateful_memes", 1)[1])
+    with pytest.raises(InputError, match=r"row 0: 1 images from docvqa, so this is not the Cauldron's nlvr2 \(2 in"):
+        rows_of(found(cauldron), "nlvr2", 2)
+    with pytest.raises(InputError, match=r"row 0: 1 images from docvqa, so this is not the Cauldron's hateful_memes"):
+        rows_of(found(cauldron), "hateful_memes", 1)
 
 
-def test_rows_with_other_numbers_of_pictures_are_refused(tmp_path: Path, published: ModuleType) -> None:
+def test_rows_with_other_numbers_of_images_are_refused(tmp_path: Path, published: ModuleType) -> None:
     published.write_cauldron(tmp_path, "nlvr2", [([published.picture(0)] * n, [("q", "a")]) for n in (2, 1)], 1)
-    with pytest.raises(InputError, match=r"row 1: 1 pictures from nlvr2, so this is not the Cauldron's nlvr2 \(2 in"):
-        list(open_cauldron(found(tmp_path, "nlvr2"), "nlvr2", 2)[1])
+    with pytest.raises(InputError, match=r"row 1: 1 images from nlvr2, so this is not the Cauldron's nlvr2 \(2 in"):
+        rows_of(found(tmp_path, "nlvr2"), "nlvr2", 2)
 
 
 def test_without_pyarrow(cauldron: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,15 +189,15 @@ def test_lines_that_are_none(line: str, message: str, tmp_path: Path) -> None:
         list(read_lines(file, {"id": object}))
 
 
-def test_find_pictures(tmp_path: Path) -> None:
+def test_find_images(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("one.png", "a/two.png", "a/b/three.jpg", "a/b/other.png"):
         (tmp_path / name).touch()
     wanted = ["two.png", "three.jpg", "one.png"]
-    assert find_pictures(tmp_path, wanted, Path("x")) == {
+    assert find_images(tmp_path, wanted, Path("x")) == {
         "one.png": tmp_path / "one.png",
         "two.png": tmp_path / "a/two.png",
         "three.jpg": tmp_path / "a/b/three.jpg",
     }
-    with pytest.raises(InputError, match=r"x.json: 2 of its 3 pictures are nowhere in .*, like four.png"):
-        find_pictures(tmp_path, ["four.png", "one.png", "six.png"], Path("x.json"))
+    with pytest.raises(InputError, match=r"x.json: 2 of its 3 images are nowhere in .*, like four.png"):
+        find_images(tmp_path, ["four.png", "one.png", "six.png"], Path("x.json"))

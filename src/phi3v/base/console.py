@@ -20,8 +20,12 @@ SECONDS_BETWEEN_LINES = 20.0
 def progress_bar(
     title: str, total: int, unit: str, *, show: bool = True, summary: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """A bar for long work; yields the function that moves it on. `summary` says at the end how long it took."""
-    started = time.monotonic()
+    """Show a bar during long work, or a line now and then without a terminal; yield the function that advances it.
+
+    `summary` prints at the end how long it took.
+    """
+    started = last_line = time.monotonic()
+    done = 0
     columns = (
         TextColumn(f"[bold]{title}"),
         BarColumn(),
@@ -32,7 +36,16 @@ def progress_bar(
     )
     with Progress(*columns, console=console, transient=True, disable=not show or not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            bar.advance(task, count)
+            if show and not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                say(f"{title}: {done:,} of {total:,} {unit}")
+
+        yield advance
     if show and summary:
         say(f"{title}: {total:,} {unit} in {time.monotonic() - started:.0f} s")
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
+from rich.markup import escape
 from safetensors import SafetensorError
 
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 
 
@@ -62,6 +67,35 @@ def disk_errors(target: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {target}: {error}; what was saved before is untouched") from error
+
+
+@contextmanager
+def locked(file: Path, message: str, *, wait: bool = False) -> Iterator[str]:
+    """Hold a lock until the block or the process ends; yield the text that says who holds it, which `file` contains.
+
+    If another process holds it, `message` and the holder are an InputError, or, with `wait`, printed before waiting.
+    The holder must not open the file a second time: closing that would release the lock, as POSIX has it. Forked
+    processes do not inherit it, unlike flock's, so no worker of a killed process keeps it.
+    """
+    try:
+        stream = open(file, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the lock is held)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            stream.seek(0)
+            message = f"{message} ({stream.read() or 'unknown'})"
+            if not wait:
+                raise InputError(message) from error
+            say(escape(message))
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        stream.truncate(0)
+        stream.write(holder)
+        stream.flush()
+        yield holder
 
 
 def make_folder(folder: Path) -> None:

@@ -1,104 +1,46 @@
-"""Validation of a whole data file before anything is trained on it: every problem at once, and what the data is like.
+"""Check a data file before training: find every problem at once, and measure what the data is like.
 
-Each image is decoded once, however many examples show it; each example goes through the encode path of training.
+All ranks share the work, each with its worker processes, and of an example only a few numbers stay in memory. An image
+is decoded once, however many lines show it, and not again until it changes (`data.stamp`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import ArrayLike
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError, one_line
+from phi3v.base.pool import forked_map, num_cores
+from phi3v.base.ranks import ALONE, Ranks
 from phi3v.data.encode import Example, answer_text, encode, user_text
-from phi3v.data.image import MAX_PIXELS, Picture, hd_size, num_tiles, read_picture
+from phi3v.data.image import ImageInfo, hd_size, num_tiles, read_info
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.schema import Notes, image_resolver, lines, parse
+from phi3v.data.schema import Notes, image_folder, image_resolver, lines, parse
+from phi3v.data.stamp import Inputs, fingerprint, read_stamp, write_stamp
+from phi3v.data.statistics import Findings, Statistics
 
-SMALL = 500  # with fewer examples and images than this, starting worker processes takes longer than it saves
 CONTROL_TOKEN = re.compile(r"<\|(?:user|assistant|system|end|endoftext|placeholder\d+)\|>|</?s>|<unk>")
+
+LINES_PER_BLOCK = 128
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """Of one number per example. The histogram is (lowest value, number of examples) of bins of equal width."""
-
-    mean: float
-    p50: int
-    p95: int
-    max: int
-    histogram: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, numbers: ArrayLike, num_bins: int = 12) -> Statistics:
-        values = np.asarray(numbers, dtype=np.int64)
-        low, high = int(values.min()), int(values.max())
-        width = -(-(high - low + 1) // num_bins)
-        counts = np.bincount((values - low) // width).tolist()
-        p50, p95 = np.percentile(values, [50, 95], method="inverted_cdf").tolist()
-        histogram = tuple((low + k * width, count) for k, count in enumerate(counts))
-        return cls(mean=float(values.mean()), p50=p50, p95=p95, max=high, histogram=histogram)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """What `check` found. `problems` and `warnings` are "file:line: what is wrong", in the order of the file.
-
-    The last warnings may be about image files: how many there are of a kind, and which is the first.
-
-    Counts are of the lines that hold an example (`images` counts appearances, `image_files` files). Statistics are of
-    the examples without a problem; None if there are none, and, of tokens, if no processor was given.
-    """
-
-    path: str
-    problems: tuple[str, ...]
-    warnings: tuple[str, ...]
-    bad_lines: int
-    examples: int
-    turns: int
-    images: int
-    image_files: int
-    text_only: int
-    tokens: Statistics | None
-    answer_tokens: Statistics | None
-    crops: Statistics | None
-    lines: tuple[Checked, ...] = field(repr=False, compare=False)
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    @property
-    def statistics(self) -> dict[str, Statistics]:
-        """Those that there are, by name."""
-        every = {"tokens": self.tokens, "answer tokens": self.answer_tokens, "crops": self.crops}
-        return {name: one for name, one in every.items() if one is not None}
-
-
-class Checked(NamedTuple):
-    """A line of a data file: "file:line", its example if it holds one, and what was found."""
-
-    where: str
-    example: Example | None
-    notes: Notes
-    measure: Measure | None
-    """None with a problem."""
+Block = Sequence[tuple[str, bytes]]
+"""("file:line", content) of some lines."""
+Images = Mapping[str, ImageInfo | str]
+"""What images hold, by path, or what is wrong with them."""
 
 
 def check(
@@ -108,75 +50,340 @@ def check(
     *,
     num_crops: int = 4,
     max_tokens: int | None = None,
-    max_pixels: int = MAX_PIXELS,
     num_workers: int | None = None,
-    console: Console | None = None,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Findings:
-    """Everything that is wrong with a data file, its statistics, and line by line what they are made of.
+    """Everything that is wrong with a data file, and its statistics; on several ranks they share the work.
 
-    processor     counts the tokens and brings its num_crops; without one, `num_crops` holds and no tokens are counted
+    processor     counts the tokens, and brings its num_crops; without one, no tokens are counted
+    num_crops     tiles an image may be cut into, without a processor
     max_tokens    more in one example are a problem
-    num_workers   processes besides this one: by default one per core, none for a small file
-    console       shows the progress, if it is a terminal; by default standard error
+    num_workers   processes of this rank besides this one. Default: one per core, none for a small file
 
-    Raises InputError only if the file cannot be read or the given `image_root` is no folder.
+    What an earlier check found in order is not checked again until it changes. Raises InputError only if the file
+    cannot be read or the given `image_root` is no folder.
     """
-    resolve = image_resolver(path, image_root)
-    parsed: list[tuple[str, Example | None, Notes]] = []
-    for where, line in lines(path):
+    data = Path(path)
+    checker = ranks.all_do(lambda: Checker(data, image_root, processor, num_crops, max_tokens))
+    inputs, stamp = ranks.first_does(lambda: (Inputs.of(data, processor, checker.num_crops), read_stamp(data)))
+    share = partial(_shared, ranks=ranks, num_workers=num_workers, progress=progress)
+    num_bytes = data.stat().st_size
+
+    fingerprints: dict[str, int] = {}
+    for found in share(checker.images_of, _blocks(data), BLOCKS, "reading", num_bytes):
+        fingerprints |= found
+    known = stamp.known_images if stamp else {}
+    images: dict[str, ImageInfo | str] = {image: known[n] for image, n in fingerprints.items() if n in known}
+    changed = sorted(fingerprints.keys() - images.keys())
+    if stamp and not changed and (kept := stamp.findings_of(inputs, str(path), max_tokens)):
+        say(f"{escape(str(path))}: checked on {stamp.date}, nothing has changed: {kept.examples:,} examples")
+        return kept
+
+    decoded = share(checker.decode, changed, IMAGES, "checking images", len(changed))
+    images |= zip(changed, decoded, strict=True)
+    tally = Tally(str(path))
+    for some in share(partial(checker.check_block, images=images), _blocks(data), BLOCKS, "checking lines", num_bytes):
+        for line in some:
+            tally.add(line)
+    findings = tally.findings(images, checker.root, has_tokens=processor is not None)
+    if ranks.is_first:
+        readable = {n: info for image, n in fingerprints.items() if not isinstance(info := images[image], str)}
+        try:
+            write_stamp(data, inputs, findings, readable)
+        except InputError as error:
+            say(f"[yellow]note[/]  the next check starts from scratch: {escape(str(error))}")
+    return findings
+
+
+def check_lines(
+    path: str | Path,
+    image_root: str | Path | None,
+    processor: Phi3VProcessor | None,
+    wanted: Set[int],
+    *,
+    num_crops: int = 4,
+) -> list[CheckedLine]:
+    """Some lines of a data file in detail: the `wanted`, counted from 0 among those that are not blank."""
+    checker, stamp = Checker(Path(path), image_root, processor, num_crops), read_stamp(Path(path))
+    known = stamp.known_images if stamp else {}
+    found = []
+    for number, (where, raw) in enumerate(lines(path)):
+        if number in wanted:
+            _, fingerprints = checker.images_of([(where, raw)])
+            images = {image: known.get(n) or checker.decode(image)[1] for image, n in fingerprints.items()}
+            found.append(checker.check_line(where, raw, images))
+    return found
+
+
+# -- the work of a process ---------------------------------------------------------------------------------------------
+
+
+class Measure(NamedTuple):
+    """Sizes of an example; tokens are 0 where none are counted."""
+
+    tokens: int
+    answer_tokens: int
+    crops: int
+
+
+class CheckedLine(NamedTuple):
+    """A line of a data file, its example if it holds one, and what is wrong with it."""
+
+    where: str
+    raw: bytes
+    example: Example | None
+    notes: Notes
+    measure: Measure | None
+    """None with a problem."""
+
+
+class Brief(NamedTuple):
+    """What is kept of a checked line. The counts are 0 if it holds no example."""
+
+    where: str
+    id: str
+    turns: int
+    images: int
+    notes: Notes
+    measure: Measure | None
+
+
+class Checker:
+    """Checks images and lines, one at a time, in whatever process."""
+
+    def __init__(
+        self,
+        path: Path,
+        image_root: str | Path | None,
+        processor: Phi3VProcessor | None,
+        num_crops: int,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.resolve = image_resolver(path, image_root)
+        self.root = os.path.join(os.path.realpath(image_folder(path, image_root)), "")
+        self.processor = processor
+        self.num_crops = processor.num_crops if processor else num_crops
+        self.max_tokens = max_tokens
+
+    def images_of(self, block: Block) -> tuple[int, dict[str, int]]:
+        """Number of bytes, and the images that the lines show with their fingerprints."""
+        parsed = [parse(raw, where, self.resolve, Notes()) for where, raw in block]
+        images = dict.fromkeys(image for example in parsed if example for image in example.images if image)
+        return _num_bytes(block), {image: fingerprint(image, self.root) for image in images}
+
+    def decode(self, image: str) -> tuple[int, ImageInfo | str]:
+        """1, and what an image holds, or what is wrong with it."""
+        try:
+            return 1, read_info(image)
+        except InputError as error:
+            return 1, str(error)
+
+    def check_block(self, block: Block, images: Images) -> tuple[int, list[Brief]]:
+        """Number of bytes, and what is kept of the lines."""
+        return _num_bytes(block), [_brief(self.check_line(where, raw, images)) for where, raw in block]
+
+    def check_line(self, where: str, raw: bytes, images: Images) -> CheckedLine:
+        """The example on a line, what is wrong with it, and how large it is."""
         notes = Notes()
-        parsed.append((where, parse(line, where, resolve, notes), notes))
-    examples = [(example, notes) for _, example, notes in parsed if example is not None]
-    _note_repeated_ids(examples)
-
-    images = sorted({image for example, _ in examples for image in example.images if image})
-    examiner = Examiner(processor, processor.num_crops if processor else num_crops, max_tokens, max_pixels)
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if len(examples) + len(images) >= SMALL else 0
-    measures: dict[str, Measure] = {}
-    with _executor(examiner, num_workers) as executor:
-        run = _Run(executor, console or Console(stderr=True))
-        pictures = dict(zip(images, run("images", _picture, images, chunk=8), strict=True))
-        about_files = list(_about_files(str(path), pictures))
-        pictures[""] = Picture((1, 1), rotated=False, animated=False)  # a refused path, noted already
-        jobs = [(example, {image: pictures[image] for image in example.images}) for example, _ in examples]
-        results = run("examples", _examine, jobs, chunk=256)
-        for (example, notes), (found, measure) in zip(examples, results, strict=True):
-            notes.problems += found.problems
-            notes.warnings += found.warnings
+        example = parse(raw, where, self.resolve, notes)
+        measure = None
+        if example is not None:
+            self._check_images(example, images, notes)
+            _check_texts(example, notes)
             if not notes.problems:
-                measures[example.where] = measure
-    checked = [Checked(where, example, notes, measures.get(where)) for where, example, notes in parsed]
-    return _findings(str(path), checked, about_files, len(images), has_tokens=processor is not None)
+                measure = self._measure(example, images, notes)
+        return CheckedLine(where, raw, example, notes, None if notes.problems else measure)
+
+    def _check_images(self, example: Example, images: Images, notes: Notes) -> None:
+        for image in dict.fromkeys(filter(None, example.images)):  # "" is one that `parse` refused
+            info = images[image]
+            if isinstance(info, str):
+                notes.problems.append(info)
+            elif problem := _problem(hd_size, *info.size, self.num_crops):
+                notes.problems.append(f"{image}: {problem}")
+
+    def _measure(self, example: Example, images: Images, notes: Notes) -> Measure:
+        sizes = {image: info.size for image in example.images if not isinstance(info := images[image], str)}
+        if self.processor is None:
+            hd_sizes = [hd_size(*sizes[image], self.num_crops) for image in example.images]
+            return Measure(0, 0, sum(num_tiles(h, w) + 1 for h, w in hd_sizes))
+        try:
+            encoded = encode(example, self.processor, sizes.__getitem__)
+        except InputError as error:
+            notes.problems.append(str(error).removeprefix(f"{example.where}: "))
+            return Measure(0, 0, 0)
+        if self.max_tokens is not None and encoded.tokens > self.max_tokens:
+            notes.problems.append(f"{encoded.tokens:,} tokens, more than {self.max_tokens:,}")
+        return Measure(encoded.tokens, encoded.num_supervised, encoded.crops)
 
 
-def _findings(
-    path: str, checked: Sequence[Checked], about_files: Sequence[str], num_files: int, *, has_tokens: bool
-) -> Findings:
-    problems = [f"{line.where}: {problem}" for line in checked for problem in line.notes.problems]
-    warnings = _condensed((line.where, text) for line in checked for text in line.notes.warnings)
-    examples = [line.example for line in checked if line.example is not None]
-    measures = [line.measure for line in checked if line.measure is not None]
-    tokens, answer_tokens, crops = zip(*measures, strict=True) if measures else ((), (), ())
-    return Findings(
-        path=path,
-        problems=tuple(map(one_line, problems if checked else [f"{path}: no examples"])),
-        warnings=tuple(map(one_line, [*warnings, *about_files])),
-        bad_lines=sum(bool(line.notes.problems) for line in checked),
-        examples=len(examples),
-        turns=sum(len(example.turns) for example in examples),
-        images=sum(len(example.images) for example in examples),
-        image_files=num_files,
-        text_only=sum(not example.images for example in examples),
-        tokens=Statistics.of(tokens) if measures and has_tokens else None,
-        answer_tokens=Statistics.of(answer_tokens) if measures and has_tokens else None,
-        crops=Statistics.of(crops) if measures else None,
-        lines=tuple(checked),
-    )
+def _check_texts(example: Example, notes: Notes) -> None:
+    earlier = 0
+    for number, turn in enumerate(example.turns, start=1):
+        problems = _problem(user_text, turn, earlier), _problem(answer_text, turn.assistant or "")
+        notes.problems += [f"turn {number}: {problem}" for problem in problems if problem]
+        for token in sorted(set(CONTROL_TOKEN.findall(f"{turn.user} {turn.assistant}"))):
+            notes.warnings.append(f"turn {number}: the model will read {token} in the text as a control token")
+        earlier += len(turn.images)
+
+
+def _problem(function: Callable[..., object], *arguments: object) -> str | None:
+    """The message of the InputError that a call raises."""
+    try:
+        function(*arguments)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _brief(line: CheckedLine) -> Brief:
+    example = line.example
+    counts = (example.id, len(example.turns), len(example.images)) if example else ("", 0, 0)
+    return Brief(line.where, *counts, line.notes, line.measure)
+
+
+def _num_bytes(block: Block) -> int:
+    return sum(len(raw) for _, raw in block)
+
+
+def _blocks(path: Path) -> Iterator[Block]:
+    every = lines(path)
+    while block := list(islice(every, LINES_PER_BLOCK)):
+        yield block
+
+
+# -- sharing it --------------------------------------------------------------------------------------------------------
+
+
+class Pace(NamedTuple):
+    """How items are handed out."""
+
+    unit: str
+    """What the progress counts."""
+    few: int
+    """With fewer units, starting worker processes takes longer than it saves."""
+    chunk: int
+    """Items that a worker gets at once."""
+    per_meeting: int
+    """Items of a rank before it exchanges results with the others: seconds of work, so that none waits for long."""
+
+
+BLOCKS = Pace("bytes", few=2**17, chunk=1, per_meeting=16)
+IMAGES = Pace("images", few=500, chunk=8, per_meeting=256)
+
+
+def _shared(
+    function: Callable[[Item], tuple[int, Result]],
+    items: Iterable[Item],
+    pace: Pace,
+    title: str,
+    total: int,
+    *,
+    ranks: Ranks,
+    num_workers: int | None,
+    progress: bool,
+) -> Iterator[Result]:
+    """The results of a function for all items, in order, on every rank; each rank computes its share, with its workers.
+
+    The function returns (number of units done, result).
+    """
+    if num_workers is None:
+        num_workers = num_cores() if total >= pace.few else 0
+    share = islice(items, ranks.rank, None, ranks.num)
+    mine = ranks.all_do(lambda: forked_map(function, share, num_workers, chunk=pace.chunk))
+    with progress_bar(title, total, pace.unit, show=progress, summary=False) as advance:
+        while True:
+            found = ranks.gather(ranks.all_do(lambda: list(islice(mine, pace.per_meeting))))
+            for of_ranks in zip_longest(*found):  # later ranks may have one less
+                for units, result in filter(None, of_ranks):
+                    advance(units)
+                    yield result
+            if len(found[0]) < pace.per_meeting:
+                return
+
+
+# -- the sum of it -----------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """What is kept of all lines: counts, three numbers of each without a problem, and everything that is wrong."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.num_lines = 0
+        self.counts = {"examples": 0, "turns": 0, "images": 0, "text_only": 0}
+        self.measures = [array("q") for _ in Measure._fields]
+        self.problems: list[str] = []
+        self.bad_lines: list[int] = []
+        self.odd_lines: list[int] = []
+        self.warnings: dict[str, tuple[str, int]] = {}  # by kind: the first one, and how many lines have it
+        self.line_of: dict[str, int] = {}  # by id
+
+    def add(self, line: Brief) -> None:
+        for problem in line.notes.problems:
+            self.problems.append(one_line(f"{line.where}: {problem}"))
+        for warning in line.notes.warnings:
+            self._warn(warning, f"{line.where}: {warning}")
+        if line.notes.problems:
+            self.bad_lines.append(self.num_lines)
+        if line.notes.warnings:
+            self.odd_lines.append(self.num_lines)
+        for numbers, number in zip(self.measures, line.measure or (), strict=False):
+            numbers.append(number)
+        if line.turns:
+            for name, count in zip(self.counts, (1, line.turns, line.images, not line.images), strict=True):
+                self.counts[name] += count
+            number = int(line.where.rpartition(":")[2])
+            if (first := self.line_of.setdefault(line.id, number)) != number:
+                self._warn("repeated id", f"{line.where}: id {line.id!r} is also on line {first}")
+        self.num_lines += 1
+
+    def _warn(self, kind: str, text: str) -> None:
+        first, count = self.warnings.get(kind, (text, 0))
+        self.warnings[kind] = (first, count + 1)
+
+    def findings(self, images: Images, root: str, *, has_tokens: bool) -> Findings:
+        found = self.warnings.values()
+        warnings = [text if n == 1 else f"{text} (and {counted(n - 1, 'more line')})" for text, n in found]
+        tokens, answer_tokens, crops = (Statistics.of(numbers) if numbers else None for numbers in self.measures)
+        return Findings(
+            path=self.path,
+            problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
+            warnings=tuple(map(one_line, [*warnings, *_about_files(self.path, images, root)])),
+            num_lines=self.num_lines,
+            bad_lines=tuple(self.bad_lines),
+            odd_lines=tuple(self.odd_lines),
+            image_files=len(images),
+            tokens=tokens if has_tokens else None,
+            answer_tokens=answer_tokens if has_tokens else None,
+            crops=crops,
+            **self.counts,
+        )
+
+
+def _about_files(path: str, images: Images, root: str) -> Iterator[str]:
+    """Warnings about what a viewer shows differently from what the model sees."""
+    readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
+    for kind, seen, odd in (
+        ("an EXIF orientation", "it is ignored, the model sees them as they are stored", "rotated"),
+        ("several frames or pages", "the model sees the first", "animated"),
+    ):
+        if found := sorted(image for image, info in readable.items() if getattr(info, odd)):
+            files = f"{counted(len(found), 'image file')} with {kind} (such as {found[0].removeprefix(root)})"
+            yield f"{path}: {files}: {seen}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 line, 2,000 lines."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+# -- showing it --------------------------------------------------------------------------------------------------------
 
 
 def render(findings: Findings, console: Console) -> None:
-    """Prints warnings and problems, one on each line, then counts, statistics and histograms, then the verdict."""
+    """Print warnings and problems, one on each line, then counts, statistics and histograms, then the verdict."""
     for text in findings.warnings:
         console.print(Text.assemble(text, (" (warning)", "yellow")), soft_wrap=True)
     for text in findings.problems:
@@ -202,7 +409,7 @@ def render(findings: Findings, console: Console) -> None:
     if findings.ok:
         console.print(Text(f"✓ {findings.path} is fit for training", style="bold green"))
     else:
-        number, bad = counted(len(findings.problems), "problem"), counted(findings.bad_lines, "line")
+        number, bad = counted(len(findings.problems), "problem"), counted(len(findings.bad_lines), "line")
         console.print(Text(f"✗ {findings.path}: {number} on {bad}", style="bold red"))
 
 
@@ -215,154 +422,3 @@ def _histogram(name: str, histogram: Sequence[tuple[int, int]], width: int = 40)
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
         table.add_row(f"{low:,}", Text(bar, style="cyan"), f"{count:,}")
     return table
-
-
-# --- the work of one process ------------------------------------------------------------------------------------------
-
-
-class Measure(NamedTuple):
-    """Of an example; tokens are 0 where none are counted."""
-
-    tokens: int
-    answer_tokens: int
-    crops: int
-
-
-@dataclass(frozen=True)
-class Examiner:
-    """Looks at images and examples, one at a time."""
-
-    processor: Phi3VProcessor | None
-    num_crops: int
-    max_tokens: int | None
-    max_pixels: int
-
-    def picture(self, path: str) -> Picture | str:
-        """What an image file holds that training can use; what is wrong with any other."""
-        try:
-            picture = read_picture(path, self.max_pixels)
-            hd_size(*picture.size, self.num_crops)
-        except InputError as error:
-            text = str(error)
-            return text if text.startswith(path) else f"{path}: {text}"
-        return picture
-
-    def examine(self, example: Example, pictures: dict[str, Picture | str]) -> tuple[Notes, Measure]:
-        """What is wrong with an example, given what `picture` said of its images, and how large it is."""
-        notes = Notes(problems=[wrong for wrong in pictures.values() if isinstance(wrong, str)])
-        sizes = {image: picture.size for image, picture in pictures.items() if isinstance(picture, Picture)}
-        earlier = 0
-        for number, turn in enumerate(example.turns, start=1):
-            with _noted(notes, number):
-                user_text(turn, earlier)
-            with _noted(notes, number):
-                answer_text(turn.assistant or "")
-            for token in sorted(set(CONTROL_TOKEN.findall(f"{turn.user} {turn.assistant}"))):
-                notes.warnings.append(f"turn {number}: the model will read {token} in the text as a control token")
-            earlier += len(turn.images)
-        if notes.problems:
-            return notes, Measure(0, 0, 0)
-        if self.processor is None:
-            hd_sizes = [hd_size(*sizes[image], self.num_crops) for image in example.images]
-            return notes, Measure(0, 0, sum(num_tiles(h, w) + 1 for h, w in hd_sizes))
-        try:
-            encoded = encode(example, self.processor, sizes.__getitem__)
-        except InputError as error:
-            notes.problems.append(str(error).removeprefix(f"{example.where}: "))
-            return notes, Measure(0, 0, 0)
-        if self.max_tokens is not None and encoded.tokens > self.max_tokens:
-            notes.problems.append(f"{encoded.tokens:,} tokens, more than {self.max_tokens:,}")
-        return notes, Measure(encoded.tokens, encoded.num_supervised, encoded.crops)
-
-
-@contextlib.contextmanager
-def _noted(notes: Notes, turn: int) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        notes.problems.append(f"turn {turn}: {error}")
-
-
-# A pool's functions are found by name in the worker, and the examiner (its tokenizer takes long to send) is there once.
-
-
-_examiner: Examiner
-
-
-def _start(examiner: Examiner) -> None:
-    global _examiner
-    _examiner = examiner
-
-
-def _picture(path: str) -> Picture | str:
-    return _examiner.picture(path)
-
-
-def _examine(job: tuple[Example, dict[str, Picture | str]]) -> tuple[Notes, Measure]:
-    return _examiner.examine(*job)
-
-
-@contextlib.contextmanager
-def _executor(examiner: Examiner, num_workers: int) -> Iterator[Executor | None]:
-    """A pool of processes that run the examiner; None for zero workers, this process then being ready for it."""
-    if num_workers == 0:
-        _start(examiner)
-        yield None
-        return
-    # Forked, not spawned: importing torch and transformers takes each worker longer than most files do.
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_workers, mp_context=fork, initializer=_start, initargs=(examiner,)) as executor:
-        yield executor
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Calls a function for every item, in the pool or here, with a progress bar; results in the order of the items."""
-
-    executor: Executor | None
-    console: Console
-
-    def __call__(
-        self, name: str, function: Callable[[Item], Result], items: Sequence[Item], chunk: int
-    ) -> Iterator[Result]:
-        # The pool forks at its first map, which must come before the progress bar starts its thread.
-        results = self.executor.map(function, items, chunksize=chunk) if self.executor else map(function, items)
-        columns = (TextColumn("checking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            yield from progress.track(results, total=len(items), description=name)
-
-
-# --- notes ------------------------------------------------------------------------------------------------------------
-
-
-def _note_repeated_ids(examples: Iterable[tuple[Example, Notes]]) -> None:
-    first: dict[str, str] = {}
-    for example, notes in examples:
-        earlier = first.setdefault(example.id, example.where)
-        if earlier != example.where:
-            notes.warnings.append(f"id {example.id!r} is also on line {earlier.rpartition(':')[2]}")
-
-
-def _condensed(warnings: Iterable[tuple[str, str]]) -> list[str]:
-    """A warning that is the same on several lines is reported once."""
-    lines: dict[str, list[str]] = {}
-    for where, text in warnings:
-        lines.setdefault(text, []).append(where)
-    more = {text: counted(len(where) - 1, "more line") for text, where in lines.items()}
-    return [f"{where[0]}: {text}" + f" (and {more[text]})" * (len(where) > 1) for text, where in lines.items()]
-
-
-def _about_files(path: str, pictures: dict[str, Picture | str]) -> Iterator[str]:
-    """Of what a viewer shows otherwise than the model sees it: the number of files, and the first."""
-    readable = {file: picture for file, picture in pictures.items() if isinstance(picture, Picture)}
-    if rotated := [file for file, picture in readable.items() if picture.rotated]:
-        files = f"{counted(len(rotated), 'image file')} with an EXIF orientation ({rotated[0]}, for one)"
-        yield f"{path}: {files}: it is not followed, the model sees them as they are stored"
-    if animated := [file for file, picture in readable.items() if picture.animated]:
-        files = f"{counted(len(animated), 'image file')} with several frames or pages ({animated[0]}, for one)"
-        yield f"{path}: {files}: the model sees the first"
-
-
-def counted(number: int, noun: str) -> str:
-    """1 line, 2,000 lines."""
-    return f"{number:,} {noun}" + "s" * (number != 1)

@@ -1,9 +1,9 @@
 """From a conversation to token ids and labels: the one encode path of training, evaluation and chat.
 
 The text of a conversation is the chat template's, `<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>\\n` turn by turn,
-with `<s>` in front and `<|endoftext|>` once at the very end; `closed_turns` gives every turn its own. Every image is
-one `<|image|>` id here, followed by another `<s>`; `expand` repeats it to the number of vectors the model puts there. A
-prompt for generation has exactly the ids that stood before its answer in training.
+with `<s>` in front and `<|endoftext|>` once at the very end, or in every turn with `closed_turns`. An image is one
+`<|image|>` id here, followed by another `<s>`; `expand` repeats it once per vector of the image. A prompt for
+generation has exactly the ids that precede its answer in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "prompt
 class Turn:
     """One exchange: what the user says, with the images (absolute paths) shown in it, and the answer.
 
-    `assistant` is None only in the last turn of a conversation that waits for its answer.
+    `assistant` is None only in the last turn of a prompt.
     """
 
     user: str
@@ -38,7 +38,7 @@ class Example:
     """One conversation. `where` is its origin, "train.jsonl:41"; `answers` are the last turn's accepted answers.
 
     `group` names the examples that count as right only together. With `closed_turns` every turn begins with `<s>` and
-    ends with `<|endoftext|>`, as the original recipe for NLVR2 has it.
+    ends with `<|endoftext|>`, as in the original recipe for NLVR2.
     """
 
     id: str
@@ -64,8 +64,8 @@ class Encoded:
     """A conversation as token ids, one id per image.
 
     ids          int32 [n], each image one `<|image|>` id (`expand` makes the model's input)
-    supervised   bool [n], whether this token is a target that carries loss; all False in a prompt for generation
-    prefix       ids[:prefix] ends with the last image; 0 without images or if a supervised token lies before it
+    supervised   bool [n], whether a token carries loss; all False in a prompt for generation
+    prefix       ids[:prefix] ends with the last image; 0 without images, or with a supervised token before the last
     images       paths, in order of appearance; image_sizes their padded (h, w) in pixels
     """
 
@@ -79,7 +79,7 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence with its images expanded."""
+        """Length of the sequence with expanded images."""
         return len(self.ids) + self._image_tokens
 
     @property
@@ -89,7 +89,7 @@ class Encoded:
 
     @property
     def crops(self) -> int:
-        """Crops the vision tower sees: the local ones and a global one of each image."""
+        """Number of crops for the vision tower: the tiles and a global view of each image."""
         return sum(num_tiles(h, w) + 1 for h, w in self.image_sizes)
 
     @property
@@ -105,10 +105,10 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
     """Token ids and labels of a conversation; `sizes` gives the (width, height) of an image file.
 
     Supervised are, in every turn, the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
-    conversation (of every turn, with `closed_turns`); nothing, if the last turn waits for its answer: that is a prompt
-    for generation. White space at the start of an answer has no tokens, as the whole text has none there:
-    `<|assistant|>` swallows it. Raises InputError, naming the example, when tags and images do not match, a text holds
-    `<|image|>`, or an image cannot be read.
+    conversation (of every turn, with `closed_turns`). If the last turn lacks its answer, it is a prompt for generation
+    and nothing is supervised. White space at the start of an answer has no tokens, because `<|assistant|>` swallows it.
+    Raises InputError, naming the example, if tags and images do not match, a text holds `<|image|>`, or an image cannot
+    be read.
     """
     images = example.images
     ids = [processor.bos_token_id]
@@ -149,7 +149,7 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
 
 
 def questions(example: Example) -> list[Example]:
-    """One prompt for generation per answered turn, with the turns before it as its history and the answers kept."""
+    """One prompt for generation per answered turn, with the turns before it as history, and the accepted answers."""
     turns = example.turns
     asked = [k for k, turn in enumerate(turns) if turn.assistant is not None]
     return [
@@ -164,7 +164,7 @@ def questions(example: Example) -> list[Example]:
 
 
 def prompt_text(example: Example) -> str:
-    """The text of a conversation that waits for its answer, with its images as tags: what `encode` tokenises."""
+    """The text of a prompt, with its images as tags: what `encode` tokenises."""
     return "".join(map(_text, messages(example))) + "<|assistant|>\n"
 
 
@@ -175,9 +175,9 @@ def _text(message: Mapping[str, str]) -> str:
 def messages(example: Example) -> list[dict[str, str]]:
     """The conversation as messages for a chat template, images as tags numbered through the whole conversation.
 
-    Tags in the data may count within their turn or go on from the turns before; a turn without tags gets its images in
-    front. A turn that waits for its answer has no assistant message. Raises InputError when tags and images of a turn
-    do not match.
+    Tags in the data may count within their turn or continue from the turns before; a turn without tags gets its images
+    in front. A turn without an answer has no assistant message. Raises InputError if tags and images of a turn do not
+    match.
     """
     result, earlier = [], 0
     for turn in example.turns:
@@ -189,7 +189,7 @@ def messages(example: Example) -> list[dict[str, str]]:
 
 
 def user_text(turn: Turn, earlier: int) -> str:
-    """The user's text with its images as tags earlier+1, earlier+2, ...; InputError if its own tags do not match."""
+    """The user's text with images as tags earlier+1, earlier+2, ... Raises InputError if its own tags do not match."""
     check_text(turn.user)
     expected = range(earlier + 1, earlier + len(turn.images) + 1)
     numbers = tag_numbers(turn.user)
@@ -203,7 +203,7 @@ def user_text(turn: Turn, earlier: int) -> str:
 
 
 def answer_text(answer: str) -> str:
-    """The answer itself; InputError if it holds an image."""
+    """The answer itself. Raises InputError if it holds an image."""
     check_text(answer)
     if IMAGE_TAG.search(answer):
         raise InputError("an answer cannot hold an image tag")

@@ -1,9 +1,9 @@
-"""The HD transform: a picture of any shape becomes 336x336 crops, bit for bit as the published processor does it.
+"""The HD transform: an image of any shape becomes 336x336 crops, bit for bit as in the published processor.
 
-A picture is scaled so that at most `num_crops` tiles cover it and padded with white to whole tiles; that padded
-picture, uint8, is what data loading hands on. Normalisation and the global view (the whole picture squeezed into one
-more crop) are float operations on the tiles and run on any device. Sizes of padded pictures are always (h, w) in
-pixels, both multiples of 336; sizes of files are (width, height), as Pillow gives them.
+An image is scaled so that at most `num_crops` tiles cover it, and padded with white to whole tiles. The padded image,
+uint8, is what data loading yields. Normalisation and the global view (the whole image resized to one more crop) are
+float operations on the tiles and run on any device. Sizes of padded images are (h, w) in pixels, both multiples of 336;
+sizes of files are (width, height), as in Pillow.
 """
 
 from __future__ import annotations
@@ -31,63 +31,63 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is read, by content and not by name. Of the other forty that Pillow knows, one starts a program (EPS)."""
+"""What is read, recognised by its content. Of the other forty formats of Pillow one starts a program (EPS)."""
 
 MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded, Pillow's own threshold: a quarter of a GiB as RGB (A4 at 600 dpi has 35 M)."""
+"""Most pixels of an image, Pillow's own threshold: a quarter of a GiB as RGB (A4 at 600 dpi has 35 M)."""
 
 MAX_BYTES = 2**30
-"""Largest file that is read: some decoders begin by reading all of it."""
+"""Size of the largest file that is read: some decoders begin by reading all of it."""
 
 EXIF_ORIENTATION = 0x0112
 
 
-class Picture(NamedTuple):
-    """What an image file holds, beside its pixels."""
+class ImageInfo(NamedTuple):
+    """What an image file says besides its pixels."""
 
     size: tuple[int, int]
     """(width, height) in pixels."""
 
     rotated: bool
-    """Whether a viewer would turn or mirror it, as its EXIF orientation says. The model sees it as it is stored."""
+    """Whether its EXIF orientation tells viewers to turn or mirror it. The model sees it as it is stored."""
 
     animated: bool
-    """Whether it has more frames or pages than the first, the only one the model sees."""
+    """Whether it has several frames or pages. The model sees the first."""
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(width, height) from the header of an image file, without decoding it. Raises InputError as `load_image` does."""
-    with _opened(path, MAX_PIXELS) as image:
+    with _opened(path) as image:
         return image.size
 
 
-def load_image(source: str | Path | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The RGB picture in a file, or of a Pillow image: alpha dropped, grey repeated, palette looked up, EXIF ignored.
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """The RGB image in a file, or of a Pillow image: alpha dropped, grey repeated, palette looked up, EXIF ignored.
 
-    Of several frames or pages it is the first. Raises InputError, naming the file, when it is missing, none of FORMATS,
-    unreadable, truncated or has more than `max_pixels` pixels.
+    With several frames or pages it is the first. Raises InputError, naming the file, if it is missing, in none of
+    FORMATS, unreadable, truncated or has more than MAX_PIXELS pixels.
     """
-    with _opened(source, max_pixels) as image:
+    with _opened(source) as image:
         return image.convert("RGB")
 
 
-def read_picture(path: str | Path, max_pixels: int = MAX_PIXELS) -> Picture:
-    """What a file holds that `load_image` can load; raises InputError as that does."""
-    with _opened(path, max_pixels) as image:
+def read_info(path: str | Path) -> ImageInfo:
+    """Decode an image file to see whether `load_image` can load it; raises InputError as that does."""
+    with _opened(path) as image:
         size = image.convert("RGB").size
         try:
             # Only now: once decoded, a TIFF has been turned, and says so. The preview a telephone adds is no frame.
             rotated = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
-        except Exception:  # damaged metadata, or a damaged second frame, raises anything and matters to nobody
+        except Exception:  # damaged metadata or a damaged second frame raises anything, and does not matter
             rotated = animated = False
-        return Picture(size, rotated, animated)
+        return ImageInfo(size, rotated, animated)
 
 
 def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
-    """(h, w) in pixels of the padded HD picture of a width x height picture, h/336 * w/336 <= `num_crops` tiles.
+    """(h, w) in pixels of a padded width x height image, which has h/336 * w/336 <= `num_crops` tiles.
 
-    Raises InputError when the picture is so elongated that its scaled short side vanishes.
+    Raises InputError if the image is so elongated that its scaled short side vanishes.
     """
     h, w = _scaled(max(width, height), min(width, height), num_crops)
     h = math.ceil(h / CROP) * CROP
@@ -95,12 +95,12 @@ def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
 
 
 def num_tiles(h: int, w: int) -> int:
-    """Number of local crops of a padded picture of h x w pixels; the global crop comes on top."""
+    """Number of local crops of a padded image of h x w pixels, without the global one."""
     return (h // CROP) * (w // CROP)
 
 
 def num_image_tokens(h: int, w: int) -> int:
-    """Number of positions in the sequence of a padded picture of h x w pixels.
+    """Number of positions in the sequence of a padded image of h x w pixels.
 
     Every crop gives 12x12 tokens; every row of the local grid (12 a of them) and of the global one (12) ends with a
     separator, and one separator stands between the two: (a b + 1) 144 + 12 (a + 1) + 1.
@@ -110,10 +110,10 @@ def num_image_tokens(h: int, w: int) -> int:
 
 
 def hd_transform(image: Image.Image, num_crops: int) -> NDArray[np.uint8]:
-    """uint8 [h, w, 3]: the RGB picture scaled (antialiased bilinear) and padded with white, (h, w) = `hd_size`.
+    """uint8 [h, w, 3]: the RGB image scaled (antialiased bilinear) and padded with white, (h, w) = `hd_size`.
 
-    A tall picture is transposed, treated as a wide one and transposed back, so its bytes differ slightly from a direct
-    resize: Pillow's first pass then runs along the original's vertical axis.
+    A tall image is transposed, treated as a wide one and transposed back. Its bytes differ slightly from a direct
+    resize, because Pillow's first pass then runs along the original's vertical axis.
     """
     width, height = image.size
     tall = width < height
@@ -130,7 +130,7 @@ def hd_transform(image: Image.Image, num_crops: int) -> NDArray[np.uint8]:
 
 
 def hd_padding(width: int, height: int, num_crops: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom): the white pixels that `hd_transform` puts around a width x height picture."""
+    """(left, top, right, bottom): the white pixels that `hd_transform` puts around a width x height image."""
     h, _ = _scaled(max(width, height), min(width, height), num_crops)
     padded = math.ceil(h / CROP) * CROP
     before = (padded - h) // 2
@@ -139,7 +139,7 @@ def hd_padding(width: int, height: int, num_crops: int) -> tuple[int, int, int, 
 
 
 def tiles_of(hd: NDArray[np.uint8]) -> Tensor:
-    """uint8 [a*b, 3, 336, 336]: the local crops of an HD picture [336a, 336b, 3], row by row."""
+    """uint8 [a*b, 3, 336, 336]: the local crops of an HD image [336a, 336b, 3], row by row."""
     h, w, _ = hd.shape
     tiles = hd.reshape(h // CROP, CROP, w // CROP, CROP, 3).transpose(0, 2, 4, 1, 3)
     return torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, CROP, CROP))
@@ -153,38 +153,38 @@ def normalize(tiles: Tensor) -> Tensor:
 
 
 def global_view(tiles: Tensor, h: int, w: int) -> Tensor:
-    """float32 [3, 336, 336]: the padded picture of h x w pixels squeezed into one crop, from its normalised tiles.
+    """float32 [3, 336, 336]: the padded image of h x w pixels resized to one crop, from its normalised tiles.
 
     tiles: float32 [h/336 * w/336, 3, 336, 336]. Bicubic without antialiasing, and overshoot is kept, as published.
     """
     a, b = h // CROP, w // CROP
-    picture = tiles.reshape(a, b, 3, CROP, CROP).permute(2, 0, 3, 1, 4).reshape(1, 3, h, w)
-    return F.interpolate(picture, size=(CROP, CROP), mode="bicubic", align_corners=False)[0]
+    image = tiles.reshape(a, b, 3, CROP, CROP).permute(2, 0, 3, 1, 4).reshape(1, 3, h, w)
+    return F.interpolate(image, size=(CROP, CROP), mode="bicubic", align_corners=False)[0]
 
 
 def colours(normalized: Tensor) -> Tensor:
-    """uint8, same shape [..., 3, H, W]: the inverse of `normalize`, cut to what a screen can show."""
+    """uint8, same shape [..., 3, H, W]: the inverse of `normalize`, clamped to 0..255."""
     mean = torch.tensor(MEAN)[:, None, None]
     std = torch.tensor(STD)[:, None, None]
     return (normalized * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
 def pixel_values(hd: Sequence[NDArray[np.uint8]], num_crops: int) -> tuple[Tensor, Tensor]:
-    """The published form of n HD pictures: global crop, local crops, then crops of zeros.
+    """The published form of n HD images: global crop, local crops, then crops of zeros.
 
     Returns pixel_values float32 [n, num_crops+1, 3, 336, 336] and image_sizes int64 [n, 2], the (h, w) of each.
     """
     values = torch.zeros(len(hd), num_crops + 1, 3, CROP, CROP)
-    sizes = torch.tensor([picture.shape[:2] for picture in hd], dtype=torch.int64).reshape(-1, 2)
-    for slots, picture in zip(values, hd, strict=True):
-        tiles = normalize(tiles_of(picture))
-        slots[0] = global_view(tiles, *picture.shape[:2])
+    sizes = torch.tensor([image.shape[:2] for image in hd], dtype=torch.int64).reshape(-1, 2)
+    for slots, image in zip(values, hd, strict=True):
+        tiles = normalize(tiles_of(image))
+        slots[0] = global_view(tiles, *image.shape[:2])
         slots[1 : 1 + len(tiles)] = tiles
     return values, sizes
 
 
 def _scaled(width: int, height: int, num_crops: int) -> tuple[int, int]:
-    """(h, w) of a wide picture (width >= height) after scaling, before padding.
+    """(h, w) of a wide image (width >= height) after scaling, before padding.
 
     The order of the float64 operations is the published one: w / (width / height) differs from w * height // width
     by a row for some sizes (24x17 with 4 crops).
@@ -196,20 +196,20 @@ def _scaled(width: int, height: int, num_crops: int) -> tuple[int, int]:
     w = columns * CROP
     h = int(w / ratio)
     if h == 0:
-        raise InputError(f"picture with sides {width} and {height} is too elongated for {num_crops} crops")
+        raise InputError(f"image with sides {width} and {height} is too elongated for {num_crops} crops")
     return h, w
 
 
 @contextmanager
-def _opened(source: str | Path | Image.Image, max_pixels: int) -> Iterator[Image.Image]:
-    """An image of acceptable size, its pixels not decoded yet. Whatever goes wrong in the block is an InputError."""
+def _opened(source: str | Path | Image.Image) -> Iterator[Image.Image]:
+    """An image of acceptable size, not decoded yet. Whatever goes wrong in the block becomes an InputError."""
     name = "image" if isinstance(source, Image.Image) else str(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about odd metadata and large pictures
+            warnings.simplefilter("ignore")  # of Pillow, about odd metadata and large images
             with nullcontext(source) if isinstance(source, Image.Image) else _open(source) as image:
-                if image.width * image.height > max_pixels:
-                    raise InputError(f"{name}: {image.width}x{image.height} is more than {max_pixels} pixels")
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputError(f"{name}: {image.width}x{image.height} is more than {MAX_PIXELS} pixels")
                 if not image.width * image.height:
                     raise InputError(f"{name}: unreadable image (no pixels)")
                 yield image
@@ -221,7 +221,7 @@ def _opened(source: str | Path | Image.Image, max_pixels: int) -> Iterator[Image
         raise InputError(f"{name}: absurdly large image ({error})") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: unreadable image (not {', '.join(FORMATS)}, or damaged)") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # on damaged files Pillow's decoders raise anything
         raise InputError(f"{name}: unreadable image ({error or type(error).__name__})") from error
 
 

@@ -1,8 +1,8 @@
-"""Phi3VProcessor: text and images to what the model reads, and back.
+"""Phi3VProcessor: text and images to the model's inputs, and back.
 
-A plain class over a fast tokenizer and `phi3v.data.image`. Image positions carry the real id of `<|image|>`, as often
-as the picture has vectors; the text names images by the tags `<|image_1|>`, `<|image_2|>`, ... in ascending order. As
-published, the text is cut at its tags and every piece is tokenised on its own after a `<s>`.
+A plain class over a fast tokenizer and `phi3v.data.image`. Image positions carry the id of `<|image|>`, once per vector
+of the image; the text names images by the tags `<|image_1|>`, `<|image_2|>`, ... in ascending order. As published, the
+text is cut at its tags and every piece is tokenised on its own after a `<s>`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ImageSource = Image.Image | str | Path
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
 
-CLASS = "processing_phi3_v.Phi3VProcessor"  # of the published remote code, which readers of our files may still use
+CLASS = "processing_phi3_v.Phi3VProcessor"  # in the published remote code, which readers of our files may still use
 PROCESSOR_CONFIG = {"auto_map": {"AutoProcessor": CLASS}, "processor_class": "Phi3VProcessor"}
 PREPROCESSOR_CONFIG = {
     "auto_map": {"AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor", "AutoProcessor": CLASS},
@@ -50,11 +50,11 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-REMOTE_CODE = "processing_phi3_v.py"  # carried along for other readers, never run
+REMOTE_CODE = "processing_phi3_v.py"  # copied for other readers, never run
 FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", REMOTE_CODE)
 
 MAX_CROPS = 1024
-"""More have no place in a context: 1,000 crops are 144,000 tokens."""
+"""More do not fit in a context: 1,000 crops are 144,000 tokens."""
 
 
 def check_tags(numbers: Sequence[int], num_images: int) -> None:
@@ -68,18 +68,18 @@ def check_tags(numbers: Sequence[int], num_images: int) -> None:
 
 
 def tag_numbers(text: str) -> list[int]:
-    """The numbers of a text's image tags, in order; 10^9 for all from there on, for Python reads only 4,300 digits."""
+    """The numbers of a text's image tags, in order; 10^9 for all larger ones, since Python reads only 4,300 digits."""
     return [int(digits) if len(digits) < 10 else 10**9 for digits in IMAGE_TAG.findall(text)]
 
 
 def check_text(text: str) -> None:
-    """Raises InputError if the text holds the token that only stands for an image's vectors."""
+    """Raises InputError if the text holds the token that stands for an image's vectors."""
     if IMAGE_TOKEN in text:
         raise InputError(f"the text holds a literal {IMAGE_TOKEN}: write <|image_1|>, <|image_2|>, ... for images")
 
 
 def expand(ids: Sequence[int] | NDArray[np.int32], image_token_id: int, counts: Sequence[int]) -> NDArray[np.int32]:
-    """The ids with the k-th image id repeated counts[k] times: what the model reads."""
+    """The model's input ids: the k-th image id repeated counts[k] times."""
     array = np.asarray(ids, dtype=np.int32)
     repeats = np.ones(len(array), dtype=np.int64)
     repeats[array == image_token_id] = counts
@@ -87,7 +87,7 @@ def expand(ids: Sequence[int] | NDArray[np.int32], image_token_id: int, counts: 
 
 
 class Phi3VProcessor:
-    """Tokenizer and HD transform of one checkpoint. Raises InputError when the tokenizer lacks a special token."""
+    """Tokenizer and HD transform of a checkpoint. Raises InputError if the tokenizer lacks a special token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_crops: int = 4) -> None:
         if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
@@ -107,14 +107,14 @@ class Phi3VProcessor:
         """The processor of a model folder, or of a model on the Hub (`hub`: revision, cache_dir, token, ...).
 
         `num_crops` replaces the checkpoint's own (4 for Phi-3.5-vision, 16 for Phi-3-vision). No code of the checkpoint
-        is run. Raises InputError, naming the file, when something is missing or unreadable.
+        is run. Raises InputError, naming the file, if something is missing or unreadable.
         """
-        for word in ("trust_remote_code", "_from_auto"):  # AutoProcessor's; there is none here that could be trusted
+        for word in ("trust_remote_code", "_from_auto"):  # from AutoProcessor
             hub.pop(word, None)
         folder = _folder(name, hub)
         files = {path.name: jsonfile.read_bytes(path) for file in FILES if (path := folder / file).is_file()}
         if "tokenizer.json" not in files:
-            raise InputError(f"{name}: no tokenizer.json, so this is no model folder")
+            raise InputError(f"{name}: no tokenizer.json, so this is not a model folder")
         settings = jsonfile.parse_object(
             files.get("preprocessor_config.json", b"{}"), f"{name}/preprocessor_config.json"
         )
@@ -125,9 +125,9 @@ class Phi3VProcessor:
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the published files: what was loaded, byte for byte, and preprocessor_config.json with `num_crops`.
+        """Write the published files: those that were loaded, byte for byte, and preprocessor_config.json.
 
-        A tokenizer that was not loaded by `from_pretrained`, or was changed since, is written as transformers does it.
+        A tokenizer that was not loaded by `from_pretrained`, or was changed since, is written by transformers.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,12 +143,12 @@ class Phi3VProcessor:
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text: one image id and a `<s>` for each tag, no `<s>` in front. The tags' numbers do not matter.
 
-        Cutting the text before any special token and joining the ids of the parts gives the same ids, because no
-        special token of this tokenizer swallows what stands before it.
+        Tokenising the text in parts, cut before special tokens, gives the same ids, because no special token of this
+        tokenizer swallows what precedes it.
         """
         check_text(text)
         backend = self.tokenizer.backend_tokenizer
-        if backend.truncation is not None or backend.padding is not None:  # left behind by an earlier tokenizer(...)
+        if backend.truncation is not None or backend.padding is not None:  # set by an earlier tokenizer(...)
             backend.no_truncation()
             backend.no_padding()
         first, *rest = IMAGE_TAG.split(text)[::2]
@@ -168,23 +168,23 @@ class Phi3VProcessor:
         padding: bool | str = False,
         padding_side: str | None = None,
     ) -> BatchFeature:
-        """What the model reads, for one prompt or a batch of B.
+        """The model's inputs for one prompt or a batch of B.
 
         images: for one prompt an image or a list of images; for a batch one such entry (or None) per prompt. An image
         is a Pillow image or a path. Returns input_ids and attention_mask [B, L], int64 (lists without
         `return_tensors`), and, if there are n > 0 images in all, pixel_values float32 [n, num_crops+1, 3, 336, 336] and
-        image_sizes int64 [n, 2]. Raises InputError when the tags of a prompt are not 1, 2, ..., number of its images.
+        image_sizes int64 [n, 2]. Raises InputError if the tags of a prompt are not 1, 2, ..., number of its images.
         """
         texts = [text] if isinstance(text, str) else list(text)
         groups = [_group(images)] if isinstance(text, str) else _groups(images, len(texts))
-        rows, pictures = [], []
+        rows, every_hd = [], []
         for prompt, group in zip(texts, groups, strict=True):
             check_tags(tag_numbers(prompt), len(group))
             hd = [hd_transform(load_image(image), self.num_crops) for image in group]
-            counts = [num_image_tokens(*picture.shape[:2]) for picture in hd]
+            counts = [num_image_tokens(*image.shape[:2]) for image in hd]
             ids = expand([self.bos_token_id, *self.token_ids(prompt)], self.image_token_id, counts)
             rows.append(ids.tolist())
-            pictures += hd
+            every_hd += hd
         masks = [[1] * len(row) for row in rows]
         if padding:
             if padding not in (True, "longest"):
@@ -199,8 +199,8 @@ class Phi3VProcessor:
             data = {name: torch.tensor(value, dtype=torch.int64) for name, value in data.items()}
         elif return_tensors is not None:
             raise InputError(f'return_tensors={return_tensors!r}: only "pt" and None are known')
-        if pictures:
-            data["pixel_values"], data["image_sizes"] = pixel_values(pictures, self.num_crops)
+        if every_hd:
+            data["pixel_values"], data["image_sizes"] = pixel_values(every_hd, self.num_crops)
         return BatchFeature(data)
 
     def apply_chat_template(
@@ -213,11 +213,11 @@ class Phi3VProcessor:
         return_dict: bool = True,
         **call: Any,
     ) -> Any:
-        """The text of a conversation (or of a list of them), or, with `tokenize`, what `__call__` makes of it.
+        """The text of a conversation (or of each of a list), or, with `tokenize`, the model's inputs for it.
 
         A message is {"role", "content"}; its content is a text with tags, or a list of {"type": "text", "text": ...}
-        and {"type": "image"} items, the latter optionally with their "image" (Pillow) or "path". Image items become
-        tags, numbered through the conversation, with a newline between images and the text that follows.
+        and {"type": "image"} items, the latter optionally with "image" (Pillow) or "path". Image items become tags,
+        numbered through the conversation, with a newline between images and the text that follows.
         """
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         texts: list[str] = []
@@ -229,7 +229,7 @@ class Phi3VProcessor:
                 text = self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
-            except Exception as error:  # a template is a program, in a sandbox: it raises anything
+            except Exception as error:  # a template is a program in a sandbox, which raises anything
                 raise InputError(f"the chat template cannot write this conversation: {error}") from error
             texts.append(cast(str, text))
         if not tokenize:
@@ -240,7 +240,7 @@ class Phi3VProcessor:
         return batch if return_dict else batch["input_ids"]
 
     def decode(self, ids: Any, **options: Any) -> str:
-        """The text of one sequence of ids; options as of the tokenizer (skip_special_tokens, ...)."""
+        """The text of one sequence of ids; options are the tokenizer's (skip_special_tokens, ...)."""
         return cast(str, self.tokenizer.decode(ids, **options))
 
     def batch_decode(self, ids: Any, **options: Any) -> list[str]:
@@ -250,11 +250,12 @@ class Phi3VProcessor:
     def _special_id(self, token: str) -> int:
         number = self.tokenizer.backend_tokenizer.token_to_id(token)
         if number is None:
-            raise InputError(f"{self.tokenizer.name_or_path or 'tokenizer'}: no token {token}, so not of Phi-3-vision")
+            name = self.tokenizer.name_or_path or "tokenizer"
+            raise InputError(f"{name}: no token {token}, so this is not a tokenizer of Phi-3-vision")
         return number
 
     def _tokenizer_state(self) -> tuple[int, str | None]:
-        """What a user may have changed in a loaded tokenizer: its size and its template."""
+        """What a user may change in a loaded tokenizer: its size and its template."""
         return len(self.tokenizer), self.tokenizer.chat_template
 
 
@@ -286,7 +287,7 @@ def _pad(rows: list[list[int]], value: int, side: str) -> list[list[int]]:
 
 
 def _with_tags(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[ImageSource]]:
-    """Messages with plain texts for contents, image items turned into tags; and the images that came with the items."""
+    """Messages with plain texts as contents, image items turned into tags; and the images of the items."""
     plain: list[dict[str, Any]] = []
     images: list[ImageSource] = []
     number = 0

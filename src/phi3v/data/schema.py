@@ -6,15 +6,16 @@
 turn; `group`, the name of examples that count as right only together; and `closed_turns`, true if every turn begins
 with `<s>` and ends with `<|endoftext|>`, not just the whole conversation (as in the original recipe for NLVR2). Image
 paths are relative to the image root, by default the folder `images` beside the file, and must not lead out of it. A
-line either becomes an `Example` or is named with everything that is wrong with it.
+line becomes an `Example`, or is reported with everything that is wrong with it.
 
-Where answers are still to be found (`prompts`), the last turn may be without `assistant`, or with null or a blank text.
+In a file of prompts, the last turn may lack its `assistant`, or have null or a blank text there.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from phi3v.base import jsonfile
 from phi3v.base.errors import InputError
-from phi3v.data.encode import Example, Turn
+from phi3v.data.encode import Example, Turn, messages
 
 EXAMPLE_KEYS: dict[str, type] = {
     "id": str,
@@ -36,33 +37,30 @@ TURN_KEYS: dict[str, type] = {"images": list, "user": str, "assistant": str}
 OPTIONAL_KEYS = frozenset({"source", "answers", "group", "closed_turns", "images"})
 
 MAX_LINE_BYTES = 2**22
-"""Longest line: a context of 131,072 tokens has 0.6 MB of English, and 1 MB of Chinese written as \\uXXXX."""
+"""Longest line. A context of 131,072 tokens has 0.6 MB of English, or 1 MB of Chinese written as \\uXXXX."""
 
 NAMES_KEPT = 2**16
-"""Images of which something is remembered while a file is read, as a page has many questions: about 20 MB at most."""
-
-MAX_VALUES = 100_000
-"""Most values (of texts, numbers, lists, objects) in a line; twenty thousand turns have as many."""
+"""Size of caches by image path while a file is read, since a page has many questions: about 20 MB at most."""
 
 
 @dataclass(kw_only=True)
 class Notes:
-    """What was found on one line: problems, which make the data unfit for training, and warnings, which do not."""
+    """What is wrong with one line: problems make the data unfit for training, warnings do not."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def read_jsonl(path: str | Path, image_root: str | Path | None = None, *, prompts: bool = False) -> list[Example]:
-    """The examples of a file, as `iter_jsonl` reads them."""
+    """All examples of a file; see `iter_jsonl`."""
     return list(iter_jsonl(path, image_root, prompts=prompts))
 
 
 def iter_jsonl(path: str | Path, image_root: str | Path | None = None, *, prompts: bool = False) -> Iterator[Example]:
-    """The examples of a file, one by one. Raises InputError, "file:line: what is wrong", on the first problem.
+    """Yield the examples of a file. Raises InputError, "file:line: what is wrong", on the first problem.
 
-    With `prompts` the last turn of each may wait for its answer. Images are resolved to absolute paths inside the image
-    root but neither opened nor looked for.
+    With `prompts` the last turn of each may lack its answer. Images become absolute paths inside the image root; they
+    need not exist.
     """
     resolve = image_resolver(path, image_root)
     empty = True
@@ -78,7 +76,7 @@ def iter_jsonl(path: str | Path, image_root: str | Path | None = None, *, prompt
 
 
 def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", content) of every line of a file that is not blank. Raises InputError for one too long to read."""
+    """Yield ("file:line", content) of every line that is not blank. Raises InputError for one that is too long."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
@@ -90,12 +88,17 @@ def lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
         raise InputError(f"{path}: {error.strerror}") from error
 
 
+def image_folder(path: str | Path, image_root: str | Path | None) -> Path:
+    """The folder that the image paths in a data file are relative to."""
+    return Path(path).parent / "images" if image_root is None else Path(image_root)
+
+
 def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[[str], str]:
     """A function from an image's path in the data to its absolute path, symbolic links followed.
 
-    It raises InputError when that lies outside the image root or the root is no folder.
+    It raises InputError if the path leads out of the image root, or the root is no folder.
     """
-    root = Path(path).parent / "images" if image_root is None else Path(image_root)
+    root = image_folder(path, image_root)
     if image_root is not None and not root.is_dir():
         raise InputError(f"--image-root {root}: no such folder")
     real_root = os.path.realpath(root)
@@ -118,17 +121,14 @@ def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[
 def parse(
     line: bytes, where: str, resolve: Callable[[str], str], notes: Notes, *, prompts: bool = False
 ) -> Example | None:
-    """The example on a line, or None if it holds none. With problems in `notes`, some of its images may be "".
+    """The example on a line, or None if there is none. What is wrong goes to `notes`; a refused image path becomes "".
 
-    With `prompts` its last turn may wait for its answer.
+    With `prompts` its last turn may lack its answer.
     """
     try:
         record = jsonfile.parse(line)
     except InputError as error:
         notes.problems.append(f"{error}{_hint(line)}")
-        return None
-    if len(line) > MAX_VALUES and (number := _count(record)) > MAX_VALUES:  # each would cost an object, or a complaint
-        notes.problems.append(f"{number:,} values, at most {MAX_VALUES:,} are read")
         return None
     if not _has_keys(record, "", EXAMPLE_KEYS, notes):
         return None
@@ -139,7 +139,7 @@ def parse(
     turns = []
     for number, turn in enumerate(record["conversations"], start=1):
         name, optional = f"turn {number}: ", OPTIONAL_KEYS
-        if prompts and number == len(record["conversations"]) and _waits(turn):
+        if prompts and number == len(record["conversations"]) and _is_open(turn):
             turn, optional = {key: turn[key] for key in turn if key != "assistant"}, OPTIONAL_KEYS | {"assistant"}
         if _has_keys(turn, name, TURN_KEYS, notes, optional):
             turns.append(_turn(turn, name, resolve, notes))
@@ -160,10 +160,20 @@ def parse(
     )
 
 
+def read_record(record: Mapping[str, object], where: str, resolve: Callable[[str], str]) -> Example:
+    """The example on the line that a record would be. Raises InputError with everything that is wrong with it."""
+    notes = Notes()
+    example = parse(json.dumps(record).encode(), where, resolve, notes)
+    if example is None or notes.problems:
+        raise InputError("; ".join(notes.problems))
+    messages(example)  # raises if its tags and images do not match
+    return example
+
+
 def _turn(turn: Mapping[str, object], name: str, resolve: Callable[[str], str], notes: Notes) -> Turn:
     images = []
     for image in turn.get("images", []):  # type: ignore[attr-defined]
-        images.append("")  # what is refused keeps its place: its tag is in the text
+        images.append("")  # a refused image keeps its place, since its tag is in the text
         if not isinstance(image, str) or not image:
             notes.problems.append(f"{name}images must hold paths, not {repr(image) if image == '' else _kind(image)}")
             continue
@@ -177,8 +187,8 @@ def _turn(turn: Mapping[str, object], name: str, resolve: Callable[[str], str], 
     return Turn(user=user, assistant=assistant, images=tuple(images))
 
 
-def _waits(turn: object) -> bool:
-    """Whether a turn has no answer."""
+def _is_open(turn: object) -> bool:
+    """Whether a turn has no answer yet."""
     answer = turn.get("assistant") if isinstance(turn, dict) else ...
     return answer is None or (isinstance(answer, str) and not answer.strip())
 
@@ -186,9 +196,9 @@ def _waits(turn: object) -> bool:
 def _has_keys(
     record: object, name: str, keys: Mapping[str, type], notes: Notes, optional: Set[str] = OPTIONAL_KEYS
 ) -> bool:
-    """Whether a JSON object has the keys it needs with values of the right types; what is wrong goes to `notes`.
+    """Whether a JSON object has the keys it needs, with values of the right types; what is wrong goes to `notes`.
 
-    An unknown key is ignored with a warning, unless it looks like a known one misspelt.
+    An unknown key is a warning, or a problem if it looks like a misspelt one.
     """
     if not isinstance(record, dict):
         notes.problems.append(f"{name}must be an object, not {_kind(record)}")
@@ -208,11 +218,6 @@ def _has_keys(
             llava = " (from and value are LLaVA's keys; here a turn is user and assistant)" if "from" in record else ""
             notes.problems.append(f"{name}{key} is missing{llava}")
     return len(notes.problems) == before
-
-
-def _count(value: object) -> int:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + sum(map(_count, children))
 
 
 def _hint(line: bytes) -> str:

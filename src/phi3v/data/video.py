@@ -1,6 +1,6 @@
-"""Frames of a video, evenly spread over those that really decode: what a header announces is only a guess.
+"""Frames of a video, evenly spread over those that decode, since the count in the header is only a guess.
 
-Real files announce 444 frames and hold 68; XVID with B-frames often lacks one or two.
+Some files announce 444 frames and hold 68; XVID with B-frames often lacks one or two.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from phi3v.data.image import MAX_PIXELS
 
 
 def sample_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
-    """`num_frames` RGB pictures of a video in their order, the first frame always among them; no more are in memory.
+    """`num_frames` RGB images of a video in order, beginning with its first frame; no more are in memory.
 
-    Raises InputError, naming the file, when it is missing, cut short, damaged or holds fewer frames than asked for, and
-    when PyAV is not installed.
+    Raises InputError, naming the file, if it is missing, cut short, damaged or has fewer frames, and if PyAV is not
+    installed.
     """
     frames, num_decoded = _decode(path, num_frames)
     if num_decoded < num_frames:
         raise InputError(f"{path}: {num_decoded} frames decode, {num_frames} are needed")
     wanted = frame_indices(num_decoded, num_frames)
-    if frames.keys() != set(wanted):  # its header is wrong
+    if frames.keys() != set(wanted):  # the header is wrong
         frames, _ = _decode(path, num_frames, num_decoded)
     return [frames[index] for index in wanted]
 
@@ -36,14 +36,14 @@ def sample_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
 def frame_indices(num_in_video: int, num_frames: int) -> list[int]:
     """Where `num_frames` equal parts of a video begin: floor(k * num_in_video / num_frames).
 
-    The original's np.arange(0, total, total / n).astype(int) is the same wherever total / n is exact in binary, so for
-    its 8 frames always; elsewhere it has now and then a frame too many (for 7 of 17) or the one before (18 of 294).
+    The original's np.arange(0, total, total / n).astype(int) is the same where total / n is exact in binary, so always
+    for its 8 frames. Elsewhere it sometimes has a frame too many (7 of 17) or the one before (18 of 294).
     """
     return [k * num_in_video // num_frames for k in range(num_frames)]
 
 
 def pyav() -> ModuleType:
-    """The library that decodes. Raises InputError, naming the extra, when it is not installed."""
+    """PyAV. Raises InputError, naming the extra, if it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -52,15 +52,15 @@ def pyav() -> ModuleType:
 
 
 def _decode(path: str | Path, num_frames: int, num_in_video: int | None = None) -> tuple[dict[int, Image.Image], int]:
-    """Pictures of the wanted frames by their index, and how many frames there are.
+    """Images of the wanted frames by index, and the number of frames.
 
-    num_in_video: frames among which to choose. Default: what the header announces.
+    num_in_video: number of frames to choose from. Default: the header's.
     """
     frames: dict[int, Image.Image] = {}
     count = 0
     with _reading(path) as video:
         stream = video.streams.video[0]
-        stream.thread_type = "NONE"  # whoever reads many videos runs a process on every core
+        stream.thread_type = "NONE"  # several videos are read at once, by a process on every core
         wanted = set(frame_indices(stream.frames if num_in_video is None else num_in_video, num_frames))
         for frame in video.decode(stream):
             if frame.width * frame.height > MAX_PIXELS:
@@ -73,7 +73,7 @@ def _decode(path: str | Path, num_frames: int, num_in_video: int | None = None) 
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[Any]:
-    """An open video, an av.container.InputContainer, that opens nothing else: a playlist may pose as a video."""
+    """An open video, an av.container.InputContainer, that opens no other file, as a playlist would."""
     av = pyav()
     try:
         with open(path, "rb") as file:
@@ -90,7 +90,7 @@ def _reading(path: str | Path) -> Iterator[Any]:
 
 
 def _check_whole(path: str | Path, file: IO[bytes]) -> None:
-    """Raises InputError for an AVI that is shorter than its first chunk says: the rest of it would still decode."""
+    """Raises InputError for an AVI that is shorter than its first chunk says. What is there would still decode."""
     start = file.read(8)
     num_bytes = os.fstat(file.fileno()).st_size
     if start[:4] == b"RIFF" and num_bytes < (announced := 8 + int.from_bytes(start[4:], "little")):

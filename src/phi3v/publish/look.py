@@ -18,7 +18,7 @@ from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, NonNegative, NonNegativeInt
-from phi3v.data.check import Checked, Findings, check, counted
+from phi3v.data.check import CheckedLine, check, check_lines, counted
 from phi3v.data.encode import Encoded, Example, encode
 from phi3v.data.image import (
     CROP,
@@ -32,7 +32,7 @@ from phi3v.data.image import (
     tiles_of,
 )
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.schema import lines
+from phi3v.data.statistics import Findings
 from phi3v.publish.chart import Bars, bars, number
 from phi3v.publish.html import Gallery, cut, render, without_tags, write_page
 from phi3v.publish.html.pictures import Album, data_uri
@@ -75,7 +75,8 @@ def look(
     processor = Phi3VProcessor.from_pretrained(model, num_crops) if model else None
     crops = processor.num_crops if processor else num_crops or 4
     findings = check(data, image_root, processor, num_crops=crops, num_workers=num_workers)
-    shown = _gallery(data, findings.lines, processor, crops, limit, picture_mb, crop_size)
+    chosen = check_lines(data, image_root, processor, choose(findings, limit), num_crops=crops)
+    shown = _gallery(chosen, findings.num_lines, processor, crops, picture_mb, crop_size)
     values = {
         "name": str(data),
         "findings": findings,
@@ -87,7 +88,7 @@ def look(
         "max_listed": MAX_LISTED,
     }
     page = write_page(target, render("look.html.jinja", shown, **values))
-    numbers = {"line": len(findings.lines), "problem": len(findings.problems), "warning": len(findings.warnings)}
+    numbers = {"line": findings.num_lines, "problem": len(findings.problems), "warning": len(findings.warnings)}
     say(", ".join(counted(number, noun) for noun, number in numbers.items()))
     say(f"page    {escape(str(page))}")
     return 0 if findings.ok else 2
@@ -112,26 +113,22 @@ def _histograms(findings: Findings) -> list[Bars]:
 
 
 def _gallery(
-    data: Path,
-    checked: Sequence[Checked],
+    chosen: Sequence[CheckedLine],
+    num_lines: int,
     processor: Phi3VProcessor | None,
     num_crops: int,
-    limit: int,
     picture_mb: float,
     crop_size: int,
 ) -> Gallery | None:
-    chosen = choose(checked, limit)
     if not chosen:
         return None
     album = Album(partial(_crops, num_crops=num_crops, pixels=crop_size), picture_mb)
     images = [list(line.example.images) if line.example else [] for line in chosen]
     album.take(images)
-    wanted = {line.where for line in chosen if line.example is None}
-    raw = {where: text for where, text in lines(data) if where in wanted} if wanted else {}
     vocabulary: dict[int, str] = {}
     entries = []
     for line, paths in zip(chosen, images, strict=True):
-        entry = _entry(line, raw.get(line.where, b""), album[paths])
+        entry = _entry(line, album[paths])
         if processor and line.example and line.measure:
             encoded = encode(line.example, processor)
             entry |= _tokens(encoded)
@@ -139,8 +136,8 @@ def _gallery(
                 vocabulary[token] = _token_text(processor, token)
         entries.append(entry)
     bare = sum(-1 in entry["images"] for entry in entries)
-    note = f"{'All' if len(chosen) == len(checked) else f'{len(chosen):,} of'} {len(checked):,} lines"
-    note += ". " if len(chosen) == len(checked) else ", evenly spread, those with problems first (--limit shows more). "
+    note = f"{'All' if len(chosen) == num_lines else f'{len(chosen):,} of'} {num_lines:,} lines"
+    note += ". " if len(chosen) == num_lines else ", evenly spread, those with problems first (--limit shows more). "
     note += f"{bare:,} without pictures, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
     return Gallery(
         entries=entries,
@@ -159,22 +156,23 @@ def _gallery(
     )
 
 
-def choose(checked: Sequence[Checked], limit: int) -> list[Checked]:
-    """At most `limit` lines, in their order: those with problems, those with warnings, the others evenly spread."""
-    ranked = [[line for line in checked if _rank(line) == rank] for rank in range(3)]
-    kept: list[Checked] = []
-    for some in ranked:
-        room = min(limit - len(kept), len(some))
-        kept += [some[i * len(some) // room] for i in range(room)]
-    kept_places = {line.where for line in kept}
-    return [line for line in checked if line.where in kept_places]
+def choose(findings: Findings, limit: int) -> set[int]:
+    """At most `limit` lines: those with problems first, then those with warnings, then others, evenly spread."""
+    bad = set(findings.bad_lines)
+    odd = set(findings.odd_lines) - bad
+    fine = [line for line in range(findings.num_lines) if line not in bad and line not in odd]
+    chosen: set[int] = set()
+    for some in (sorted(bad), sorted(odd), fine):
+        room = min(limit - len(chosen), len(some))
+        chosen.update(some[i * len(some) // room] for i in range(room))
+    return chosen
 
 
-def _rank(line: Checked) -> int:
+def _rank(line: CheckedLine) -> int:
     return 0 if line.notes.problems else 1 if line.notes.warnings else 2
 
 
-def _entry(line: Checked, raw: bytes, images: list[int]) -> dict[str, Any]:
+def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
     """An entry of the gallery; of a line that holds no example, its beginning."""
     example, measure, rank = line.example, line.measure, _rank(line)
     turns = example.turns if example else ()
@@ -183,7 +181,7 @@ def _entry(line: Checked, raw: bytes, images: list[int]) -> dict[str, Any]:
     problems = [("", f"\N{BALLOT X} {cut(text)}", "bad") for text in line.notes.problems]
     warnings = [("", f"! {cut(text)}", "note") for text in line.notes.warnings]
     more = f" · {len(turns)} turns" if len(turns) > 1 else ""
-    text = without_tags(turns[0].user) if turns else raw.decode("utf-8", "replace").strip()
+    text = without_tags(turns[0].user) if turns else line.raw.decode("utf-8", "replace").strip()
     place = line.where.rpartition(":")[2]
     sizes = [f"{measure.tokens:,} tokens" if measure.tokens else "", f"{measure.crops:,} crops"] if measure else []
     return {
@@ -203,7 +201,7 @@ def _entry(line: Checked, raw: bytes, images: list[int]) -> dict[str, Any]:
     }
 
 
-def _details(line: Checked, example: Example | None) -> list[tuple[str, str]]:
+def _details(line: CheckedLine, example: Example | None) -> list[tuple[str, str]]:
     measure = line.measure
     details = {"where": line.where}
     if example is not None:

@@ -21,7 +21,7 @@ from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, NonNegative, check_values
 from phi3v.base.runfolder import RunFolder
-from phi3v.data.check import Statistics
+from phi3v.data.statistics import Statistics
 from phi3v.infer.metrics import Prediction
 from phi3v.publish.chart import Bars, Chart, Level, Series, bars, chart, number, percent, smooth, thin
 from phi3v.publish.gallery import Answers, confusion, gallery

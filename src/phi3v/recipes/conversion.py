@@ -1,28 +1,27 @@
-"""From a published data set, in whatever form it lies on the disk or the Hub, to the guide's jsonl with its pictures.
+"""From a published data set, in whatever form it lies on the disk or the Hub, to the guide's jsonl with its images.
 
 A recipe finds `Source`s; what they hold is written to a folder with train.jsonl, others beside it, and images/. The one
-invariant: a folder with `made_from.json` is whole, and was made from exactly what that file says. Pictures are never
-decoded: those in parquet files are written out byte for byte, those that are files already get a second name.
+invariant: a folder with `made_from.json` is whole, and was made from exactly what that file says. Images are never
+decoded: those in parquet files are written byte for byte, those that are files already get a second name.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from phi3v.base.config import Run
 from phi3v.base.console import progress_bar
 from phi3v.base.errors import InputError
-from phi3v.base.files import make_folder, written_whole
+from phi3v.base.files import locked, make_folder
 from phi3v.base.jsonfile import read_object
+from phi3v.data.writer import DatasetWriter, writing
 from phi3v.recipes.table import TaskOptions
 
 MADE_FROM = "made_from.json"
@@ -30,17 +29,17 @@ EVALUATED = ("test", "dev", "test1")
 """The jsonl files a run may be evaluated on; of several, the first."""
 
 FORMAT = 1
-"""Raised when the same data would be converted to something else than before."""
+"""Raise it when the same data is converted to something else than before."""
 
 HEAD_START_S = 2.0
-"""Of the first rank, when all want to convert the same data."""
+"""Head start of the first rank when all want to convert the same data: it is the one that prints."""
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg"}
-"""Of pictures that are bytes, by how they begin; for the eye only, since pictures are read by their content."""
+"""Of image bytes, by how they begin; for the eye only, since images are read by their content."""
 
 
-class Picture(NamedTuple):
-    """A picture: where it goes below images/, without suffix, and its bytes or the file it is."""
+class NamedImage(NamedTuple):
+    """An image to write: its name below images/, without suffix, and its bytes or the file it is."""
 
     name: str
     content: bytes | Path
@@ -48,12 +47,12 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A line of jsonl whose pictures are still to be written. A picture of a name that was written is the same one."""
+    """A line of jsonl whose images are still to be written. Images of the same name are the same and written once."""
 
     id: str
-    pictures: Sequence[Picture]
+    images: Sequence[NamedImage]
     turns: Sequence[tuple[str, str]]
-    """(user, assistant); the pictures belong to the first."""
+    """(user, assistant); the images belong to the first."""
     answers: Sequence[str] = ()
     group: str = ""
     closed_turns: bool = False
@@ -67,7 +66,7 @@ Rows = tuple[int, Iterator[Iterable[Record]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Some files of a data set, and what becomes of them."""
+    """Some files of a data set, and what they become."""
 
     name: str
     files: Sequence[Path]
@@ -77,7 +76,7 @@ class Source:
 
 
 def each(opened: tuple[int, Iterator[Any]], records: Callable[..., Iterable[Record]]) -> Rows:
-    """What `Source.open` gives: the number of rows, and of each row, a tuple, what `records` makes of it."""
+    """The result of `Source.open`: the number of rows, and `records(*row)` of each."""
     num_rows, rows = opened
     return num_rows, (records(*row) for row in rows)
 
@@ -91,11 +90,11 @@ def with_converted(
     train: str = "train",
     **choices: object,
 ) -> Run:
-    """The run on the converted data, as far as it has no data of its own; it is converted if that was not done yet.
+    """The run on the converted data, unless it has data of its own; the data is converted if that was not done before.
 
-    `find` gets --data-dir, or None for the Hub. `train` names the jsonl to train on, if there is one of that name, and
-    `choices` is what else decides what is written. Of several processes one converts and the others wait for it.
-    Raises InputError when the data is not what it should be, the folder holds something else, or the disk is full.
+    `find` gets --data-dir, or None for the Hub. `train` names the jsonl to train on, and `choices` is what else decides
+    what is written. Of several processes one converts and the others wait. Raises InputError if the data is not what it
+    should be, the folder holds something else, or the disk is full.
     """
     if run.data.train and run.data.eval:
         return run
@@ -124,7 +123,7 @@ def _first(folder: Path, *names: str) -> Path | None:
 
 
 def folder_for(options: TaskOptions, name: str) -> Path:
-    """Where the converted data of that name goes: --converted-dir, else phi3v/NAME in --data-dir, else data/NAME."""
+    """The folder of the converted data: --converted-dir, else phi3v/NAME in --data-dir, else data/NAME."""
     if options.converted_dir is not None:
         return options.converted_dir
     if options.data_dir is not None:
@@ -135,10 +134,10 @@ def folder_for(options: TaskOptions, name: str) -> Path:
 
 
 @contextmanager
-def converting(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Path | None]:
-    """None if the folder is there, else a temporary one that becomes it when the block is done, and never before.
+def converting(folder: Path, made_from: Mapping[str, Any], source: str) -> Iterator[DatasetWriter | None]:
+    """A writer of the data set, whose folder appears at the end of the block; None if it is there already.
 
-    One process at a time; the others wait. Raises InputError when the folder was made from something else.
+    One process writes at a time, the others wait. Raises InputError if the folder was made from something else.
     """
     if _is_made(folder, made_from):
         yield None
@@ -147,26 +146,19 @@ def converting(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Path | No
         if _is_made(folder, made_from):
             yield None
             return
-        with written_whole(folder) as unfinished:
-            yield unfinished
-            (unfinished / MADE_FROM).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
+        with writing(folder, source) as writer:
+            yield writer
+            (writer.folder / MADE_FROM).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Of all processes that want to make the folder only this one."""
+    """Wait until no other process is making the folder, and keep others from it."""
     make_folder(folder.parent)
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(HEAD_START_S)  # the first rank is the one that shows its progress and says what is wrong
-    try:
-        lock = os.open(folder.with_name(f".{folder.name}.lock"), os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # it goes with the process, however that ends
+        time.sleep(HEAD_START_S)
+    with locked(folder.with_name(f".{folder.name}.lock"), f"waiting for another process to make {folder}", wait=True):
         yield
-    finally:
-        os.close(lock)
 
 
 def _is_made(folder: Path, made_from: Mapping[str, Any]) -> bool:
@@ -183,55 +175,35 @@ def _is_made(folder: Path, made_from: Mapping[str, Any]) -> bool:
 
 
 def _convert(folder: Path, name: str, made_from: Mapping[str, Any], find: Callable[[], Sequence[Source]]) -> None:
-    with converting(folder, made_from) as unfinished:
-        if unfinished is not None:
+    with converting(folder, made_from, name) as writer:
+        if writer is not None:
             for source in find():
-                _write(source, name, unfinished)
+                _write(source, writer)
 
 
-def _write(source: Source, task: str, folder: Path) -> None:
+def _write(source: Source, writer: DatasetWriter) -> None:
     num_rows, rows = source.open()
     names: dict[str, str] = {}
-    with ExitStack() as stack, progress_bar(f"converting {source.name}", num_rows, "rows") as advance:
-        streams: dict[str, IO[str]] = {}
+    with progress_bar(f"converting {source.name}", num_rows, "rows") as advance:
         for records in rows:
             for record in records:
-                if record.file not in streams:
-                    file = folder / f"{record.file}.jsonl"
-                    streams[record.file] = stack.enter_context(open(file, "a", encoding="utf-8"))
-                for picture in record.pictures:
-                    if picture.name not in names:
-                        names[picture.name] = _write_picture(picture, folder / "images")
-                streams[record.file].write(_line(record, task, names))
+                for image in record.images:
+                    if image.name not in names:
+                        names[image.name] = writer.put_image(image.name + _suffix(image.content), image.content)
+                writer.add(record.file, _line(record, names), f"{source.name}: {record.id}")
             advance(1)
-    if empty := [split for split in source.splits if split not in streams]:
+    if empty := [split for split in source.splits if split not in writer.lines]:
         raise InputError(f"{source.name}: of its {num_rows:,} rows none is left for {empty[0]}.jsonl")
 
 
-def _line(record: Record, task: str, names: Mapping[str, str]) -> str:
-    turns: list[dict[str, Any]] = [{"user": user, "assistant": assistant} for user, assistant in record.turns]
-    turns[0] = {"images": [names[picture.name] for picture in record.pictures], **turns[0]}
-    line: dict[str, Any] = {"id": record.id, "source": task, "conversations": turns}
-    for key in ("answers", "group", "closed_turns"):
-        if value := getattr(record, key):
-            line[key] = value
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def _write_picture(picture: Picture, root: Path) -> str:
-    """Writes or links a picture and returns its path relative to the root."""
-    content = picture.content
+def _suffix(content: bytes | Path) -> str:
     if isinstance(content, Path):
-        suffix = content.suffix
-    else:
-        suffix = next((suffix for start, suffix in SUFFIXES.items() if content.startswith(start)), ".img")
-    file = root / f"{picture.name}{suffix}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        try:
-            os.link(content, file)
-        except OSError:  # another file system, or somebody else's file
-            shutil.copyfile(content, file)
-    return str(file.relative_to(root))
+        return content.suffix
+    return next((suffix for start, suffix in SUFFIXES.items() if content.startswith(start)), ".img")
+
+
+def _line(record: Record, names: Mapping[str, str]) -> dict[str, Any]:
+    turns: list[dict[str, Any]] = [{"user": user, "assistant": assistant} for user, assistant in record.turns]
+    turns[0] = {"images": [names[image.name] for image in record.images], **turns[0]}
+    more = {key: value for key in ("answers", "group", "closed_turns") if (value := getattr(record, key))}
+    return {"id": record.id, "conversations": turns, **more}

@@ -24,18 +24,18 @@ from typing import Any, Literal
 from phi3v.base.config import Base, Data, Keeping, Run
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import read_object
-from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
+    cauldron_source,
     download,
     find_file,
+    find_images,
     find_parquet,
-    find_pictures,
+    image_bytes,
     nothing_found,
-    open_cauldron,
     parquet_source,
-    picture_bytes,
     with_keys,
 )
 from phi3v.recipes.table import FROZEN_LEARNT_LITTLE, Row, Table, TaskOptions, with_mode
@@ -144,7 +144,7 @@ def mini(folder: Path) -> dict[str, Source]:
     """
 
     def records(split: str, number: int, where: str, row: dict[str, Any]) -> Sequence[Record]:
-        page = Picture(f"{split}/{number}", picture_bytes(row["image"], where))
+        page = NamedImage(f"{split}/{number}", image_bytes(row["image"], where))
         return [question(row["id"], page, row["query"]["en"], row["answers"], split, where)]
 
     found = {split: find_parquet(folder, split, MINI_COLUMNS) for split in ("train", "test")}
@@ -159,22 +159,18 @@ def cauldron(folder: Path) -> dict[str, Source]:
     """The Cauldron's subset, of DocVQA's training split: every row has a page and all texts about it."""
     files = find_parquet(folder, "train", CAULDRON_COLUMNS, "docvqa")
 
-    def records(number: int, where: str, pictures: list[bytes], texts: list[dict[str, str]]) -> Iterator[Record]:
-        pages = [Picture(f"train/{number}", pictures[0])]
+    def records(number: int, where: str, images: list[bytes], texts: list[dict[str, str]]) -> Iterator[Record]:
+        pages = [NamedImage(f"train/{number}", images[0])]
         for index, text in enumerate(texts):
             asked, answer = text["user"], text["assistant"]
             without_hint, _, hint = asked.rpartition("\n")
             plain = without_hint if hint.strip() in CAULDRON_HINTS else asked
             for file, prompt in (("train", PROMPT.format(question=plain)), ("train-original", asked)):
-                yield Record(id=f"train-{number}-{index}", pictures=pages, turns=[(prompt, answer)], file=file)
+                yield Record(id=f"train-{number}-{index}", images=pages, turns=[(prompt, answer)], file=file)
 
-    source = Source(
-        name=f"{CAULDRON}, docvqa",
-        files=files,
-        splits=["train", "train-original"],
-        open=lambda: each(open_cauldron(files, "docvqa", num_pictures=1), records),
+    return (
+        {"train": cauldron_source(files, "docvqa", ["train", "train-original"], records, num_images=1)} if files else {}
     )
-    return {"train": source} if files else {}
 
 
 def challenge(folder: Path) -> dict[str, Source]:
@@ -183,12 +179,12 @@ def challenge(folder: Path) -> dict[str, Source]:
     def rows(split: str, file: Path) -> Rows:
         asked = with_keys(read_object(file), {"data": list}, f"{file}")["data"]
         asked = [with_keys(row, CHALLENGE_KEYS, f"{file}, question {number}") for number, row in enumerate(asked)]
-        pages = find_pictures(folder, (Path(row["image"]).name for row in asked), file)
+        pages = find_images(folder, (Path(row["image"]).name for row in asked), file)
         return each((len(asked), ((split, file, pages[Path(row["image"]).name], row) for row in asked)), records)
 
     def records(split: str, file: Path, page: Path, row: dict[str, Any]) -> Sequence[Record]:
-        picture = Picture(f"{split}/{page.stem}", page)
-        return [question(row["questionId"], picture, row["question"], row["answers"], split, f"{file}")]
+        image = NamedImage(f"{split}/{page.stem}", page)
+        return [question(row["questionId"], image, row["question"], row["answers"], split, f"{file}")]
 
     names = {"train": "train_v1.0_withQT.json", "test": "val_v1.0_withQT.json"}
     found = {split: find_file(folder, name) for split, name in names.items()}
@@ -213,8 +209,8 @@ def lmms(folder: Path) -> dict[str, Source]:
         tenth = documents.setdefault(document, len(documents)) % 10 == 0
         if not train and tenth != (split == "test"):
             return []
-        picture = Picture(f"{split}/{Path(f'{document}_{page}').name}", picture_bytes(row["image"], where))
-        return [question(row["questionId"], picture, row["question"], row["answers"], split, where)]
+        image = NamedImage(f"{split}/{Path(f'{document}_{page}').name}", image_bytes(row["image"], where))
+        return [question(row["questionId"], image, row["question"], row["answers"], split, where)]
 
     return {
         split: parquet_source(f"{LMMS} for {split}", files, LMMS_COLUMNS, [split], partial(records, split, {}))
@@ -223,10 +219,10 @@ def lmms(folder: Path) -> dict[str, Source]:
     }
 
 
-def question(id: object, page: Picture, text: str, answers: Iterable[Any], split: str, where: str) -> Record:
+def question(id: object, page: NamedImage, text: str, answers: Iterable[Any], split: str, where: str) -> Record:
     """One question with all its accepted answers."""
     accepted = [answer for answer in answers or () if isinstance(answer, str) and answer.strip()]
     if not accepted:
         raise InputError(f"{where}: question {id} has no answer")
     turn = (PROMPT.format(question=text), accepted[0])
-    return Record(id=f"{split}-{id}", pictures=[page], turns=[turn], answers=accepted, file=split)
+    return Record(id=f"{split}-{id}", images=[page], turns=[turn], answers=accepted, file=split)

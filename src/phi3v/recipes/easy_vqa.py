@@ -1,8 +1,8 @@
-"""easy-VQA: questions about the shape and the colour in a small picture. The embedded default, for any computer.
+"""easy-VQA: questions about the shape and the colour in a small image. The embedded default, for any computer.
 
 Task      "what color is the circle?", "is there not a red shape in the image?"; 13 answers, among them yes and no
 Source    the PyPI package easy-vqa 1.0 by Victor Zhou (github.com/vzhou842/easy-VQA), MIT licence
-Split     as published: 4,000 pictures with 38,575 questions to train on, 1,000 with 9,673 to test on
+Split     as published: 4,000 images with 38,575 questions to train on, 1,000 with 9,673 to test on
 Model     a small Phi-3.5-vision in the published layout, made here and starting from random weights; its tokenizer has
           the published normaliser, special tokens and byte fallback, and whole words for the words of the questions
 Scores    accuracy on the test split: majority answer 37.3 %, best answer per question text (blind) 67.0 %; this run
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,16 @@ from transformers import PreTrainedTokenizerFast
 from phi3v.base.config import Base, Data, Evaluation, Keeping, Optim, Run
 from phi3v.base.console import progress_bar
 from phi3v.base.errors import InputError
+from phi3v.base.files import written_whole
 from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.writer import writing
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.vision import SIDE
 
 FOLDER = Path("data/easy-vqa")
 TRAIN, TEST, MODEL = FOLDER / "train.jsonl", FOLDER / "test.jsonl", FOLDER / "model"
 
-NUM_CROPS = 1  # the pictures have 64x64 pixels
+NUM_CROPS = 1  # the images have 64x64 pixels
 CLIP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2}
 DECODER: dict[str, Any] = {
     "hidden_size": 128,
@@ -63,7 +64,7 @@ def settings(options: Options = Options()) -> Run:
 
 
 def prepare(run: Run, options: Options = Options()) -> Run:
-    """Makes the data and the checkpoint that `settings` names, as far as `run` uses them and they are not there yet."""
+    """Make the data and the checkpoint that `settings` names, as far as `run` uses them and they are not there yet."""
     if run.data.train == TRAIN or run.data.eval == TEST or run.base.model == str(MODEL):
         convert(FOLDER)
     if run.base.model == str(MODEL):
@@ -75,15 +76,13 @@ def prepare(run: Run, options: Options = Options()) -> Run:
 
 
 def convert(folder: Path) -> None:
-    """Writes the package's data as folder/{train,test}.jsonl with folder/images/{train,test}/N.png, if not yet there.
+    """Write the package's data as folder/{train,test}.jsonl with folder/images/{train,test}/N.png, unless it is there.
 
-    The pictures are copied, so that the folder outlives the package. The folder appears whole or not at all. Raises
-    InputError when the package is not installed, the disk is full, or the folder holds something else.
+    The folder appears whole or not at all. Raises InputError if the package is not installed, the disk is full, or the
+    folder holds something else.
     """
     if (folder / "train.jsonl").exists() and (folder / "test.jsonl").exists():
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is there but holds no easy-VQA: move it away")
     try:
         import easy_vqa
     except ImportError as error:
@@ -92,36 +91,22 @@ def convert(folder: Path) -> None:
         "train": (easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         "test": (easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     }
-    num_pictures = sum(len(paths) for _, paths in splits.values())
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with progress_bar("converting easy-VQA", num_pictures, "pictures") as advance:
-            for split, (questions, paths) in splits.items():
-                images = unfinished / "images" / split
-                images.mkdir(parents=True)
-                for number, path in paths.items():
-                    shutil.copyfile(path, images / f"{number}.png")
-                    advance(1)
-                (unfinished / f"{split}.jsonl").write_text("".join(_lines(split, *questions)), encoding="utf-8")
-        unfinished.rename(folder)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(f"cannot write {folder}: {error}") from error
-
-
-def _lines(split: str, questions: list[str], answers: list[str], pictures: list[int]) -> Iterator[str]:
-    """One line of jsonl for every question, in the published order."""
-    for number, (question, answer, picture) in enumerate(zip(questions, answers, pictures, strict=True)):
-        turn = {"images": [f"{split}/{picture}.png"], "user": question, "assistant": answer}
-        yield json.dumps({"id": f"{split}-{number}", "source": "easy_vqa", "conversations": [turn]}) + "\n"
+    num_images = sum(len(paths) for _, paths in splits.values())
+    with writing(folder, "easy_vqa") as writer, progress_bar("converting easy-VQA", num_images, "images") as advance:
+        for split, (questions, paths) in splits.items():
+            for number, path in paths.items():
+                writer.put_image(f"{split}/{number}.png", Path(path))
+                advance(1)
+            for number, (question, answer, image) in enumerate(zip(*questions, strict=True)):
+                turn = {"images": [f"{split}/{image}.png"], "user": question, "assistant": answer}
+                writer.add(split, {"id": f"{split}-{number}", "conversations": [turn]}, f"easy-VQA, {split} {number}")
 
 
 # -- the checkpoint --------------------------------------------------------------------------------------------------
 
 
 def build_checkpoint(folder: Path, train_jsonl: Path) -> None:
-    """Writes a small random checkpoint in the published layout, if it is not yet there; always the same weights."""
+    """Write a small random checkpoint in the published layout, unless it is there; always the same weights."""
     if folder.exists():
         return
     processor = Phi3VProcessor(build_tokenizer(_texts(train_jsonl)), num_crops=NUM_CROPS)
@@ -138,23 +123,17 @@ def build_checkpoint(folder: Path, train_jsonl: Path) -> None:
         torch.manual_seed(SEED)
         model = Phi3VForCausalLM(config)
         _open_eyes(model)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with written_whole(folder) as unfinished:
         processor.save_pretrained(unfinished)
         _name_tokenizer_class(unfinished / "tokenizer_config.json")
         model.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(f"cannot write {folder}: {error}") from error
 
 
 @torch.no_grad()
 def _open_eyes(model: Phi3VForCausalLM) -> None:
-    """A random start from which so small a CLIP learns from a few thousand pictures.
+    """A random start from which so small a CLIP learns from a few thousand images.
 
-    Patch filters are smooth, as the transform enlarges these pictures fivefold and leaves nothing finer to see.
+    Patch filters are smooth, as the transform enlarges these images fivefold and leaves nothing finer to see.
     Positions are sines of row and column, so that neighbours look alike. Queries and keys are three times as large, so
     that a patch attends to its like rather than evenly to all.
     """

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from phi3v.base.config import Base, Data, Keeping, Run
 from phi3v.base.errors import InputError
-from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import find_file, nothing_found, with_keys
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 
@@ -89,7 +89,7 @@ def table(split: str, file: Path, hint: str) -> Source:
             raise InputError(f"{file}: {image} is missing")
         turn = (f"{line['question']}\n{hint}", line["answer"])
         return [
-            Record(id=f"{split}-{number}", pictures=[Picture(f"{split}/{number}", image)], turns=[turn], file=split)
+            Record(id=f"{split}-{number}", images=[NamedImage(f"{split}/{number}", image)], turns=[turn], file=split)
         ]
 
     return Source(name=file.name, files=[file], splits=[split], open=rows)

@@ -1,4 +1,4 @@
-"""Hateful Memes: does a meme, by picture and caption together, promote hate?
+"""Hateful Memes: does a meme, by image and caption together, promote hate?
 
 Task      "Does this meme promote hate speech?\\nAnswer yes or no." The answers are "Yes." and "No."; the Cauldron asks
           in eleven wordings, of which this is one
@@ -19,16 +19,16 @@ from typing import Any
 
 from phi3v.base.config import Base, Evaluation, Keeping, Run
 from phi3v.base.errors import InputError
-from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
+    cauldron_source,
     download,
     find_file,
+    find_images,
     find_parquet,
-    find_pictures,
     nothing_found,
-    open_cauldron,
     read_lines,
 )
 from phi3v.recipes.table import FROZEN_LEARNT_LITTLE, Row, Table, TaskOptions, with_mode
@@ -104,20 +104,15 @@ def find(folder: Path | None, eval_size: int) -> list[Source]:
 def cauldron(files: Sequence[Path], eval_size: int) -> Source:
     """The Cauldron's subset: every row has a meme and a question about it."""
 
-    def records(number: int, where: str, pictures: list[bytes], texts: list[dict[str, str]]) -> Sequence[Record]:
+    def records(number: int, where: str, images: list[bytes], texts: list[dict[str, str]]) -> Sequence[Record]:
         turn = (texts[0]["user"], texts[0]["assistant"])
         if turn[1] not in ANSWERS:
             raise InputError(f"{where}: unknown answer {turn[1]!r}, expected Yes. or No.")
         split = "test" if number < eval_size else "train"
-        meme = Picture(f"{split}/{number}", pictures[0])
-        return [Record(id=f"{split}-{number}", pictures=[meme], turns=[turn], file=split)]
+        meme = NamedImage(f"{split}/{number}", images[0])
+        return [Record(id=f"{split}-{number}", images=[meme], turns=[turn], file=split)]
 
-    return Source(
-        name=f"{CAULDRON}, hateful_memes",
-        files=files,
-        splits=["train", "test"],
-        open=lambda: each(open_cauldron(files, "hateful_memes", num_pictures=1), records),
-    )
+    return cauldron_source(files, "hateful_memes", ["train", "test"], records, num_images=1)
 
 
 def challenge(split: str, file: Path) -> Source:
@@ -125,13 +120,13 @@ def challenge(split: str, file: Path) -> Source:
 
     def rows() -> Rows:
         lines = list(read_lines(file, {"id": object, "img": str, "label": object}))
-        memes = find_pictures(file.parent, (Path(line["img"]).name for _, line in lines), file)
+        memes = find_images(file.parent, (Path(line["img"]).name for _, line in lines), file)
         return each((len(lines), ((where, memes[Path(line["img"]).name], line) for where, line in lines)), records)
 
     def records(where: str, meme: Path, line: dict[str, Any]) -> Sequence[Record]:
         if line["label"] not in (0, 1):
             raise InputError(f"{where}: unknown label {line['label']!r}, expected 0 or 1")
         turn = (PROMPT, ANSWERS[int(line["label"])])
-        return [Record(id=f"{line['id']}", pictures=[Picture(f"{split}/{meme.stem}", meme)], turns=[turn], file=split)]
+        return [Record(id=f"{line['id']}", images=[NamedImage(f"{split}/{meme.stem}", meme)], turns=[turn], file=split)]
 
     return Source(name=f"Hateful Memes' {file.name}", files=[file], splits=[split], open=rows)

@@ -25,16 +25,16 @@ from typing import Literal
 from phi3v.base.config import Base, Keeping, Run
 from phi3v.base.errors import InputError
 from phi3v.infer.metrics import sentence_of
-from phi3v.recipes.conversion import Picture, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
+    cauldron_source,
     download,
     find_file,
+    find_images,
     find_parquet,
-    find_pictures,
     nothing_found,
-    open_cauldron,
     read_lines,
 )
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
@@ -111,22 +111,17 @@ def find(folder: Path | None, eval_size: int) -> list[Source]:
 def cauldron(files: Sequence[Path], eval_size: int) -> Source:
     """The Cauldron's subset: every row has two photographs and the texts about them."""
 
-    def records(number: int, where: str, pictures: list[bytes], texts: list[dict[str, str]]) -> Iterable[Record]:
+    def records(number: int, where: str, images: list[bytes], texts: list[dict[str, str]]) -> Iterable[Record]:
         turns = [(text["user"], text["assistant"]) for text in texts]
         if unknown := {answer for _, answer in turns} - {*ANSWERS.values()}:
             raise InputError(f"{where}: unknown answer {min(unknown)!r}, expected Yes. or No.")
         split = "test" if number < eval_size else "train"
-        pair = [Picture(f"{split}/{number}-{side}", content) for side, content in enumerate(pictures)]
+        pair = [NamedImage(f"{split}/{number}-{side}", content) for side, content in enumerate(images)]
         if split == "train":
             return learnt(f"train-{number}", pair, turns)
-        return [Record(id=f"test-{number}", pictures=pair, turns=turns[:1], file="test")]
+        return [Record(id=f"test-{number}", images=pair, turns=turns[:1], file="test")]
 
-    return Source(
-        name=f"{CAULDRON}, nlvr2",
-        files=files,
-        splits=["train", "train-branches", "test"],
-        open=lambda: each(open_cauldron(files, "nlvr2", num_pictures=2), records),
-    )
+    return cauldron_source(files, "nlvr2", ["train", "train-branches", "test"], records, num_images=2)
 
 
 def release(folder: Path, split: str, file: Path) -> Source:
@@ -139,15 +134,15 @@ def release(folder: Path, split: str, file: Path) -> Source:
                 raise InputError(f"{where}: unknown label {line['label']!r}, expected True or False")
             sentence = (line["identifier"], (PROMPT.format(sentence=line["sentence"]), answer))
             pairs.setdefault(line["identifier"].rpartition("-")[0], []).append(sentence)
-        files = find_pictures(folder, (f"{pair}-img{side}.png" for pair in pairs for side in "01"), file)
+        files = find_images(folder, (f"{pair}-img{side}.png" for pair in pairs for side in "01"), file)
         return each((len(pairs), ((pair, files, sentences) for pair, sentences in pairs.items())), records)
 
     def records(name: str, files: dict[str, Path], sentences: list[tuple[str, tuple[str, str]]]) -> Iterable[Record]:
-        pair = [Picture(f"{split}/{name}-img{side}", files[f"{name}-img{side}.png"]) for side in "01"]
+        pair = [NamedImage(f"{split}/{name}-img{side}", files[f"{name}-img{side}.png"]) for side in "01"]
         if split == "train":
             return learnt(name, pair, [turn for _, turn in sentences])
         return [
-            Record(id=identifier, pictures=pair, turns=[turn], group=sentence_of(identifier), file=split)
+            Record(id=identifier, images=pair, turns=[turn], group=sentence_of(identifier), file=split)
             for identifier, turn in sentences
         ]
 
@@ -155,8 +150,8 @@ def release(folder: Path, split: str, file: Path) -> Source:
     return Source(name=f"NLVR2's {file.name}", files=[file], splits=splits, open=rows)
 
 
-def learnt(name: str, pair: Sequence[Picture], turns: Sequence[tuple[str, str]]) -> Iterator[Record]:
+def learnt(name: str, pair: Sequence[NamedImage], turns: Sequence[tuple[str, str]]) -> Iterator[Record]:
     """What is learnt of a pair: its sentences as turns of one conversation, and each by itself."""
-    yield Record(id=name, pictures=pair, turns=turns, closed_turns=len(turns) > 1, file="train")
+    yield Record(id=name, images=pair, turns=turns, closed_turns=len(turns) > 1, file="train")
     for number, turn in enumerate(turns):
-        yield Record(id=f"{name}-{number}", pictures=pair, turns=[turn], file="train-branches")
+        yield Record(id=f"{name}-{number}", images=pair, turns=[turn], file="train-branches")

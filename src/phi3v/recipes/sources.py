@@ -1,6 +1,6 @@
-"""The forms in which data sets are published: parquet files of the Hub, JSON beside folders of pictures.
+"""The forms in which data sets are published: parquet files of the Hub, JSON beside folders of images.
 
-Whatever is missing, damaged or half downloaded is an InputError that names the file.
+Whatever is missing, damaged or half downloaded raises an InputError that names the file.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ from huggingface_hub import snapshot_download
 
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import parse
+from phi3v.data.schema import lines
 from phi3v.recipes.conversion import Record, Source, each
 
 ROWS_AT_ONCE = 16
-"""Of a parquet file; a row of document pages has a megabyte."""
+"""Rows of a parquet file in memory; a row of document pages has a megabyte."""
 
 CAULDRON = "HuggingFaceM4/the_cauldron"
 CAULDRON_COLUMNS = ("images", "texts")
 
-CauldronRow = tuple[int, str, list[bytes], list[dict[str, str]]]
-"""Number, "file, row n", pictures, and texts: {"user", "assistant", "source"}."""
-
 
 def find_parquet(folder: Path, split: str, columns: Iterable[str], subset: str | None = None) -> list[Path]:
-    """The parquet files of a split that have these columns, in order, wherever they lie in a folder; [] if none do.
+    """The parquet files of a split that have these columns, in order, at any depth of a folder.
 
-    Of `subset` only, if given: those in a folder of that name, or directly in `folder`. Raises InputError, naming the
-    file, when some of the split are missing or one is damaged.
+    With `subset`, only those in a folder of that name, or directly in `folder`. Raises InputError, naming the file, if
+    some of the split are missing or one is damaged.
     """
     found = [
         file
@@ -61,16 +59,16 @@ def parquet_source(
     files: Sequence[Path],
     columns: Sequence[str],
     splits: Sequence[str],
-    records: Callable[[int, str, dict[str, Any]], Sequence[Record]],
+    records: Callable[[int, str, dict[str, Any]], Iterable[Record]],
 ) -> Source:
-    """Parquet files of whose rows, (number, "file, row n", row), `records` makes the records."""
+    """Parquet files whose rows, (number, "file, row n", row), `records` turns into records."""
     return Source(name=name, files=files, splits=splits, open=lambda: each(open_parquet(files, columns), records))
 
 
 def open_parquet(
     files: Sequence[Path], columns: Sequence[str]
 ) -> tuple[int, Iterator[tuple[int, str, dict[str, Any]]]]:
-    """Number of rows, and (number, "file, row n", row) of each, a few at a time. Raises InputError on damaged files."""
+    """Number of rows, and (number, "file, row n", row) of each, read in batches. Raises InputError on damaged files."""
 
     def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
         number = 0
@@ -85,53 +83,58 @@ def open_parquet(
     return sum(_parquet(file).metadata.num_rows for file in files), rows()
 
 
-def picture_bytes(value: Mapping[str, Any] | None, where: str) -> bytes:
-    """The bytes of a cell of the Hub's type Image. Raises InputError when there are none."""
+def image_bytes(value: Mapping[str, Any] | None, where: str) -> bytes:
+    """The bytes of a cell of the Hub's type Image. Raises InputError if there are none."""
     content = (value or {}).get("bytes")
     if not content:
-        raise InputError(f"{where}: there is no picture in it")
+        raise InputError(f"{where}: there is no image in it")
     return content
 
 
-def open_cauldron(files: Sequence[Path], subset: str, num_pictures: int) -> tuple[int, Iterator[CauldronRow]]:
-    """Number of rows of a subset of the Cauldron, and each of them. Raises InputError for a row of another subset."""
-    num_rows, rows = open_parquet(files, CAULDRON_COLUMNS)
+def cauldron_source(
+    files: Sequence[Path],
+    subset: str,
+    splits: Sequence[str],
+    records: Callable[[int, str, list[bytes], list[dict[str, str]]], Iterable[Record]],
+    *,
+    num_images: int,
+) -> Source:
+    """A subset of the Cauldron whose rows, (number, "file, row n", images, texts), `records` turns into records.
 
-    def checked() -> Iterator[CauldronRow]:
-        for number, where, row in rows:
-            pictures = [picture_bytes(image, where) for image in row["images"]]
-            sources = {re.sub(r"\W", "", text["source"]).lower() for text in row["texts"]}
-            if len(pictures) != num_pictures or sources != {subset.replace("_", "")}:
-                raise InputError(
-                    f"{where}: {len(pictures)} pictures from {', '.join(sorted(sources)) or 'nowhere'}, so this is not "
-                    f"the Cauldron's {subset} ({num_pictures} in every row)"
-                )
-            yield number, where, pictures, row["texts"]
+    A text is {"user", "assistant", "source"}. A row of another subset raises InputError.
+    """
 
-    return num_rows, checked()
+    def of_row(number: int, where: str, row: dict[str, Any]) -> Iterable[Record]:
+        images = [image_bytes(image, where) for image in row["images"]]
+        sources = {re.sub(r"\W", "", text["source"]).lower() for text in row["texts"]}
+        if len(images) != num_images or sources != {subset.replace("_", "")}:
+            raise InputError(
+                f"{where}: {len(images)} images from {', '.join(sorted(sources)) or 'nowhere'}, so this is not the "
+                f"Cauldron's {subset} ({num_images} in every row)"
+            )
+        return records(number, where, images, row["texts"])
+
+    return parquet_source(f"{CAULDRON}, {subset}", files, CAULDRON_COLUMNS, splits, of_row)
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """The first of the files that lies in a folder or one level below."""
+    """The first of the named files that is in a folder or one level below."""
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
     return next((place / name for name in names for place in places if (place / name).is_file()), None)
 
 
 def read_lines(file: Path, keys: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a file with one JSON object a line, which `with_keys` takes, or InputError."""
-    with _naming(file), open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                where = f"{file}:{number}"
-                try:
-                    row = parse(line)
-                except InputError as error:
-                    raise InputError(f"{where}: {error}") from error
-                yield where, with_keys(row, keys, where)
+    """("file:line", object) of a file with one JSON object a line. Raises InputError unless each has the keys."""
+    for where, line in lines(file):
+        try:
+            row = parse(line)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        yield where, with_keys(row, keys, where)
 
 
 def with_keys(row: Any, keys: Mapping[str, type], where: str) -> dict[str, Any]:
-    """The row, which is an object with a value of these types under each of the keys, or InputError."""
+    """The row itself. Raises InputError unless it is an object with values of these types under the keys."""
     for key, kind in keys.items():
         if not isinstance(row, dict) or key not in row:
             raise InputError(f"{where}: there is no {key!r} in it")
@@ -140,31 +143,31 @@ def with_keys(row: Any, keys: Mapping[str, type], where: str) -> dict[str, Any]:
     return row
 
 
-def find_pictures(folder: Path, names: Iterable[str], file: Path) -> dict[str, Path]:
-    """Where in a folder, at any depth, the pictures of these names lie that `file` asks for. Raises InputError."""
+def find_images(folder: Path, names: Iterable[str], file: Path) -> dict[str, Path]:
+    """Files of these names, which `file` asks for, at any depth of a folder. Raises InputError if any is missing."""
     wanted = {*names}
     found = {path.name: path for path in _files_below(folder) if path.name in wanted}
     if missing := wanted - found.keys():
         raise InputError(
-            f"{file}: {len(missing):,} of its {len(wanted):,} pictures are nowhere in {folder}, like {min(missing)}: "
+            f"{file}: {len(missing):,} of its {len(wanted):,} images are nowhere in {folder}, like {min(missing)}: "
             "download or unpack them"
         )
     return found
 
 
-def download(repository: str, *patterns: str) -> Path:
-    """The local copy of the files of a data set on the Hub, downloaded if need be."""
+def download(repository: str, *patterns: str, flag: str = "--data-dir") -> Path:
+    """The local copy of some files of a data set on the Hub, downloaded if need be; `flag` names it otherwise."""
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # no network, no access
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{repository} cannot be read from the Hub ({reason}): name a folder that holds it with --data-dir"
+            f"{repository} cannot be read from the Hub ({reason}): name a folder that holds it with {flag}"
         ) from error
 
 
 def nothing_found(folder: Path, task: str, expected: Iterable[str]) -> InputError:
-    """What to say of a folder in which no form of a data set lies."""
+    """The error for a folder that holds no form of a data set."""
     entries = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
     more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
     found = f"{', '.join(entries[:5])}{more}" if entries else "nothing"
@@ -190,7 +193,7 @@ def _parquet(file: Path) -> Any:
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Names the file in whatever its reader stumbles over."""
+    """Name the file in the error of its reader."""
     try:
         yield
     except InputError:

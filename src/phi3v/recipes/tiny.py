@@ -1,4 +1,4 @@
-"""A tiny model on data of your own: the whole way from pictures to answers, on any computer.
+"""A tiny model on data of your own: the whole way from images to answers, on any computer.
 
     phi3v convert imagefolder photos --question "What is this?" --out data --val-fraction 0.2
     phi3v train tiny --train data/train.jsonl --eval data/val.jsonl --out runs/tiny
@@ -7,7 +7,7 @@ Task      whatever the data asks, in few words: it is for trying out, not for us
 Source    your own jsonl
 Split     your own
 Model     easy-VQA's: the published architecture and layout, small, from random weights; its tokenizer has whole words
-          for the words of your training data. It has never seen a picture before: colours and simple shapes it learns
+          for the words of your training data. It has never seen an image before: colours and simple shapes it learns
           to tell apart, photographs that the real model knows at once it does not
 Scores    none: they are those of your data
 """

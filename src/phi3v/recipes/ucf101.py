@@ -3,8 +3,8 @@
 Task      "Classify the video into one of the following classes: ApplyEyeMakeup, ..., BenchPress."; the class is the
           answer
 Source    the ten-class subset UCF101_subset.tar.gz (sayakpaul/ucf101-subset on the Hub), or the full set, UCF101.rar
-          with the lists of UCF101TrainTestSplits-RecognitionTask.zip (crcv.ucf.edu/data/UCF101.php); clips from
-          YouTube, for research
+          unpacked, with the lists of UCF101TrainTestSplits-RecognitionTask.zip (crcv.ucf.edu/data/UCF101.php); clips
+          from YouTube, for research
 Split     of the subset 300 videos to train on and 30 (val) to evaluate on, as in the original recipe, which leaves the
           75 of test aside; of the full set the official split 1, 2 or 3, whose test is evaluated on: it has no val
 Frames    eight of those that decode, the first and then one every eighth of the video; four crops a frame at most,
@@ -14,42 +14,32 @@ Scores    none published, and none of ours: the settings are what works for the 
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import itertools
-import json
-import multiprocessing
-import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from huggingface_hub import hf_hub_download
 from rich.markup import escape
 
 from phi3v.base.config import Base, Keeping, Run
 from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
-from phi3v.base.files import make_folder, write_text
+from phi3v.base.pool import forked_map, num_cores
 from phi3v.data.archive import unpack
 from phi3v.data.schema import iter_jsonl, lines
-from phi3v.data.video import pyav, sample_frames
+from phi3v.data.video import pyav
+from phi3v.data.writer import DatasetWriter, writing
 from phi3v.recipes.conversion import alone, folder_for
-from phi3v.recipes.sources import nothing_found
+from phi3v.recipes.sources import download, nothing_found
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 
 HUB = "sayakpaul/ucf101-subset"
 SUBSET, FULL, LISTS = "UCF101_subset.tar.gz", "UCF101.rar", "UCF101TrainTestSplits-RecognitionTask.zip"
 SPLITS = ("train", "val", "test")
-UNFINISHED = ".unfinished"
-"""In the folder of a conversion until it is done: the digest of all its lines."""
 
 TABLE = Table(
     command="phi3v train ucf101",
@@ -117,11 +107,6 @@ class Video(NamedTuple):
     label: str
     file: Path
 
-    @property
-    def stem(self) -> str:
-        """Of its frames, relative to images/."""
-        return f"{self.split}/{self.label}/{self.file.stem}"
-
 
 def convert(
     *,
@@ -136,19 +121,19 @@ def convert(
 ) -> None:
     """Turns UCF101 into jsonl with frames: ucf101_{train,val,test}.jsonl, images/SPLIT/CLASS/VIDEO.N.jpg.
 
-    When it was killed, the same command goes on; the jsonl files appear once all frames are there.
+    The folder appears once everything is there. A folder that is there already is not converted again.
 
     Args:
         out_dir: The folder to make.
         tmp_dir: Where an archive is unpacked; what was put there is removed at the end.
-        archive: UCF101_subset.tar.gz or UCF101.rar, or the folder either was unpacked to. Default: the subset is
+        archive: UCF101_subset.tar.gz, or the folder that it or UCF101.rar was unpacked to. Default: the subset is
             downloaded from the Hugging Face Hub.
         lists: The official lists of the full set, UCF101TrainTestSplits-RecognitionTask.zip or the folder it was
             unpacked to. Default: they lie beside or in what --archive names.
         split: Official split of the full set. Default: 1.
         num_frames: Frames of a video, at equal distances.
-        on_bad_video: A video that does not decode or has too few frames. stop: nothing is done until it is mended.
-            skip: it is left out. Either way it is named.
+        on_bad_video: A video that does not decode or has too few frames. stop: nothing is converted. skip: it is left
+            out. Either way it is named.
         num_workers: Processes that decode. Default: one for every core.
     """
     if num_frames < 1:
@@ -156,154 +141,65 @@ def convert(
     if num_workers is not None and num_workers < 1:
         raise InputError(f"--num_workers is {num_workers}, it must be at least 1")
     pyav()
-    if not is_converted(out_dir, num_frames):
-        with alone(out_dir):
-            if not is_converted(out_dir, num_frames):
-                source = _source(archive)
-                with (
-                    _unpacked(source, tmp_dir) as folder,
-                    _unpacked(lists or _lists_near(source, folder) or folder, tmp_dir) as lists_folder,
-                ):
-                    videos, labels = find_videos(folder, lists_folder, split)
-                    _convert(videos, labels, out_dir, num_frames, on_bad_video, num_workers)
+    with alone(out_dir):
+        if not is_converted(out_dir, num_frames):
+            source = _source(archive)
+            with (
+                writing(out_dir, "ucf101") as writer,
+                _unpacked(source, tmp_dir) as folder,
+                _unpacked(lists or _lists_near(source, folder) or folder, tmp_dir) as lists_folder,
+            ):
+                videos, labels = find_videos(folder, lists_folder, split)
+                _write(videos, labels, writer, num_frames, on_bad_video, num_workers or num_cores())
     for file in sorted(out_dir.glob("ucf101_*.jsonl")):
         say(f"{sum(1 for _ in lines(file)):>9,}  {escape(str(file))}")
 
 
-def _convert(
-    videos: Sequence[Video],
-    labels: Sequence[str],
-    out_dir: Path,
-    num_frames: int,
-    on_bad_video: str,
-    num_workers: int | None,
-) -> None:
-    examples = [_line(number, video, labels, num_frames) for number, video in enumerate(videos)]
-    _begin(out_dir, examples)
-    problems = _write_frames_of(videos, out_dir / "images", num_frames, num_workers)
-    _judge(videos, problems, on_bad_video)
-    for split in SPLITS:
-        triples = zip(videos, examples, problems, strict=True)
-        kept = [example for video, example, problem in triples if video.split == split and problem is None]
-        if kept:
-            write_text(out_dir / f"ucf101_{split}.jsonl", "".join(kept))
-    (out_dir / UNFINISHED).unlink()
-
-
 def is_converted(folder: Path, num_frames: int | None = None) -> bool:
-    """Whether a folder holds a conversion that is done. Raises InputError when it has another number of frames."""
+    """Whether a folder holds a conversion. Raises InputError if it has another number of frames."""
     train = folder / "ucf101_train.jsonl"
-    if (folder / UNFINISHED).exists() or not train.exists():
+    if not train.exists():
         return False
     if num_frames is not None and (found := len(next(iter_jsonl(train)).images)) != num_frames:
         raise InputError(f"{folder} was converted with --num_frames {found}, not {num_frames}: name another folder")
     return True
 
 
-def _line(number: int, video: Video, labels: Sequence[str], num_frames: int) -> str:
-    turn = {
-        "images": [f"{video.stem}.{k}.jpg" for k in range(num_frames)],
-        "user": f"Classify the video into one of the following classes: {', '.join(labels)}.",
-        "assistant": video.label,
-    }
-    return json.dumps({"id": f"{video.split}-{number:010d}", "source": "ucf101", "conversations": [turn]}) + "\n"
+def _write(
+    videos: Sequence[Video],
+    labels: Sequence[str],
+    writer: DatasetWriter,
+    num_frames: int,
+    on_bad_video: str,
+    num_workers: int,
+) -> None:
+    def put_frames(video: Video) -> list[str] | InputError:
+        try:
+            return writer.put_frames(f"{video.split}/{video.label}/{video.file.stem}", video.file, num_frames)
+        except InputError as error:
+            return error
 
-
-def _begin(out_dir: Path, examples: Sequence[str]) -> None:
-    """Marks the folder as one of these lines of jsonl. Raises InputError when it already holds something else."""
-    digest = hashlib.sha256("".join(examples).encode()).hexdigest()
-    mark = out_dir / UNFINISHED
-    if mark.exists() and mark.read_text() != digest:
-        raise InputError(
-            f"{out_dir} holds the beginning of another conversion, of other videos or with another --num_frames or "
-            "--split: remove it, or name another --out_dir"
-        )
-    if not mark.exists() and out_dir.exists() and any(out_dir.iterdir()):
-        raise InputError(f"{out_dir} holds something else: name another --out_dir")
-    make_folder(out_dir)
-    write_text(mark, digest)
-
-
-def _judge(videos: Sequence[Video], problems: Sequence[str | None], on_bad_video: str) -> None:
-    """Names the videos that cannot be used. Raises InputError when there are any, or no others of a class."""
-    bad = [problem for problem in problems if problem is not None]
-    for problem in bad:
-        say(f"[bold red]cannot be used[/]  {escape(problem)}")
+    question = f"Classify the video into one of the following classes: {', '.join(labels)}."
+    bad: list[InputError] = []
+    usable: set[tuple[str, str]] = set()
+    results = forked_map(put_frames, videos, num_workers)
+    with progress_bar("extracting frames", len(videos), "videos") as advance:
+        for number, (video, frames) in enumerate(zip(videos, results, strict=True)):
+            if isinstance(frames, InputError):
+                bad.append(frames)
+                say(f"[bold red]cannot be used[/]  {escape(str(frames))}")
+            else:
+                usable.add(video[:2])
+                turn = {"images": frames, "user": question, "assistant": video.label}
+                record = {"id": f"{video.split}-{number:010d}", "conversations": [turn]}
+                writer.add(f"ucf101_{video.split}", record, str(video.file))
+            advance(1)
     if bad and on_bad_video == "stop":
         raise InputError(
-            f"{len(bad)} of {len(videos)} videos cannot be used, {bad[0]}; mend them, or leave them out with "
-            "--on_bad_video skip: the same command then goes on from here"
+            f"{len(bad)} of {len(videos)} videos cannot be used, {bad[0]}; leave them out with --on_bad_video skip"
         )
-    usable = {video[:2] for video, problem in zip(videos, problems, strict=True) if problem is None}
     if empty := sorted({video[:2] for video in videos} - usable):
         raise InputError(f"no video of {'/'.join(empty[0])} can be used")
-
-
-# -- the frames ------------------------------------------------------------------------------------------------------
-
-
-def _write_frames_of(
-    videos: Sequence[Video], images: Path, num_frames: int, num_workers: int | None
-) -> list[str | None]:
-    """Writes what is not there yet; of every video why it cannot be used, or None."""
-    for folder in sorted({images / video.split / video.label for video in videos}):
-        make_folder(folder)
-    jobs = [(video.file, images / video.stem, num_frames) for video in videos]
-    pool = ProcessPoolExecutor(
-        num_workers or len(os.sched_getaffinity(0)),
-        mp_context=multiprocessing.get_context("fork"),  # others would import PyTorch again
-        initializer=_end_with_parent,
-        initargs=(os.getpid(),),
-    )
-    try:
-        results = pool.map(_write_frames, jobs)  # forks, which must come before the bar starts its thread
-        problems = []
-        with progress_bar("extracting frames", len(jobs), "videos") as advance:
-            for problem in results:
-                problems.append(problem)
-                advance(1)
-        return problems
-    except BrokenProcessPool as error:
-        raise InputError("a process that decodes was killed (out of memory?); the same command goes on") from error
-    except OSError as error:
-        raise InputError(f"cannot write {images}: {error}; the same command goes on") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write_frames(job: tuple[Path, Path, int]) -> str | None:
-    """Writes the frames of a video unless they are there, each whole or not at all. Why it cannot be used, or None."""
-    video, stem, num_frames = job
-    files = [stem.with_name(f"{stem.name}.{k}.jpg") for k in range(num_frames)]
-    if all(_is_whole(file) for file in files):
-        return None
-    try:
-        pictures = sample_frames(video, num_frames)
-    except InputError as error:
-        return str(error)
-    for picture, file in zip(pictures, files, strict=True):
-        temporary = file.with_name(f".{file.name}.unfinished")
-        picture.save(temporary, format="JPEG")
-        os.replace(temporary, file)
-    return None
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a JPEG is there to its end mark: when the power fails, a file may have its name and no content."""
-    try:
-        with open(file, "rb") as stream:
-            stream.seek(-2, os.SEEK_END)
-            return stream.read() == b"\xff\xd9"
-    except OSError:
-        return False
-
-
-def _end_with_parent(parent: int) -> None:
-    """In a process of the pool: it ends when its parent is killed, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 # -- the videos ------------------------------------------------------------------------------------------------------
@@ -312,14 +208,7 @@ def _end_with_parent(parent: int) -> None:
 def _source(archive: Path | None) -> Path:
     """The archive or folder to take the videos from."""
     if archive is None:
-        try:
-            return Path(hf_hub_download(HUB, SUBSET, repo_type="dataset"))
-        except (OSError, ValueError) as error:  # no network, no access
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(
-                f"{SUBSET} cannot be downloaded from the Hub's {HUB} ({reason}): name it, or the folder it was unpacked"
-                " to, with --archive (phi3v train: --data-dir)"
-            ) from error
+        return download(HUB, SUBSET, flag="--archive (phi3v train: --data-dir)") / SUBSET
     if not archive.exists():
         raise InputError(f"{archive}: no such archive or folder")
     packed = [archive / name for name in (SUBSET, FULL) if (archive / name).is_file()]
@@ -327,17 +216,16 @@ def _source(archive: Path | None) -> Path:
 
 
 def _lists_near(source: Path, folder: Path) -> Path | None:
-    """The official lists, packed or unpacked, that lie in a folder or beside where it comes from."""
-    for place in (folder, source.parent):
-        for pattern in ("classInd.txt", "*/classInd.txt", LISTS):
-            for found in sorted(place.glob(pattern)):
-                return found if found.name == LISTS else found.parent
-    return None
+    """The official lists, packed or unpacked, in a folder or beside its source."""
+    patterns = ("trainlist01.txt", "*/trainlist01.txt", LISTS)
+    found = (file for place in (folder, source.parent) for pattern in patterns for file in sorted(place.glob(pattern)))
+    file = next(found, None)
+    return file if file is None or file.name == LISTS else file.parent
 
 
 @contextmanager
 def _unpacked(archive: Path, tmp_dir: Path) -> Iterator[Path]:
-    """The folder an archive is unpacked to, until all went well; a folder is itself."""
+    """The folder an archive is unpacked to, removed if the block succeeds; a folder is itself."""
     if archive.is_dir():
         yield archive
         return
@@ -355,9 +243,9 @@ def _unpacked(archive: Path, tmp_dir: Path) -> Iterator[Path]:
 
 
 def find_videos(folder: Path, lists: Path, split: int | None) -> tuple[list[Video], list[str]]:
-    """The videos of the subset, or of a split of the full set, and the names of all classes; all in order.
+    """The videos of the subset, or of a split of the full set, and the names of all classes, both in order.
 
-    Raises InputError, saying which file is expected where and what was found.
+    Raises InputError with the files that are expected and what was found.
     """
     files = _videos_in(folder)
     if not files:
@@ -378,7 +266,7 @@ def _videos_in(folder: Path) -> list[Path]:
 
 
 def _split_of(file: Path, folder: Path) -> str | None:
-    """Of folder/.../SPLIT/CLASS/VIDEO.avi."""
+    """The SPLIT of folder/.../SPLIT/CLASS/VIDEO.avi."""
     *_, split, _, _ = ("", "", *file.relative_to(folder).parts)
     return split if split in SPLITS else None
 
@@ -395,46 +283,23 @@ def _of_subset(folder: Path, files: Sequence[Path]) -> tuple[list[Video], set[st
 
 
 def _of_full_set(folder: Path, files: Sequence[Path], lists: Path, split: int) -> tuple[list[Video], set[str]]:
-    """Those in the lists: trainlist01.txt has lines "CLASS/VIDEO.avi NUMBER", testlist01.txt none of the numbers."""
+    """The videos in the lists: trainlist01.txt has lines "CLASS/VIDEO.avi NUMBER", testlist01.txt lacks the numbers."""
     there: dict[str, Path] = {}
     for file in files:
         if (twin := there.setdefault(f"{file.parent.name}/{file.name}", file)) != file:
             raise InputError(f"{file} is also {twin}: name one of the folders")
-    index = next(iter(sorted(lists.rglob("classInd.txt"))), None)
-    if index is None:
-        raise InputError(
-            f"{folder} has folders of classes and neither train, val and test nor the official lists: put {LISTS} "
-            "beside it or name it with --lists (videos of your own are for phi3v convert video-folder)"
-        )
-    numbers = {label: number for _, (number, label) in _read_list(index, 2)}
-    listed_at: dict[str, str] = {}
     videos = []
     for name in ("train", "test"):
-        for where, (listed, *number) in _read_list(index.with_name(f"{name}list{split:02d}.txt"), 1):
-            label = listed.partition("/")[0]
-            if label not in numbers:
-                raise InputError(f"{where}: unknown class {label!r}, {index.name} has {len(numbers)} others")
-            if number not in ([], [numbers[label]]):
-                raise InputError(f"{where}: {label} has number {number[0]} here, {numbers[label]} in {index.name}")
-            if (other := listed_at.setdefault(listed, where)) != where:
-                raise InputError(f"{where}: {listed} is also in {other}")
-            videos.append(Video(name, label, there.get(listed, folder / listed)))
-    if missing := sorted(listed_at.keys() - there.keys()):
-        raise InputError(
-            f"{folder / missing[0]} is missing, which {listed_at[missing[0]]} names: "
-            f"{len(videos) - len(missing):,} of {len(videos):,} videos are there"
-        )
-    return videos, {*numbers}
-
-
-def _read_list(file: Path, num_words: int) -> Iterator[tuple[str, list[str]]]:
-    """("file:line", its words) of every line that is not blank, each of at least so many words."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; it comes with {LISTS}") from error
-    for number, line in enumerate(lines, start=1):
-        if words := line.split():
-            if not num_words <= len(words) <= 2:
-                raise InputError(f"{file}:{number}: {len(words)} words, expected {num_words} or 2")
-            yield f"{file}:{number}", words
+        found = sorted(lists.rglob(f"{name}list{split:02d}.txt"))
+        if not found:
+            raise InputError(
+                f"{folder} has neither train, val and test nor the official lists: put {LISTS} beside it or name it "
+                "with --lists (videos of your own are for phi3v convert video-folder)"
+            )
+        for _, line in lines(found[0]):
+            listed = line.decode(errors="replace").split()[0]
+            videos.append(Video(name, listed.partition("/")[0], there.get(listed, folder / listed)))
+    if missing := [video.file for video in videos if not video.file.is_file()]:
+        have = f"{len(videos) - len(missing):,} of the {len(videos):,} listed videos are there"
+        raise InputError(f"{missing[0]} is missing: {have}")
+    return videos, {video.label for video in videos}

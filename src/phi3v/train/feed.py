@@ -19,11 +19,12 @@ from phi3v.base.errors import InputError
 from phi3v.base.hardware import pick_tokens_per_pack
 from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
-from phi3v.data.check import Statistics, check
+from phi3v.data.check import check
 from phi3v.data.encode import Encoded, Example, encode
 from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, iter_jsonl
+from phi3v.data.statistics import Statistics
 from phi3v.infer.evaluate import read_questions
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
@@ -84,7 +85,7 @@ def read_data(
     """
     assert run.data.train is not None
     if check_first:
-        ranks.first_does(lambda: _check(run, processor, config))
+        _check(run, processor, config, ranks)
     # A run that resumes plans with the image sizes it began with, whatever has become of the files; padded images are
     # padded no further.
     known = {} if check_first else RunFolder(run.keeping.out).image_sizes
@@ -121,9 +122,16 @@ def read_data(
     )
 
 
-def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig) -> None:
+def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Ranks) -> None:
     for file in filter(None, (run.data.train, run.data.eval)):
-        findings = check(file, run.data.image_root, processor, max_tokens=config.max_position_embeddings)
+        findings = check(
+            file,
+            run.data.image_root,
+            processor,
+            max_tokens=config.max_position_embeddings,
+            progress=run.keeping.progress,
+            ranks=ranks,
+        )
         if findings.problems:
             others = len(findings.problems) - 1
             more = f" (and {others} more: phi3v check {file})" if others else ""

@@ -1,0 +1,126 @@
+"""What is known of a data file since it was last checked, kept beside it in .NAME.checked.json.
+
+The file is hidden, so that tools that load every JSON file of a folder do not take it for data. It lists the readable
+images with their sizes by fingerprints of 8 bytes, which change with the image file: 100,000 images take about 1 MB.
+If there were no problems, it holds the findings as well. Problems are never kept, but found again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import PIL
+
+import phi3v
+from phi3v.base.errors import InputError
+from phi3v.base.files import write_text
+from phi3v.data.image import ImageInfo
+from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.statistics import Findings
+
+CHECKER = f"phi3v {phi3v.__version__}, rules 1, Pillow {PIL.__version__}"
+"""Raise the number of the rules when `check` finds something else than before."""
+
+IMAGES = np.dtype("<u8, <u4, <u4, ?, ?")
+"""Fingerprint, width, height, rotated, animated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the findings depend on, besides the images."""
+
+    data: str
+    """SHA-256 of the data file."""
+
+    num_crops: int
+
+    tokenizer: str | None
+    """SHA-256 of the tokenizer that counts the tokens, if they are counted."""
+
+    @classmethod
+    def of(cls, file: Path, processor: Phi3VProcessor | None, num_crops: int) -> Inputs:
+        try:
+            with open(file, "rb") as stream:
+                data = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}") from error
+        tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor else None
+        digest = hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else None
+        return cls(data=data, num_crops=num_crops, tokenizer=digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """The content of the file."""
+
+    checker: str
+    date: str
+    inputs: Inputs
+    findings: Findings | None
+    images: bytes
+    """An array of IMAGES, compressed."""
+
+    @functools.cached_property
+    def known_images(self) -> dict[int, ImageInfo]:
+        """The readable images by fingerprint."""
+        table = np.frombuffer(zlib.decompress(self.images), IMAGES).tolist()
+        return {number: ImageInfo((width, height), *flags) for number, width, height, *flags in table}
+
+    def findings_of(self, wanted: Inputs, path: str, max_tokens: int | None) -> Findings | None:
+        """The findings, if they are also those of `wanted` as long as no image has changed."""
+        found = self.findings
+        if found is None or (self.inputs.data, self.inputs.num_crops) != (wanted.data, wanted.num_crops):
+            return None
+        if wanted.tokenizer is None:
+            found = replace(found, tokens=None, answer_tokens=None)
+        elif wanted.tokenizer != self.inputs.tokenizer:
+            return None
+        if max_tokens is not None and found.tokens and found.tokens.max > max_tokens:
+            return None
+        warnings = tuple(path + text.removeprefix(found.path) for text in found.warnings)
+        return replace(found, path=path, warnings=warnings)
+
+
+def read_stamp(data: Path) -> Stamp | None:
+    """The stamp of a data file; None if there is none, or a damaged one, or another checker's."""
+    try:
+        stamp = msgspec.json.decode(_file(data).read_bytes(), type=Stamp)
+        return stamp if stamp.checker == CHECKER and stamp.known_images is not None else None
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError, zlib.error):
+        return None
+
+
+def write_stamp(data: Path, inputs: Inputs, findings: Findings, images: Mapping[int, ImageInfo]) -> None:
+    """Write the stamp of a data file. `images` are the readable ones, by fingerprint. Raises InputError."""
+    rows = ((number, *info.size, info.rotated, info.animated) for number, info in images.items())
+    stamp = Stamp(
+        checker=CHECKER,
+        date=f"{datetime.now():%Y-%m-%d %H:%M}",
+        inputs=inputs,
+        findings=findings if findings.ok else None,
+        images=zlib.compress(np.fromiter(rows, IMAGES, len(images)).tobytes()),
+    )
+    write_text(_file(data), msgspec.json.encode(stamp).decode())
+
+
+def fingerprint(image: str, root: str) -> int:
+    """A number of 64 bits that stands for the path below `root`, the size and the time of change; 0 for no file."""
+    try:
+        status = os.stat(image)
+    except OSError:
+        return 0
+    text = f"{image.removeprefix(root)}\0{status.st_size}\0{status.st_mtime_ns}"
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
+
+
+def _file(data: Path) -> Path:
+    return data.with_name(f".{data.name}.checked.json")
