@@ -132,7 +132,7 @@ def test_pictures_that_have_no_room_are_left_out_and_said(tmp_path: Path) -> Non
 
 
 def test_flags_that_cannot_be(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--limit is 0, it must be at least 1"):
+    with pytest.raises(InputError, match="--limit 0: must be at least 1"):
         look(tiny_data, limit=0)
     with pytest.raises(InputError, match=r"--out .*: the name of a page ends in .html"):
         look(tiny_data, out=tmp_path / "train.jsonl")

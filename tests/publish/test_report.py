@@ -1,6 +1,6 @@
 """The report: a page from whatever run folders hold, with nothing of the model's text alive in it.
 
-What its script does with it is tested in a browser: tests/page/test_page.py.
+What its script does is tested in a browser: test_html.py.
 """
 
 from __future__ import annotations
@@ -355,7 +355,6 @@ def test_empty_and_odd_logs(run: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("log.jsonl", "7\n{}\n"),
         ("log.jsonl", '{"kind": "step"}\n'),
         ("log.jsonl", '{"kind": "step", "step": 1, "seconds": "long"}\n'),
         ("metrics.json", '{"final": {"accuracy": "high"}}'),
@@ -384,7 +383,7 @@ def test_predictions_that_no_run_writes_are_named(change, message: str, run: Pat
     line = [] if change is None else {**prediction(1, "yes", "no", picture), **change}
     with (run / "predictions.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    with pytest.raises(InputError, match=rf"predictions\.jsonl: {message}"):
+    with pytest.raises(InputError, match=rf"predictions\.jsonl:{message}"):
         write_report(run)
 
 
@@ -457,14 +456,15 @@ def test_runs_of_the_same_name_are_told_apart(run: Path, tmp_path: Path) -> None
 def test_a_run_of_a_recipe_is_held_against_what_was_published(run: Path, picture: Path) -> None:
     lines = [prediction(n, "yes", "yes", picture, source="docvqa") for n in range(4)]
     write_lines(run / "predictions.jsonl", lines)
-    (run / "config.json").write_text(json.dumps({"tuning": {"lora": True, "freeze_vision_model": True}}))
+    published = {"model": "Phi-3-vision", "metric": "anls", "mode": "lora", "dtype": "bf16", "score": 0.825, "note": ""}
+    (run / "published.json").write_text(json.dumps(published))
     words = " ".join(report(run).text.split())
     assert "Published Phi-3-vision, lora, bf16" in words
     assert "0 below one half 71.0 % 82.5 %" in words
-    (run / "config.json").write_text(json.dumps({"tuning": {"freeze_vision_model": True}, "base": {"dtype": "fp16"}}))
+    (run / "published.json").write_text(json.dumps({**published, "dtype": "fp16", "note": "suspect: too good"}))
     words = " ".join(report(run).text.split())
-    assert "Phi-3-vision, frozen, fp16*" in words
-    assert "* suspect: the script of that time froze the token embeddings" in words
+    assert "Phi-3-vision, lora, fp16*" in words
+    assert "* suspect: too good" in words
 
 
 def test_lengths_and_crops_of_a_real_run(finished_run: Path, tmp_path: Path) -> None:
