@@ -24,7 +24,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
 from phi3v.base.hardware import has_bf16, pick_device
 from phi3v.base.ranks import join
-from phi3v.infer.evaluate import read_predictions
+from phi3v.base.runfolder import read_lines
 from phi3v.infer.metrics import Prediction, clean
 from phi3v.recipes import find_recipe
 from phi3v.train.loop import train
@@ -148,7 +148,7 @@ def _put_aside(output: Path) -> bool:
 
 def _write_as_before(task: Task, output: Path) -> None:
     for split, name in (("before", "predictions-before.jsonl"), ("after", "predictions.jsonl")):
-        lines = read_predictions(output / "run" / name)
+        lines = read_lines(output / "run" / name)
         write_text(output / f"eval_{split}.json", json.dumps(as_before(task, lines), indent=4))
     for file in (output / "run" / "final").iterdir():
         target = output / file.name

@@ -15,7 +15,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import name_of, pick_device, pick_dtype
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import model_folder
+from phi3v.infer.answering import model_folder
 from phi3v.model.adapter import read_adapter_config
 from phi3v.model.loading import ADAPTER_CONFIG, load_model, save_model
 from phi3v.model.parts import set_precision, widen
