@@ -301,6 +301,22 @@ def finished_run(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest
     return out
 
 
+@pytest.fixture
+def old_run(finished_run: Path, tmp_path: Path) -> Path:
+    """The finished run as an earlier version left it: other names of settings, and files that are not there."""
+    folder = tmp_path / "old"
+    shutil.copytree(finished_run, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["tuning"]["activation_memory"] = settings["tuning"].pop("activation_checkpointing")
+    settings["tuning"] |= {"vision_cache": "memory", "vision_cache_dir": None}
+    settings["keeping"] |= {"on_nonfinite": "stop", "on_full_disk": "stop"}
+    del settings["optim"]["decay"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    for name in ("lengths", "images", "published"):
+        (folder / f"{name}.json").unlink(missing_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def lora_run(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a LoRA run of six steps. Not to be changed."""

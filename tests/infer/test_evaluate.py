@@ -15,6 +15,8 @@ from phi3v.base.errors import InputError
 from phi3v.data.schema import read_jsonl
 from phi3v.infer import answering
 from phi3v.infer.answering import Loading, Packing, evenly, model_folder, read_questions
+from phi3v.infer.chat import chat
+from phi3v.infer.demo import load_speakers
 from phi3v.infer.evaluate import evaluate
 from phi3v.model.loading import load_model
 
@@ -136,3 +138,10 @@ def test_float32_arithmetic_is_float32_also_for_half_weights(
     monkeypatch.setattr(answering, "answer", answer)
     evaluate(str(folder), data=tiny_data, limit=1, max_new_tokens=2, loading=FP32, progress=False)
     assert seen == [(torch.float32, {torch.float32})]
+
+
+def test_a_run_of_an_earlier_version_answers(old_run: Path, tiny_data: Path) -> None:
+    assert evaluate(str(old_run), data=tiny_data, limit=2, max_new_tokens=6, progress=False)["questions"] == 2
+    chat(str(old_run), "what is this", max_new_tokens=6)
+    _, base = load_speakers(str(old_run), "base")
+    assert base.title == json.loads((old_run / "config.json").read_text())["base"]["model"]

@@ -116,13 +116,3 @@ def test_a_damaged_file_is_named(card_of, run: Path) -> None:
     (run / "metrics.json").write_text('{"final": {"accuracy": "much"}}')
     with pytest.raises(InputError, match=r"metrics\.json: final.*: must be an integer or a number, not a string"):
         card_of(run)
-
-
-def test_a_run_of_an_earlier_version_has_a_card(card_of, run: Path) -> None:
-    settings = json.loads((run / "config.json").read_text())
-    settings["tuning"] |= {"vision_cache": "off"}
-    settings["keeping"] |= {"on_nonfinite": "stop"}
-    (run / "config.json").write_text(json.dumps(settings))
-    for name in ("environment", "lengths"):
-        (run / f"{name}.json").unlink()
-    assert "| `--learning-rate` | `0.012` |" in card_of(run).text

@@ -110,6 +110,11 @@ def test_num_crops_are_those_of_the_run(lora_run: Path, tmp_path: Path, capsys) 
     assert "images are cut into at most 2 crops" in capsys.readouterr().out
 
 
+def test_a_run_of_an_earlier_version_is_exported(old_run: Path, tmp_path: Path) -> None:
+    out = export(str(old_run), out=tmp_path / "out")
+    assert "| `--learning-rate` | `0.012` |" in (out / "README.md").read_text()
+
+
 # -- loading it ------------------------------------------------------------------------------------------------------
 
 

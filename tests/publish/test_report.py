@@ -481,6 +481,13 @@ def test_a_run_of_a_recipe_is_held_against_what_was_published(run: Path, picture
     assert "* suspect: too good" in words
 
 
+def test_a_run_of_an_earlier_version_has_a_report(old_run: Path) -> None:
+    words = " ".join(report(old_run).text.split())
+    assert "120 steps" in words
+    assert "activation_memory" in words
+    assert "vision_cache memory" in words
+
+
 def test_lengths_and_crops_of_a_real_run(finished_run: Path, tmp_path: Path) -> None:
     page = report(finished_run, out=tmp_path / "page.html")
     for title in ("Tokens of training examples", "Answer tokens of training examples", "Crops of training examples"):
