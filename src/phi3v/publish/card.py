@@ -20,7 +20,7 @@ from phi3v.base.jsonfile import read_object
 from phi3v.base.runfolder import RunFolder
 from phi3v.infer.metrics import Prediction
 from phi3v.publish.chart import number, percent
-from phi3v.publish.curves import BASELINE_NOTES, METRIC_NOTES
+from phi3v.publish.curves import BASELINE_NOTES, METRIC_NOTES, Contestant, metric_table
 from phi3v.publish.results import Results
 
 NUM_SAMPLES = 6
@@ -64,7 +64,7 @@ def write_card(
         results=results,
         method=_method(run) if run else "",
         settings=_settings(run) if run else [],
-        scores=_scores(results) if results else [],
+        scores=metric_table([Contestant("", "", results.final), Contestant("", "", results.before)]) if results else [],
         blind=_blind(results) if results else "",
         samples=_samples(results.predictions) if results else [],
         num_crops=read_object(folder / "preprocessor_config.json")["num_crops"],
@@ -127,16 +127,6 @@ def _settings(run: Run) -> list[tuple[str, str]]:
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 found.append((f"--{name.replace('_', '-')}", shown))
     return found
-
-
-def _scores(results: Results) -> list[tuple[str, str, str, str]]:
-    """(metric, explanation, after training, before), the last a dash if it was not scored."""
-    final, before = results.final, results.before
-    return [
-        (title, note, percent(final[key]), percent(before[key]) if key in before else "–")
-        for key, (title, note) in METRIC_NOTES.items()
-        if key in final
-    ]
 
 
 def _blind(results: Results) -> str:
