@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from phi3v.base.errors import InputError
+from phi3v.data.image import load_image
 from phi3v.data.schema import read_jsonl
 from phi3v.infer import answering
 from phi3v.infer.answering import Loading, Packing, evenly, model_folder, read_questions
@@ -43,7 +43,7 @@ def test_answers_are_those_of_generate(tiny_checkpoint_dir: Path, tiny_data: Pat
     evaluate(str(tiny_checkpoint_dir), data=tiny_data, out=tmp_path, **flags)
     model, processor = load_model(tiny_checkpoint_dir)
     for record in records(tmp_path):
-        images = [Image.open(path) for path in record["images"]]
+        images = [load_image(path) for path in record["images"]]
         if record["id"].startswith("e13"):
             continue  # of two turns
         text = processor.apply_chat_template(
