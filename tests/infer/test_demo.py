@@ -345,6 +345,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         demo("/no/such/model")
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # Gradio's
 def test_a_port_that_is_taken_is_named() -> None:
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'phi3v[demo]'")
     with socket.create_server(("127.0.0.1", 0)) as taken:
