@@ -2,13 +2,13 @@
 
     python -m benchmarks.report --questions 5000
 
-Makes a run folder with as many questions on as many different pictures, writes its report as `phi3v report` does, and
+Makes a run folder with as many questions on as many different images, writes its report as `phi3v report` does, and
 says, as medians of several rounds, how long it takes until
 
     first render   the page is opened, its script has run and the first frame after that is painted
     search         a letter is typed, the list is filtered and sorted, and the next frame is painted
     filter         "Wrong" is pressed, and the next frame is painted
-    scroll         a screen further down is painted: the slowest of fifty, scrolled one after the other
+    more           "Show 50 more" is pressed, and the next frame is painted: the slowest of ten
     dialog         an entry is pressed, and its dialog is painted
 
 Needs playwright and a Chromium (Debian: apt-get install chromium).
@@ -32,9 +32,9 @@ from phi3v.publish.report import write_report
 
 PAINTED = "await new Promise(done => requestAnimationFrame(() => setTimeout(done)));"
 TIMED = "async () => { const start = performance.now(); %s " + PAINTED + " return performance.now() - start; }"
-SCROLL = (
-    "async () => { let most = 0; document.getElementById('cards').scrollIntoView();"
-    "for (let turn = 0; turn < 50; turn++) { const start = performance.now(); scrollBy(0, innerHeight);"
+MORE = (
+    "async () => { let most = 0; const button = document.getElementById('more');"
+    "for (let turn = 0; turn < 10; turn++) { const start = performance.now(); button.click();"
     + PAINTED
     + "most = Math.max(most, performance.now() - start); } return most; }"
 )
@@ -42,13 +42,13 @@ ACTIONS = {
     "search": TIMED
     % "const box = document.getElementById('search'); box.value = '7'; box.dispatchEvent(new Event('input'));",
     "filter": TIMED % "document.querySelector('[data-group=wrong]').click();",
-    "scroll": SCROLL,
+    "more": MORE,
     "dialog": TIMED % "document.querySelector('button.entry').click();",
 }
 
 
 def make_run(folder: Path, num_questions: int) -> None:
-    """Predictions on pictures of their own, a tenth of them wrong."""
+    """Predictions on an image each, a tenth of them wrong."""
     random = np.random.default_rng(0)
     images = folder / "images"
     images.mkdir(parents=True)

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from phi3v.base.config import Run
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.loading import load_model, save_model
+from phi3v.model.parts import add_lora
 from phi3v.model.vision import CLIPVisionTransformer
 from phi3v.train.loop import train
 
@@ -188,6 +191,68 @@ def tiny_model_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFa
     return fresh_model(processor, tmp_path_factory.mktemp("tiny_model"), **sizes)
 
 
+SCRIPT = {"this": "a red picture", "shape": "square", "color": "blue", "blue": "no", "briefly": "yes"}
+"""The answers of the scripted model: the one of the last of these words that the conversation holds."""
+
+
+@pytest.fixture(scope="session")
+def scripted_model_dir(tiny_processor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers are exact on every machine, because its weights are made: it answers as SCRIPT says.
+
+    A hidden state is the one-hot token, followed by the share that each word of SCRIPT has in the tokens so far, which
+    attention, uniform over all of them, has collected. lm_head leads from `<|assistant|>` to the answer of the last
+    word with a share, and from each token of an answer to the next. Images are zero.
+    """
+    processor = Phi3VProcessor.from_pretrained(tiny_processor_dir, num_crops=1)
+    vocab, size, last = 432, 448, processor.token_ids("<|assistant|>\n")[-1]
+    config = Phi3VConfig(
+        vocab_size=vocab,
+        hidden_size=size,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        rope_scaling={"type": "su", "short_factor": [1.0] * (size // 2), "long_factor": [2.0] * (size // 2)},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2},
+        image_token_id=processor.image_token_id,
+        stop_token_ids=processor.stop_token_ids,
+        pad_token_id=processor.pad_token_id,
+    )
+    model = Phi3VForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    layer, head = model.model.layers[0].self_attn, model.lm_head.weight.data
+    model.model.embed_tokens.weight.data.fill_diagonal_(1.0)
+    for number, (word, text) in enumerate(SCRIPT.items()):
+        layer.qkv_proj.weight.data[2 * size + number, processor.token_ids(f" {word}")[-1]] = 1.0  # the values
+        layer.o_proj.weight.data[vocab + number, number] = 0.02  # small beside the token, however short the text
+        first, *rest = processor.token_ids(f"<|assistant|>\n{text}<|end|>")[1:]
+        head[first, :vocab] = -1000.0  # nothing but <|assistant|> leads to the beginning of an answer
+        head[first, last] = 0.0
+        head[first, vocab + number] = 100.0 * 3**number
+        for token, following in pairwise([first, *rest]):
+            head[following, token] = 2.0
+    folder = tmp_path_factory.mktemp("scripted_model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scripted_adapter_dir(scripted_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with which the scripted model answers "square", whatever it is asked."""
+    model, processor = load_model(scripted_model_dir)
+    start = processor.token_ids("<|assistant|>\n")[-1]
+    square = processor.token_ids("<|assistant|>\nsquare<|end|>")[1]
+    kind = {"rank": 1, "alpha": 1.0, "dropout": 0.0, "init": "default", "dora": False, "rslora": False}
+    adapted = add_lora(model, frozen=("vision", "projector"), **kind)
+    head = adapted.get_base_model().lm_head
+    head.lora_A["default"].weight.data.fill_(0.0)[0, start] = 1.0
+    head.lora_B["default"].weight.data[square, 0] = 2000.0
+    save_model(adapted, processor, folder := tmp_path_factory.mktemp("scripted_adapter"))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.jsonl: 14 examples, 15 answers, on 5 pages; one has no picture, one has two turns. Pictures in images/."""
@@ -242,6 +307,22 @@ def finished_run(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest
     flags = {"eval": tiny_data, "max_steps": 120, "learning_rate": 1.2e-2, "eval_every_steps": 60, "eval_limit": 5}
     train(tiny_settings(tiny_model_dir, tiny_data, out, **flags))
     return out
+
+
+@pytest.fixture
+def old_run(finished_run: Path, tmp_path: Path) -> Path:
+    """The finished run as an earlier version left it: other names of settings, and files that are not there."""
+    folder = tmp_path / "old"
+    shutil.copytree(finished_run, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["tuning"]["activation_memory"] = settings["tuning"].pop("activation_checkpointing")
+    settings["tuning"] |= {"vision_cache": "memory", "vision_cache_dir": None}
+    settings["keeping"] |= {"on_nonfinite": "stop", "on_full_disk": "stop"}
+    del settings["optim"]["decay"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    for name in ("lengths", "images", "published"):
+        (folder / f"{name}.json").unlink(missing_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from PIL import Image
 
 from phi3v.data.encode import Encoded, Example, Turn, encode, questions
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import answer
+from phi3v.infer.answering import answer
 from phi3v.infer.metrics import clean
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze, recompute_layers

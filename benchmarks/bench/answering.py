@@ -19,7 +19,7 @@ from phi3v.base.hardware import pick_device
 from phi3v.data.encode import Example, encode
 from phi3v.data.encode import questions as questions_of
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import answer
+from phi3v.infer.answering import answer
 from phi3v.infer.labels import score_labels
 from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits

@@ -15,11 +15,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import torch
 
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Turn
+from phi3v.infer import answering
 from phi3v.infer import demo as room
-from phi3v.infer import stream as conversation
+from phi3v.infer.answering import Loading
 from phi3v.infer.demo import Speaker, converse, demo, load_speakers, served
 from phi3v.infer.stream import Sampling
 
@@ -32,16 +34,16 @@ def red(tiny_data: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(finished_run: Path) -> Speaker:
-    (speaker,) = load_speakers(str(finished_run), None)
+def talker(scripted_model_dir: Path) -> Speaker:
+    (speaker,) = load_speakers(str(scripted_model_dir), None)
     return speaker
 
 
 class Scripted(Speaker):
-    """Says what it is told to, word by word, or cannot go on."""
+    """Writes its answers word by word, or raises them."""
 
     def __init__(self, *answers: str | Exception) -> None:
-        super().__init__(title="scripted <b>model</b>", model=None, processor=None)
+        super().__init__(title="scripted <b>model</b>", answerer=None)
         object.__setattr__(self, "answers", list(answers))
         object.__setattr__(self, "heard", [])
 
@@ -79,8 +81,8 @@ def test_the_answers_grow_one_speaker_after_the_other() -> None:
         assert len(talk) == 2
 
 
-def test_an_answer_without_text_is_one(trained: Speaker) -> None:
-    """What is no text yet, the first half of a character for one, is not shown; in the end it is said."""
+def test_an_empty_answer_is_an_answer() -> None:
+    """Before there is text, as during the first half of a character, nothing is shown; at the end it is said."""
     seen = [talk[-1].assistant for (talk,) in converse([Scripted("")], [()], "what", [], SHORT)]
     assert seen == [None, ""]
     seen = [talk[-1].assistant for (talk,) in converse([Scripted(" word")], [()], "what", [], SHORT)]
@@ -100,10 +102,10 @@ def test_what_was_stopped_before_its_first_word_was_not_asked() -> None:
     assert talk == (Turn(user="two", assistant="an answer"),)
 
 
-def test_what_cannot_be_asked_is_said_in_one_line(trained: Speaker, red: str, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_said_in_one_line(talker: Speaker, red: str, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for text, files, message in [
-        ("", [red], "write a question to go with the pictures"),
+        ("", [red], "write a question to go with the images"),
         (" ", [], "write a question"),
         ("what", [str(tmp_path / "broken.png")], r"broken\.png: .*"),
         ("what", [str(tmp_path / "gone.png")], r"gone\.png: no such image"),
@@ -111,10 +113,10 @@ def test_what_cannot_be_asked_is_said_in_one_line(trained: Speaker, red: str, tm
         ("<|image|>", [], r"the text holds a literal <\|image\|>.*"),
     ]:
         with pytest.raises(InputError) as caught:
-            next(converse([trained], [()], text, files, SHORT))
+            next(converse([talker], [()], text, files, SHORT))
         assert re.fullmatch(message, str(caught.value))
     with pytest.raises(InputError, match=r"the conversation has \d+ tokens; with an answer of up to 131,072"):
-        next(converse([trained], [()], "what", [red], Sampling(max_new_tokens=131072)))
+        next(converse([talker], [()], "what", [red], Sampling(max_new_tokens=131072)))
 
 
 # -- who answers -----------------------------------------------------------------------------------------------------
@@ -127,31 +129,34 @@ def last(speaker: Speaker, question: str, red: str) -> str:
 
 @pytest.mark.parametrize("named", ["base", "by its folder"])
 def test_the_base_of_an_adapter_is_not_loaded_twice(
-    named: str, lora_run: Path, tiny_model_dir: Path, red: str, monkeypatch: pytest.MonkeyPatch
+    named: str, scripted_adapter_dir: Path, scripted_model_dir: Path, red: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, load = list[Any](), conversation.load_model
-    monkeypatch.setattr(conversation, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    tuned, base = load_speakers(
-        str(lora_run), "base" if named == "base" else f"{tiny_model_dir}/../{tiny_model_dir.name}"
-    )
+    loaded, load = list[Any](), answering.load_model
+    monkeypatch.setattr(answering, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    folder = f"{scripted_model_dir}/../{scripted_model_dir.name}"
+    tuned, base = load_speakers(str(scripted_adapter_dir), "base" if named == "base" else folder)
     assert len(loaded) == 1
-    assert tuned.model is base.model
-    (alone,) = load_speakers(str(tiny_model_dir), None)
-    assert last(base, "what is this", red) == last(alone, "what is this", red)
-    assert last(tuned, "what is this", red) != last(base, "what is this", red), "the adapter is back on"
+    assert tuned.answerer is base.answerer
+    assert last(base, "what is this", red) == "a red picture"
+    assert last(tuned, "what is this", red) == "square", "the adapter is back on"
 
 
-def test_the_adapter_does_not_go_off_amid_an_answer(lora_run: Path, red: str) -> None:
+def test_the_adapter_stays_off_until_the_end_of_an_answer(scripted_adapter_dir: Path, red: str) -> None:
     """An answer that was stopped may not have ended yet when the next question comes, in another thread."""
-    tuned, base = load_speakers(str(lora_run), "base")
-    alone = last(tuned, "what is this", red)
+    tuned, base = load_speakers(str(scripted_adapter_dir), "base")
     stopped = converse([base], [()], "what is this", [red], SHORT)
     next(stopped), next(stopped)
     with ThreadPoolExecutor() as threads:
         answer = threads.submit(last, tuned, "what is this", red)
-        assert wait([answer], timeout=0.3).not_done, "the base has its turn"
+        assert wait([answer], timeout=0.3).not_done, "it is the base's turn"
         stopped.close()
-        assert answer.result(timeout=60) == alone
+        assert answer.result(timeout=60) == "square"
+
+
+def test_both_models_are_loaded_as_the_flags_say(scripted_model_dir: Path, tiny_checkpoint_dir: Path) -> None:
+    one, other = load_speakers(str(scripted_model_dir), str(tiny_checkpoint_dir), Loading(dtype="fp16"))
+    assert {speaker.answerer.dtype for speaker in (one, other)} == {torch.float16}
+    assert one.answerer.processor.num_crops == other.answerer.processor.num_crops == 1  # the checkpoint's own is 2
 
 
 def test_the_base_of_a_whole_model_is_the_one_its_run_began_with(
@@ -159,7 +164,7 @@ def test_the_base_of_a_whole_model_is_the_one_its_run_began_with(
 ) -> None:
     tuned, base = load_speakers(str(finished_run), "base")
     assert (tuned.title, base.title) == (str(finished_run), str(tiny_model_dir))
-    assert tuned.model is not base.model
+    assert tuned.answerer is not base.answerer
     _, other = load_speakers(str(finished_run), str(lora_run))
     assert other.title == str(lora_run)
 
@@ -214,9 +219,9 @@ def bot(page: Any, number: int = 0, chat: int = 0) -> Any:
 
 
 def test_pictures_and_a_question_get_their_answer_and_so_does_the_next(
-    open_page: Callable[..., Any], trained: Speaker, red: str
+    open_page: Callable[..., Any], talker: Speaker, red: str
 ) -> None:
-    page = open_page(trained)
+    page = open_page(talker)
     ask(page, "what is this", red)
     bot(page).filter(has_text=re.compile("^a red picture$")).wait_for()
     assert page.locator(".talk img").count() == 1
@@ -226,12 +231,11 @@ def test_pictures_and_a_question_get_their_answer_and_so_does_the_next(
     assert bot(page).inner_text().strip() == "a red picture"
 
 
-def test_two_models_answer_side_by_side(open_page: Callable[..., Any], lora_run: Path, red: str) -> None:
-    page = open_page(*(speakers := load_speakers(str(lora_run), "base")))
+def test_two_models_answer_side_by_side(open_page: Callable[..., Any], scripted_adapter_dir: Path, red: str) -> None:
+    page = open_page(*load_speakers(str(scripted_adapter_dir), "base"))
     ask(page, "what is this", red, red)
-    for chat, speaker in enumerate(speakers):
-        *_, (talk,) = converse([speaker], [()], "what is this", [red, red], SHORT)
-        bot(page, 0, chat).filter(has_text=talk[-1].assistant).wait_for()
+    for chat, answer in enumerate(("square", "a red picture")):
+        bot(page, 0, chat).filter(has_text=re.compile(f"^{answer}$")).wait_for()
         assert page.locator(".talk").nth(chat).locator("img").count() == 2
     boxes = [page.locator(".talk").nth(chat).bounding_box() for chat in (0, 1)]
     assert boxes[0]["y"] == boxes[1]["y"]
@@ -273,20 +277,20 @@ def test_a_file_that_is_no_picture_is_refused_by_its_name(open_page: Callable[..
 
 
 def test_stop_keeps_what_was_said_and_a_new_conversation_forgets_it(
-    open_page: Callable[..., Any], trained: Speaker, red: str, monkeypatch: pytest.MonkeyPatch
+    open_page: Callable[..., Any], talker: Speaker, red: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not a token is written after it was stopped."""
-    written, forward = [0], trained.model.forward
+    written, forward = [0], talker.answerer.model.forward
 
     def endless(*args: Any, **kwargs: Any) -> Any:
         written[0] += 1
         out = forward(*args, **kwargs)
-        out.logits[..., list(trained.processor.stop_token_ids)] = -1e9
+        out.logits[..., list(talker.answerer.processor.stop_token_ids)] = -1e9
         threading.Event().wait(0.02)
         return out
 
-    monkeypatch.setattr(trained.model, "forward", endless)
-    page = open_page(trained, sampling=Sampling(max_new_tokens=4000))
+    monkeypatch.setattr(talker.answerer.model, "forward", endless)
+    page = open_page(talker, sampling=Sampling(max_new_tokens=4000))
     ask(page, "what is this", red)
     bot(page).filter(has_text="a red picture").wait_for()
     page.get_by_role("button", name="Stop").click()
@@ -325,9 +329,11 @@ def test_how_answers_are_chosen_is_folded_away_and_counts(open_page: Callable[..
 
 def test_flags_are_refused_before_a_model_is_loaded() -> None:
     for flags, message in [
-        ({"port": 0}, "--port is 0, it must be from 1 to 65535"),
-        ({"max_new_tokens": 5000}, "--max-new-tokens is 5000, it must be at most 4096 here"),
-        ({"temperature": -1.0}, "--temperature is -1.0, it must be at least 0"),
+        ({"port": 0}, "--port 0: must be at least 1"),
+        ({"port": 70000}, "--port 70000: must be at most 65535"),
+        ({"max_new_tokens": 5000}, "--max-new-tokens 5000: must be at most 4096"),
+        ({"temperature": -1.0}, "--temperature -1.0: must be at least 0"),
+        ({"loading": Loading(num_crops=0)}, "--num-crops 0: must be at least 1"),
     ]:
         with pytest.raises(InputError, match=re.escape(message)):
             demo("/no/such/model", **flags)

@@ -20,7 +20,7 @@ from phi3v.base.ranks import Ranks
 from phi3v.base.stopping import Stopped
 from phi3v.data.encode import Encoded, Example, Turn, encode, messages
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import answer, read_questions
+from phi3v.infer.answering import answer, read_questions
 from phi3v.infer.labels import Branches, closed_answers, label_tokens, score_labels, share
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.parts import add_lora

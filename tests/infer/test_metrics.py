@@ -16,21 +16,6 @@ TEXT = st.text(alphabet="ab .A", max_size=8)
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "distance"),
-    [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("ab", "ba", 2)],
-)
-def test_levenshtein_of_known_pairs(a: str, b: str, distance: int) -> None:
-    assert metrics.levenshtein(a, b) == distance
-
-
-@given(TEXT, TEXT, TEXT)
-def test_levenshtein_is_a_distance(a: str, b: str, c: str) -> None:
-    assert (metrics.levenshtein(a, b) == 0) == (a == b)
-    assert metrics.levenshtein(a, b) == metrics.levenshtein(b, a)
-    assert metrics.levenshtein(a, c) <= metrics.levenshtein(a, b) + metrics.levenshtein(b, c)
-
-
-@pytest.mark.parametrize(
     ("text", "normalized"),
     [(" Yes. ", "yes"), ("U.S.A.", "u.s.a"), ("...no", "no"), ("ApplyEyeMakeup", "applyeyemakeup"), (".", "")],
 )

@@ -1,4 +1,4 @@
-"""An answer while it is written: all of it, no more than it, and not a word after nobody waits."""
+"""An answer while it is written: all of it, nothing more, and no token after the consumer has left."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Turn
-from phi3v.infer.stream import Sampling, load_to_talk, stream
+from phi3v.infer.answering import Answerer, Loading
+from phi3v.infer.stream import Sampling, stream
+from phi3v.model.loading import load_model
 
 
 @pytest.fixture(scope="module")
-def talker(finished_run: Path) -> tuple[Any, Any]:
-    return load_to_talk(finished_run)
+def talker(scripted_model_dir: Path) -> tuple[Any, Any]:
+    model, processor = load_model(scripted_model_dir)
+    return model.eval(), processor
 
 
 @pytest.fixture
@@ -52,8 +55,21 @@ def test_every_stop_token_ends_it(stop: int, talker: Any, asked: tuple[Turn, ...
 
 def test_the_longest_answer_is_kept_to(talker: Any, asked: tuple[Turn, ...]) -> None:
     seen = list(stream(*talker, asked, Sampling(max_new_tokens=2)))
-    assert len(seen) == 2
-    assert "a red picture".startswith(seen[-1])
+    assert seen == ["a", "a red"]
+
+
+def test_the_precision_holds_in_the_thread_that_writes(scripted_model_dir: Path, asked: Any, monkeypatch) -> None:
+    answerer, seen = Answerer.load(scripted_model_dir, Loading(dtype="fp16")), set()
+    forward = answerer.model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", watched)
+    assert list(answerer.stream(asked, Sampling(max_new_tokens=12)))[-1] == "a red picture"
+    assert seen == {torch.float16}
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_nothing_is_written_after_nobody_waits(talker: Any, asked: tuple[Turn, ...], monkeypatch) -> None:
@@ -94,7 +110,7 @@ def test_half_a_character_is_not_shown(talker: Any, asked: tuple[Turn, ...], mon
     assert list(stream(model, processor, asked, Sampling(max_new_tokens=12))) == ["", "é", "é"]
 
 
-def test_what_goes_wrong_in_between_is_raised_where_it_is_waited_for(talker: Any, asked: Any, monkeypatch) -> None:
+def test_an_error_of_the_model_is_raised_by_the_generator(talker: Any, asked: Any, monkeypatch) -> None:
     model, processor = talker
 
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -106,14 +122,14 @@ def test_what_goes_wrong_in_between_is_raised_where_it_is_waited_for(talker: Any
         next(answer)
 
 
-def test_what_cannot_be_asked_is_said_before_anything_is_written(talker: Any, asked: tuple[Turn, ...]) -> None:
+def test_what_cannot_be_asked_is_refused_before_anything_is_written(talker: Any, asked: tuple[Turn, ...]) -> None:
     with pytest.raises(InputError, match=r"1 image tags \(1\), 0 images were given"):
         stream(*talker, (Turn(user="<|image_1|> what", assistant=None),), Sampling())
     with pytest.raises(InputError, match=r"has 3\d\d tokens; with an answer of up to 131,000 .* the model's 131,072"):
         stream(*talker, asked, Sampling(max_new_tokens=131_000))
 
 
-def test_a_temperature_draws_and_top_p_keeps_to_the_likeliest(talker: Any, asked: tuple[Turn, ...]) -> None:
+def test_a_temperature_draws_and_top_p_keeps_the_most_likely(talker: Any, asked: tuple[Turn, ...]) -> None:
     hot = Sampling(max_new_tokens=6, temperature=50.0)
     assert len({list(stream(*talker, asked, hot))[-1] for _ in range(4)}) > 1
     sure = Sampling(max_new_tokens=12, temperature=1.0, top_p=1e-6)

@@ -27,7 +27,7 @@ def test_one_run_killed_again_and_again(night: Any, left_by: LEFT, tmp_path: Pat
     for mischief in (
         changes("rename config.json"),
         changes("rename environment.json"),
-        ["when", "phi3v.infer.evaluate:generate_pack", [1], "die"],
+        ["when", "phi3v.infer.answering:generate_pack", [1], "die"],
         ["half_a_line", 2],
         ["half_written", 1],
         ["when", "phi3v.train.engines.replicated:Replicated.step", [6], "die"],

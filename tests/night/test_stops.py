@@ -33,14 +33,14 @@ def test_a_run_stopped_again_and_again(night: Any, left_by: LEFT, tmp_path: Path
     run = tmp_path / "run"
     arguments: list[str] | None = None
     for target, number, where in (
-        ("phi3v.infer.evaluate:generate_pack", signal.SIGTERM, "before the first step"),
+        ("phi3v.infer.answering:generate_pack", signal.SIGTERM, "before the first step"),
         ("phi3v.train.engines.replicated:Replicated.learn", signal.SIGINT, "after step 1, which is saved"),
         ("phi3v.train.checkpoint:save_file", signal.SIGTERM, "after step 4, which is saved"),
-        ("phi3v.infer.evaluate:generate_pack", signal.SIGINT, "after step 4, which is saved"),
-        ("phi3v.infer.evaluate:generate_pack", signal.SIGTERM, "after step 4, which is saved"),
+        ("phi3v.infer.answering:generate_pack", signal.SIGINT, "after step 4, which is saved"),
+        ("phi3v.infer.answering:generate_pack", signal.SIGTERM, "after step 4, which is saved"),
         ("phi3v.train.engines.replicated:Replicated.step", signal.SIGTERM, "after step 5, which is saved"),
         ("phi3v.train.loop:save_model", signal.SIGTERM, "after step 10, which is saved"),
-        ("phi3v.infer.evaluate:generate_pack", signal.SIGINT, "after step 10, which is saved"),
+        ("phi3v.infer.answering:generate_pack", signal.SIGINT, "after step 10, which is saved"),
     ):
         mischief = ["when", target, [1], "signal", number]
         status, said = night.run(run, mischief, arguments=arguments, **SMALL_PACKS)

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from phi3v.base.errors import InputError
-from phi3v.publish.card import code, read_story, write_card
+from phi3v.publish.card import code, write_card
 
 
 @pytest.fixture
@@ -50,15 +50,17 @@ def test_the_metadata_is_what_the_hub_knows(card_of, finished_run: Path) -> None
 def test_the_text_says_how_it_was_made_and_how_good_it_is(card_of, finished_run: Path) -> None:
     text = card_of(finished_run).text
     metrics = json.loads((finished_run / "metrics.json").read_text())
+    first = json.loads((finished_run / "predictions.jsonl").read_text().splitlines()[0])
+    answer, right = code(first["prediction"]), "right" if first["correct"] else "wrong"
     for words in (
         "Fine-tuning of the weights themselves.",
         "| `--learning-rate` | `0.012` |",
         "| steps | 120 (30 epochs) |",
         f"| Accuracy | {100 * metrics['final']['accuracy']:.1f}\N{NO-BREAK SPACE}% |",
-        f"{100 * metrics['baselines']['blind']:.1f}\N{NO-BREAK SPACE}% (best answer per question text, no picture)",
+        f"{100 * metrics['baselines']['blind']:.1f}\N{NO-BREAK SPACE}% (best answer per question text, no image)",
         "before training (on 5 of them)",
-        "These are the very questions it was trained on",
-        "| `red.png` | `what is the color` | `red` | `red` | right |",
+        "The model was trained on these very questions",
+        f"| `red.png` | `what is the color` | `red` | {answer} | {right} |",
         "the model's logits differ by 2.5e-07",
         "`--max-model-len 4096`",
     ):
@@ -80,14 +82,13 @@ def test_a_lora_run_without_an_evaluation_says_so(card_of, lora_run: Path) -> No
 
 
 def test_a_folder_that_is_no_run_has_a_short_card(card_of, tiny_model_dir: Path) -> None:
-    assert read_story(tiny_model_dir) is None
-    assert "The run's own files were not at hand" in card_of(tiny_model_dir).text
+    assert "This card was written without the files of the run." in card_of(tiny_model_dir).text
 
 
-def test_texts_of_others_are_shown_and_not_obeyed(card_of, run: Path) -> None:
+def test_texts_of_others_are_shown_as_they_are(card_of, run: Path) -> None:
     hostile = "<script>alert(1)</script> | `tick` ``` ![x](http://a.b/c.png)\n\n# heading"
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    lines[0] |= {"prediction": hostile, "user": "{{ 7 * 7 }}\n---\nlicense: other", "answers": ["half \ud800"]}
+    lines[0] |= {"prediction": hostile, "user": "{{ 7 * 7 }}\n---\nlicense: other"}
     (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     card = card_of(run)
     assert card.data.license == "mit"
@@ -111,7 +112,7 @@ def test_a_text_is_a_code_span(text: str, shown: str) -> None:
     assert code(text) == shown
 
 
-def test_files_no_run_writes_are_named(card_of, run: Path) -> None:
+def test_a_damaged_file_is_named(card_of, run: Path) -> None:
     (run / "metrics.json").write_text('{"final": {"accuracy": "much"}}')
-    with pytest.raises(InputError, match=r"run: its files do not hold what a run writes \(\w+Error: "):
+    with pytest.raises(InputError, match=r"metrics\.json: final.*: must be an integer or a number, not a string"):
         card_of(run)

@@ -106,39 +106,40 @@ def shown(page: Any) -> str:
 
 
 def first_cards(page: Any, count: int) -> list[str]:
-    """The questions of the first cards, in the order of the gallery."""
-    page.evaluate("document.getElementById('examples').scrollIntoView()")
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    places = page.locator("button.entry").evaluate_all(
-        "nodes => nodes.map(node => [Number(node.dataset.place), node.querySelector('.asked').textContent])"
-    )
-    return [text for _, text in sorted(places)[:count]]
+    """The questions of the first cards."""
+    return page.locator("button.entry .asked").all_text_contents()[:count]
 
 
 # -- finding an example ----------------------------------------------------------------------------------------------
 
 
-def test_only_what_a_screen_shows_is_in_the_document(report_page: Path, opened: Open) -> None:
+def test_the_gallery_is_shown_page_by_page(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
-    assert shown(page) == f"{NUM_QUESTIONS} shown"
-    page.evaluate("document.getElementById('examples').scrollIntoView()")
-    page.wait_for_function("document.querySelectorAll('button.entry').length > 5")
-    assert page.locator("button.entry").count() < 60
-    page.evaluate("scrollTo(0, document.body.scrollHeight)")
-    page.wait_for_function("[...document.querySelectorAll('button.entry')].some(node => node.dataset.place === '299')")
-    assert page.locator("button.entry").count() < 60
+    cards, more = page.locator("button.entry"), page.locator("#more")
+    assert shown(page) == f"{NUM_QUESTIONS} found"
+    assert cards.count() == 50
+    assert more.inner_text() == "Show 50 more of 250"
+    more.click()
+    assert cards.count() == 100
+    assert page.evaluate("document.activeElement.dataset.place") == "50"  # the first new one
+    page.keyboard.press("End")
+    assert cards.count() == NUM_QUESTIONS
+    assert not more.is_visible()
+    page.get_by_role("button", name="Wrong").click()
+    assert cards.count() == 31
+    assert not more.is_visible()
 
 
 def test_filters_and_search(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
     page.get_by_role("button", name="Wrong").click()
-    assert shown(page) == "31 shown"
+    assert shown(page) == "31 found"
     assert first_cards(page, 3) == ["is it number 000?", f"hostile {ATTACK}", "is it number 010?"]
     page.get_by_label("Search").fill("number 27")
-    assert shown(page) == "1 shown"
+    assert shown(page) == "1 found"
     assert first_cards(page, 3) == ["is it number 270?"]
     page.get_by_role("button", name="All").click()
-    assert shown(page) == "13 shown"  # 27, 127, 227, and 270 to 279
+    assert shown(page) == "13 found"  # 27, 127, 227, and 270 to 279
     page.get_by_label("Search").fill("nothing of the kind")
     assert shown(page) == "Nothing matches"
     assert page.locator("button.entry").count() == 0
@@ -156,23 +157,23 @@ def test_orders(report_page: Path, opened: Open) -> None:
 def test_a_number_of_the_confusion_table_leads_to_its_questions(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
     page.locator("td.wrong button").first.click()
-    assert shown(page) == "30 shown"
+    assert shown(page) == "30 found"
     chip = page.locator("#cell")
     assert chip.inner_text() == "answer: yes, model: no ×"
     assert first_cards(page, 2) == ["is it number 000?", "is it number 010?"]
     chip.click()
-    assert shown(page) == f"{NUM_QUESTIONS} shown"
+    assert shown(page) == f"{NUM_QUESTIONS} found"
     assert not chip.is_visible()
 
 
 def test_runs_side_by_side(both_page: Path, opened: Open) -> None:
     page = opened(both_page)
-    assert shown(page) == "600 shown"
+    assert shown(page) == "600 found"
     page.get_by_label("Run").select_option("second")
     page.get_by_role("button", name="Wrong").click()
-    assert shown(page) == "16 shown"
+    assert shown(page) == "16 found"
     page.get_by_label("Run").select_option("first")
-    assert shown(page) == "31 shown"
+    assert shown(page) == "31 found"
     page.get_by_label("Search").fill("number 010?")
     page.locator("button.entry").first.click()
     dialog = page.locator("dialog")
@@ -300,10 +301,10 @@ CONTRAST = """selector => {
 def test_problems_are_shown_at_their_example(look_page: Path, opened: Open) -> None:
     page = opened(look_page)
     page.get_by_role("button", name="Problems").click()
-    assert shown(page) == "2 shown"
+    assert shown(page) == "2 found"
     first, second = page.locator("button.entry").all()
     assert "no such image" in first.inner_text()
-    assert "picture missing" in first.inner_text()
+    assert "image missing" in first.inner_text()
     assert second.locator(".asked").inner_text() == f"broken {ATTACK}"
     assert "not JSON" in second.inner_text()
     assert "train.jsonl:2: " in page.locator(".problems").inner_text()
@@ -316,6 +317,8 @@ def test_crops_and_tokens_are_those_of_the_model(look_page: Path, opened: Open) 
     dialog = page.locator("dialog")
     assert dialog.locator(".tiles b").all_inner_texts() == ["1", "2", "3"]
     assert dialog.locator(".padding").count() == 0
+    box = dialog.locator(".frame").first.bounding_box()
+    assert (box["width"], round(box["height"])) == (360, 120)
     assert dialog.locator("figcaption").all_inner_texts() == ["900×300 as 1008×336: 3 crops", "global crop"]
     sizes = dialog.locator("img").evaluate_all(
         "images => images.map(image => [image.naturalWidth, image.naturalHeight])"

@@ -63,7 +63,7 @@ def test_crops_are_those_of_the_transform(size: tuple[int, int], num_crops: int,
     turn = {"images": ["a.png"], "user": "what", "assistant": "a shape"}
     (tmp_path / "train.jsonl").write_text(json.dumps({"id": "a", "conversations": [turn]}))
     assert look(tmp_path / "train.jsonl", num_crops=num_crops, crop_size=CROP) == 0
-    (shown,) = gallery(tmp_path / "train.html")["pictures"]
+    (shown,) = gallery(tmp_path / "train.html")["images"]
     hd = hd_transform(drawn, num_crops)
     h, w, _ = hd.shape
     assert (shown["width"], shown["height"], shown["grid"]) == (w, h, [w // CROP, h // CROP])
@@ -125,13 +125,13 @@ def test_pictures_that_have_no_room_are_left_out_and_said(tmp_path: Path) -> Non
     bare = sum(entry["images"] == [-1] for entry in found["entries"])
     assert 0 < bare < 5
     assert (
-        f"{bare} without pictures, which would take more than 0.3 MB (--picture-mb)"
+        f"{bare} without images, which would take more than 0.3 MB (--picture-mb)"
         in (tmp_path / "train.html").read_text()
     )
 
 
 def test_flags_that_cannot_be(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--limit is 0, it must be at least 1"):
+    with pytest.raises(InputError, match="--limit 0: must be at least 1"):
         look(tiny_data, limit=0)
     with pytest.raises(InputError, match=r"--out .*: the name of a page ends in .html"):
         look(tiny_data, out=tmp_path / "train.jsonl")

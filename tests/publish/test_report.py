@@ -1,6 +1,6 @@
 """The report: a page from whatever run folders hold, with nothing of the model's text alive in it.
 
-What its script does with it is tested in a browser: tests/page/test_page.py.
+What its script does is tested in a browser: test_html.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from phi3v.base.errors import InputError
 from phi3v.publish.gallery import choose
 from phi3v.publish.report import write_report
 
+OLDEST = ("id", "images", "user", "answers", "prediction", "correct")
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 
@@ -112,7 +113,7 @@ def test_report_shows_the_run(run: Path) -> None:
     words = " ".join(page.text.split())
     assert "my-run" in words
     assert "70.0 % of 40 test questions answered correctly" in words
-    assert "20.0 points above the best a model can do without looking at the pictures" in words
+    assert "20.0 points above the best a model can do without looking at the images" in words
     for text in ("Majority", "25.0 %", "Blind", "50.0 %", "betas", "0.9, 0.95", "torch", "2.13.0"):
         assert text in words
     assert "Before" not in words  # this run was not evaluated before training
@@ -169,7 +170,7 @@ def test_every_question_is_in_the_gallery(run: Path, picture: Path) -> None:
     entries = page.gallery["entries"]
     assert [entry["group"] for entry in entries] == ["wrong"] * 12 + ["right"] * 28
     assert "All 40 questions, 12 of them answered wrongly." in page.text
-    assert len(page.gallery["pictures"]) == 1  # the same for all
+    assert len(page.gallery["images"]) == 1  # the same for all
     first = entries[0]
     assert (first["asked"], first["images"]) == ("question 0?", [0])
     assert first["rows"] == [["answer", "yes", ""], ["model", "no \N{BALLOT X}", "bad"]]
@@ -202,8 +203,8 @@ def test_what_is_left_out_is_said_with_the_flag_for_it(run: Path, tmp_path: Path
     page = report(run, picture_mb=0.1)
     shown = sum(entry["images"] != [-1] for entry in page.gallery["entries"])
     assert 0 < shown < 6
-    assert f"{6 - shown} are shown without pictures, which would take more than 0.1 MB (--picture-mb)" in page.text
-    assert len(json.dumps(page.gallery["pictures"])) < 100_000
+    assert f"{6 - shown} are shown without images, which would take more than 0.1 MB (--picture-mb)" in page.text
+    assert len(json.dumps(page.gallery["images"])) < 100_000
 
 
 # -- the conversation, from the data file ----------------------------------------------------------------------------
@@ -231,15 +232,15 @@ def test_pictures_that_have_moved_are_found_through_the_data(run: Path, tmp_path
     write_lines(run / "predictions.jsonl", [conversation(tmp_path / "old")])
     (tmp_path / "old").rename(tmp_path / "new")
     missing = report(run).gallery
-    assert missing["pictures"] == [None]
+    assert missing["images"] == [None]
     assert missing["entries"][0]["turns"] == [["sure?", None, 1]]
     moved = report(run, data=tmp_path / "new" / "test.jsonl").gallery
-    assert moved["pictures"][0]["width"] == 20
+    assert moved["images"][0]["width"] == 20
     config = {"data": {"eval": str(tmp_path / "new" / "test.jsonl"), "image_root": str(tmp_path / "new" / "images")}}
     (run / "config.json").write_text(json.dumps(config))
     assert report(run).gallery == moved
     (tmp_path / "new" / "images").rename(tmp_path / "pictures")
-    assert report(run).gallery["pictures"] == [None]
+    assert report(run).gallery["images"] == [None]
     assert report(run, image_root=tmp_path / "pictures").gallery == moved
 
 
@@ -305,15 +306,10 @@ def test_what_json_does_not_know_is_left_out(run: Path, picture: Path) -> None:
     assert ["log-probabilities", "no -0.1, yes -inf"] in entry["details"]
 
 
-def test_half_a_character_is_written(run: Path, picture: Path) -> None:
-    write_lines(run / "predictions.jsonl", [prediction(1, "yes", "\ud83d", picture)])
-    assert report(run).gallery["entries"][0]["rows"][0][1] == "yes"
-
-
 def test_missing_picture_is_no_error(run: Path, tmp_path: Path) -> None:
     write_lines(run / "predictions.jsonl", [prediction(1, "yes", "no", tmp_path / "gone.png")])
     gallery = report(run).gallery
-    assert gallery["pictures"] == [None]
+    assert gallery["images"] == [None]
     assert gallery["entries"][0]["images"] == [0]
 
 
@@ -321,7 +317,7 @@ def test_large_picture_is_made_small(run: Path, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.effect_noise((1600, 1200), 90).save(large)
     write_lines(run / "predictions.jsonl", [prediction(1, "yes", "no", large)])
-    (shown,) = report(run, picture_size=100).gallery["pictures"]
+    (shown,) = report(run, picture_size=100).gallery["images"]
     assert (shown["width"], shown["height"]) == (1600, 1200)
     assert Image.open(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2]))).size == (100, 75)
 
@@ -353,18 +349,28 @@ def test_empty_and_odd_logs(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("file", "content", "message"),
     [
-        ("log.jsonl", "7\n{}\n"),
-        ("log.jsonl", '{"kind": "step"}\n'),
-        ("log.jsonl", '{"kind": "step", "step": 1, "seconds": "long"}\n'),
-        ("metrics.json", '{"final": {"accuracy": "high"}}'),
-        ("metrics.json", '{"final": 7}'),
+        ("log.jsonl", '{"kind": "step"}\n', r"log\.jsonl:1: .*required field step"),
+        (
+            "log.jsonl",
+            '{}\n{"kind": "step", "step": 1, "seconds": "long"}\n',
+            r"log\.jsonl:2: seconds: must be a number",
+        ),
+        ("log.jsonl", '{"kind": "eval", "step": 1, "metrics": 3}\n', r"log\.jsonl:1: metrics: must be an object"),
+        (
+            "metrics.json",
+            '{"final": {"accuracy": "high"}}',
+            r"metrics\.json: final.*: must be an integer or a number",
+        ),
+        ("metrics.json", '{"final": 7}', r"metrics\.json: final: must be an object or null, not an integer"),
+        ("lengths.json", '{"tokens": {"mean": 1}}', r"lengths\.json: tokens: .*required field"),
+        ("published.json", '{"score": 7}', r"published\.json: .*required field"),
     ],
 )
-def test_files_that_no_run_writes_are_refused_in_one_line(file: str, content: str, run: Path) -> None:
+def test_damaged_files_are_refused_in_one_line(file: str, content: str, message: str, run: Path) -> None:
     (run / file).write_text(content)
-    with pytest.raises(InputError, match=r"my-run: its files do not hold what a run writes \("):
+    with pytest.raises(InputError, match=message):
         write_report(run)
     (run / file).write_bytes(b"\xff\n\n")
     with pytest.raises(InputError, match=rf"{file}.*not (JSON|UTF-8)"):
@@ -374,18 +380,25 @@ def test_files_that_no_run_writes_are_refused_in_one_line(file: str, content: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": 7}, "41: prediction is 7, it must be a string"),
-        ({"images": [1]}, r"41: images is \[1\], it must be a string, not an integer"),
+        ({"prediction": 7}, "41: prediction: must be a string, not an integer"),
+        ({"images": [1]}, r"41: images.*: must be a string, not an integer"),
         ({"answers": []}, "41: answers is empty"),
         (None, "41: must hold an object"),
     ],
 )
-def test_predictions_that_no_run_writes_are_named(change, message: str, run: Path, picture: Path) -> None:
+def test_damaged_predictions_are_named(change, message: str, run: Path, picture: Path) -> None:
     line = [] if change is None else {**prediction(1, "yes", "no", picture), **change}
     with (run / "predictions.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    with pytest.raises(InputError, match=rf"predictions\.jsonl: {message}"):
+    with pytest.raises(InputError, match=rf"predictions\.jsonl:{message}"):
         write_report(run)
+
+
+def test_predictions_of_earlier_versions_have_fewer_fields(run: Path, picture: Path) -> None:
+    line = prediction(1, "yes", "yes", picture)
+    write_lines(run / "predictions.jsonl", [{key: line[key] for key in OLDEST}])
+    (entry,) = report(run).gallery["entries"]
+    assert entry["details"] == [["score", "right, ANLS 100.0\N{NO-BREAK SPACE}%"], ["id", "q1"]]
 
 
 def test_bad_folders_are_refused(run: Path, tmp_path: Path) -> None:
@@ -457,14 +470,22 @@ def test_runs_of_the_same_name_are_told_apart(run: Path, tmp_path: Path) -> None
 def test_a_run_of_a_recipe_is_held_against_what_was_published(run: Path, picture: Path) -> None:
     lines = [prediction(n, "yes", "yes", picture, source="docvqa") for n in range(4)]
     write_lines(run / "predictions.jsonl", lines)
-    (run / "config.json").write_text(json.dumps({"tuning": {"lora": True, "freeze_vision_model": True}}))
+    published = {"model": "Phi-3-vision", "metric": "anls", "mode": "lora", "dtype": "bf16", "score": 0.825, "note": ""}
+    (run / "published.json").write_text(json.dumps(published))
     words = " ".join(report(run).text.split())
     assert "Published Phi-3-vision, lora, bf16" in words
     assert "0 below one half 71.0 % 82.5 %" in words
-    (run / "config.json").write_text(json.dumps({"tuning": {"freeze_vision_model": True}, "base": {"dtype": "fp16"}}))
+    (run / "published.json").write_text(json.dumps({**published, "dtype": "fp16", "note": "suspect: too good"}))
     words = " ".join(report(run).text.split())
-    assert "Phi-3-vision, frozen, fp16*" in words
-    assert "* suspect: the script of that time froze the token embeddings" in words
+    assert "Phi-3-vision, lora, fp16*" in words
+    assert "* suspect: too good" in words
+
+
+def test_a_run_of_an_earlier_version_has_a_report(old_run: Path) -> None:
+    words = " ".join(report(old_run).text.split())
+    assert "120 steps" in words
+    assert "activation_memory" in words
+    assert "vision_cache memory" in words
 
 
 def test_lengths_and_crops_of_a_real_run(finished_run: Path, tmp_path: Path) -> None:
@@ -473,6 +494,6 @@ def test_lengths_and_crops_of_a_real_run(finished_run: Path, tmp_path: Path) -> 
         assert title in page.text
     assert "Tokens of answers of the model" in page.text
     assert "2: 13 examples" in (tmp_path / "page.html").read_text()  # a local crop and the global one
-    assert all(picture for picture in page.gallery["pictures"])
+    assert all(picture for picture in page.gallery["images"])
     two_turns = [entry for entry in page.gallery["entries"] if len(entry["turns"]) == 2]
     assert [entry["turns"][0] for entry in two_turns] == [["what is this", "a red picture", 1]]

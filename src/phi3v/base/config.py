@@ -359,10 +359,14 @@ class Run:
 def check_flags(values: Mapping[str, Any], of: Callable[..., Any]) -> None:
     """Raises InputError, naming the flag, for a value outside the limits that the type of its parameter sets.
 
-    `of` is the function or dataclass whose parameters have these values: `check_flags(locals(), evaluate)`.
+    `of` is the function or dataclass whose parameters have these values: `check_flags(locals(), evaluate)`. The fields
+    of a dataclass among them are checked as well.
     """
     for name, kind in typing.get_type_hints(of, include_extras=True).items():
-        if name in values and (problem := problem_of(value := values[name], kind)):
+        value = values.get(name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check_flags(vars(value), type(value))
+        elif name in values and (problem := problem_of(value, kind)):
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise InputError(f"--{name.replace('_', '-')} {shown}: {problem}")
 

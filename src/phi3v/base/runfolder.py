@@ -7,21 +7,18 @@ locked against a second writer, and a finished run is never overwritten.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from phi3v.base.config import Run, run_of
 from phi3v.base.errors import InputError
-from phi3v.base.files import make_folder, write_text
+from phi3v.base.files import locked, make_folder, write_text
 from phi3v.base.jsonfile import convert, read_object
 
 LOCK = ".lock"
@@ -180,22 +177,7 @@ class RunFolder:
     def locked(self) -> Iterator[str]:
         """Keeps a second writer out; yields a description of the holder. The lock ends with the process."""
         make_folder(self.path)
-        file = self.path / LOCK
-        try:
-            stream = open(file, "a+")  # noqa: SIM115  (held open for the lock's sake)
-        except OSError as error:
-            raise InputError(f"cannot write {file}: {error.strerror}") from error
-        with stream:
-            try:
-                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a flock would survive in workers of a dead run
-            except OSError as error:
-                stream.seek(0)
-                holder = stream.read() or "unknown"
-                raise InputError(f"--out {self.path}: another run is writing here ({holder})") from error
-            holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-            stream.truncate(0)
-            stream.write(holder)
-            stream.flush()
+        with locked(self.path / LOCK, f"--out {self.path}: another run is writing here") as holder:
             yield holder
 
     def check_shared(self, holder: str, wait_s: float = 30.0) -> None:

@@ -1,7 +1,7 @@
-"""A conversation in the browser: pictures and questions, answers as they are written, one model or two side by side.
+"""`phi3v demo`: a conversation in the browser, with one model or two side by side.
 
-The page and its server use no network but the loopback (or the `--host` that was asked for): no analytics, no fonts or
-scripts from elsewhere, no tunnel. What a model or a user writes is shown as text, never as markup.
+The page and its server use no network but the loopback (or the address of `--host`): no analytics, no fonts or scripts
+from elsewhere, no tunnel. Text of a model or a user is shown as text, never as markup.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from rich.markup import escape
+from tyro.conf import arg
 
 from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import Count, NonNegative
+from phi3v.base.jsonfile import NonNegative
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.encode import Turn
 from phi3v.data.image import load_image
-from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import model_folder
-from phi3v.infer.stream import Sampling, load_to_talk, stream
+from phi3v.infer.answering import Answerer, Loading, model_folder
+from phi3v.infer.stream import Sampling
 from phi3v.model.adapter import read_adapter_config
 from phi3v.model.loading import ADAPTER_CONFIG
 
 Turns = tuple[Turn, ...]
 LONGEST_ANSWER = 4096
-# Gradio's buttons on a chat and its messages: one would clear what is shown and no more, another share it on the web.
+# Hides Gradio's buttons on a chat: one clears what is shown but not the conversation, another shares it on the web.
 CSS = ".talk { min-height: 22rem } .talk .message-buttons, .talk [aria-label=Clear] { display: none !important }"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speaker:
-    """One who answers: a model, or the base of an adapter that is loaded anyway."""
+    """Who answers: a model, or the base of an adapter that is loaded anyway."""
 
     title: str
-    model: Any
-    processor: Phi3VProcessor
+    answerer: Answerer
     without_adapter: bool = False
     speaking: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """Held while it answers. Speakers with one model share it: the adapter must not go off amid an answer."""
+    """Held during an answer. Speakers that share a model share it: the adapter must stay on or off until the end."""
 
     def answer(self, turns: Turns, sampling: Sampling) -> Generator[str, None, None]:
-        """As `stream`; raises InputError at once for what cannot be asked."""
-        return self._alone(stream(self.model, self.processor, turns, sampling))
+        """As `Answerer.stream`; raises InputError at once for what cannot be asked."""
+        return self._alone(self.answerer.stream(turns, sampling))
 
     def _alone(self, answer: Generator[str, None, None]) -> Generator[str]:
-        with self.speaking, self.model.disable_adapter() if self.without_adapter else nullcontext():
+        with self.speaking, self.answerer.model.disable_adapter() if self.without_adapter else nullcontext():
             yield from answer
 
 
@@ -63,30 +63,25 @@ def demo(
     /,
     *,
     compare: str | None = None,
-    num_crops: Count | None = None,
-    max_new_tokens: Count = 256,
+    max_new_tokens: Annotated[int, Meta(ge=1, le=LONGEST_ANSWER)] = 256,
     temperature: NonNegative = 0.0,
     host: str = "127.0.0.1",
-    port: int | None = None,
+    port: Annotated[int, Meta(ge=1, le=65535)] | None = None,
+    loading: Annotated[Loading, arg(name="")] = Loading(),
 ) -> None:
-    """Talk to a model in the browser: several pictures, several turns, answers as they are written.
+    """Talk to a model in the browser: several images, several turns, answers as they are written.
 
     Args:
         model: A run folder (its final model), or a model or adapter folder, or a name on the Hub.
         compare: Another model that answers beside it. `base`: the one that MODEL was fine-tuned from.
-        num_crops: Tiles an image may be cut into. Default: the checkpoint's own.
         max_new_tokens: Longest answer, in tokens. It can be changed on the page.
-        temperature: 0 always takes the likeliest token; higher is more varied. It can be changed on the page.
+        temperature: 0 always takes the most likely token; higher is more varied. It can be changed on the page.
         host: Address to listen at. Any but the loopback lets others in, without a password.
         port: Port to listen at. Default: the first free one from 7860 on.
     """
     check_flags(locals(), demo)
-    if port is not None and not 0 < port < 2**16:
-        raise InputError(f"--port is {port}, it must be from 1 to 65535")
-    if max_new_tokens > LONGEST_ANSWER:
-        raise InputError(f"--max-new-tokens is {max_new_tokens}, it must be at most {LONGEST_ANSWER} here")
-    _gradio()  # before the models, which take their time
-    speakers = load_speakers(model, compare, num_crops)
+    _gradio()  # fails before the models are loaded, which take their time
+    speakers = load_speakers(model, compare, loading)
     with served(speakers, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), host, port) as address:
         try:
             say(f"demo  [bold]{escape(address)}[/]  (Ctrl-C ends it)")
@@ -97,24 +92,23 @@ def demo(
             say("ended")
 
 
-def load_speakers(model: str, compare: str | None, num_crops: int | None = None) -> list[Speaker]:
-    """The model, and the one that `--compare` names. The base of an adapter is not loaded twice."""
+def load_speakers(model: str, compare: str | None, loading: Loading = Loading()) -> list[Speaker]:
+    """The model, and the one that `--compare` names. The base of an adapter is not loaded a second time."""
     folder = Path(model_folder(model))
     adapted = (folder / ADAPTER_CONFIG).is_file()
     base = read_adapter_config(folder)["base_model_name_or_path"] if adapted else None
     if compare == "base" and base is None:
         compare = _trained_from(model)
-    found, processor = load_to_talk(model, num_crops)
-    speakers = [Speaker(title=model, model=found, processor=processor)]
+    speaker = Speaker(title=model, answerer=Answerer.load(model, loading))
     if compare is None:
-        return speakers
+        return [speaker]
     if base is not None and (compare in ("base", base) or Path(compare).resolve() == Path(base).resolve()):
-        return [*speakers, replace(speakers[0], title=f"{base} (without the adapter)", without_adapter=True)]
+        return [speaker, replace(speaker, title=f"{base} (without the adapter)", without_adapter=True)]
     try:
-        other, other_processor = load_to_talk(compare, processor.num_crops)
+        other = Answerer.load(compare, replace(loading, num_crops=speaker.answerer.processor.num_crops))
     except InputError as error:
         raise InputError(f"--compare: {error}") from error
-    return [*speakers, Speaker(title=compare, model=other, processor=other_processor)]
+    return [speaker, Speaker(title=compare, answerer=other)]
 
 
 def _trained_from(model: str) -> str:
@@ -124,9 +118,12 @@ def _trained_from(model: str) -> str:
     return folder.config.base.model
 
 
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def served(speakers: Sequence[Speaker], sampling: Sampling, host: str, port: int | None) -> Iterator[str]:
-    """The page, at the address that it yields, for as long as the block lasts; then uploaded pictures are gone too."""
+    """Serve the page and yield its address. At the end of the block the server and all uploaded images are gone."""
     gr = _gradio()
     with tempfile.TemporaryDirectory(prefix="phi3v-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
@@ -143,7 +140,7 @@ def served(speakers: Sequence[Speaker], sampling: Sampling, host: str, port: int
                 ssr_mode=False,
                 footer_links=[],
                 enable_monitoring=False,
-                theme=gr.themes.Default(**system),  # Gradio's own would be fetched from a font server
+                theme=gr.themes.Default(**system),  # Gradio's own fonts come from a font server
                 css=CSS,
             )
         except (OSError, ValueError) as error:
@@ -156,8 +153,8 @@ def served(speakers: Sequence[Speaker], sampling: Sampling, host: str, port: int
 
 
 def build_page(speakers: Sequence[Speaker], sampling: Sampling) -> Any:
-    """The Gradio page: one conversation for every speaker, all asked the same questions."""
-    gr = _gradio()
+    """The Gradio page: a conversation with every speaker, all of whom are asked the same questions."""
+    gr, hot = _gradio(), sampling.temperature
     with gr.Blocks(title="phi3v demo", analytics_enabled=False, fill_height=True) as page:
         talks = gr.State([()] * len(speakers))
         with gr.Row():
@@ -170,25 +167,19 @@ def build_page(speakers: Sequence[Speaker], sampling: Sampling) -> Any:
                     buttons=[],
                     allow_file_downloads=False,
                     elem_classes="talk",
-                    placeholder="Add pictures, ask a question.",
+                    placeholder="Add images, ask a question.",
                 )
                 for speaker in speakers
             ]
         box = gr.MultimodalTextbox(
-            file_types=["image"], file_count="multiple", placeholder="Ask about the pictures", show_label=False
+            file_types=["image"], file_count="multiple", placeholder="Ask about the images", show_label=False
         )
         with gr.Row():
-            anew = gr.Button("New conversation", size="sm")
+            new = gr.Button("New conversation", size="sm")
             stop = gr.Button("Stop", size="sm")
         with gr.Accordion("Sampling", open=False):
             knobs = [
-                gr.Slider(
-                    0,
-                    max(2, sampling.temperature),
-                    sampling.temperature,
-                    step=0.05,
-                    label="Temperature (0: the likeliest token)",
-                ),
+                gr.Slider(0, max(2, hot), hot, step=0.05, label="Temperature (0: the most likely token)"),
                 gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top-p (where the temperature is not 0)"),
                 gr.Slider(1, LONGEST_ANSWER, sampling.max_new_tokens, step=1, label="Longest answer, in tokens"),
             ]
@@ -201,8 +192,8 @@ def build_page(speakers: Sequence[Speaker], sampling: Sampling) -> Any:
             try:
                 for answered in converse(speakers, talks, message["text"], message["files"], chosen):
                     yield [emptied, answered, *map(_messages, answered)]
-                    emptied = gr.skip()  # the next question may be in it by now
-            except InputError as error:  # as a warning: an error would cover the conversation
+                    emptied = gr.skip()  # the user may be typing the next question
+            except InputError as error:  # as a warning: Gradio's errors cover the conversation
                 gr.Warning(html.escape(str(error)), duration=None)
                 yield [gr.skip()] * (2 + len(speakers))
 
@@ -211,42 +202,42 @@ def build_page(speakers: Sequence[Speaker], sampling: Sampling) -> Any:
         )
         stop.click(None, cancels=[asked], api_visibility="private")
         blank = [None, [()] * len(speakers), *([] for _ in speakers)]
-        anew.click(lambda: blank, None, [box, talks, *shown], cancels=[asked], api_visibility="private")
+        new.click(lambda: blank, None, [box, talks, *shown], cancels=[asked], api_visibility="private")
     return page
 
 
 def converse(
     speakers: Sequence[Speaker], talks: Sequence[Turns], text: str, files: Sequence[str], sampling: Sampling
 ) -> Iterator[list[Turns]]:
-    """The conversations, one for each speaker, while the next question is answered, by one speaker after the other.
+    """Yield the conversations, one per speaker, while one speaker after the other answers the next question.
 
-    Raises InputError before the first, naming the picture by its own name, for what cannot be asked.
+    Raises InputError before the first, naming an image by its own name, for what cannot be asked.
     """
     if not text.strip():
-        raise InputError("write a question to go with the pictures" if files else "write a question")
+        raise InputError("write a question to go with the images" if files else "write a question")
     for file in files:
         try:
             load_image(file)
         except InputError as error:
             raise InputError(str(error).replace(str(Path(file).parent) + os.sep, "")) from error
     turn = Turn(user=text.strip(), assistant=None, images=tuple(files))
-    # A turn that was stopped before its first word has no answer: it was not asked.
-    answered = [(*(turn for turn in talk if turn.assistant is not None), turn) for talk in talks]
-    answers = [speaker.answer(talk, sampling) for speaker, talk in zip(speakers, answered, strict=True)]
-    yield list(answered)
+    # A turn that was stopped before its first word has no answer, and is dropped.
+    conversations = [(*(turn for turn in talk if turn.assistant is not None), turn) for talk in talks]
+    answers = [speaker.answer(talk, sampling) for speaker, talk in zip(speakers, conversations, strict=True)]
+    yield list(conversations)
     for number, answer in enumerate(answers):
-        with closing(answer):  # stopped, it must not go on being written
-            said = ""
-            for said in filter(None, answer):
-                answered[number] = (*answered[number][:-1], replace(turn, assistant=said))
-                yield list(answered)
-        if not said:
-            answered[number] = (*answered[number][:-1], replace(turn, assistant=""))
-            yield list(answered)
+        with closing(answer):  # the model must not go on when this generator is closed
+            written = ""
+            for written in filter(None, answer):
+                conversations[number] = (*conversations[number][:-1], replace(turn, assistant=written))
+                yield list(conversations)
+        if not written:
+            conversations[number] = (*conversations[number][:-1], replace(turn, assistant=""))
+            yield list(conversations)
 
 
 def _messages(turns: Turns) -> list[dict[str, Any]]:
-    """As a Gradio chat shows them. It renders HTML, also without Markdown: what is text is escaped."""
+    """The messages of a Gradio chat. It renders HTML even with Markdown switched off, so text is escaped."""
     found: list[dict[str, Any]] = []
     for turn in turns:
         found += [{"role": "user", "content": {"path": image}} for image in turn.images]

@@ -1,11 +1,11 @@
 """Closed answer sets: how likely is each label as the answer to a question?
 
 The score of a label is log p(label | page, question), the sum over its own tokens, as training has them, and the
-`<|end|>` after them: the logarithm of the probability that the model writes exactly this and stops. `<|end|>` counts,
-or "a" would gain from every answer that only begins like it ("ab"). What training learns past it (a newline and
-`<|endoftext|>`) says nothing about the answer and is left away, also from the length that decides the RoPE regime.
+`<|end|>` after them: the logarithm of the probability that the model writes exactly this and stops. Without `<|end|>`,
+"a" would gain from every answer that only starts with it ("ab"). What training learns after it (a newline and
+`<|endoftext|>`) does not depend on the answer and is left out, also of the length that decides the RoPE regime.
 
-Every label is a branch. What the branches of a page share is computed once; `share` says what that is.
+Every label is a branch. What the branches of a page share is computed once; `share` decides what that is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +37,10 @@ MAX_LABELS = 101  # the classes of UCF101, the largest closed set of the recipes
 
 
 def closed_answers(examples: Iterable[Example]) -> tuple[str, ...] | None:
-    """The answers of a task with few of them, sorted; None if they are free text (or there is but one).
+    """The answers of a task that has few of them, sorted; None if they are free text, or all the same.
 
-    Few means at most MAX_LABELS, each given twice on average. Of spellings that `accuracy` cannot tell apart the most
-    frequent one is kept.
+    Few means at most MAX_LABELS, each given twice on average. Of spellings that `accuracy` treats as one answer the
+    most frequent is kept.
     """
     counts = Counter(turn.assistant.strip() for e in examples for turn in e.turns if turn.assistant)
     spellings = {normalize_answer(text): text for text, _ in reversed(counts.most_common())}
@@ -66,8 +65,9 @@ def score_labels(
 ) -> Tensor:
     """log p(label | page, question) for P prompts and L labels: [P, L] float64, on the CPU.
 
-    Every rank takes its share and hears of all. `leave_off` is asked before every pack; Stopped is raised, on all
-    ranks, when it says so on any. Raises InputError for labels that cannot compete, and as `encode` and `prompt_packs`.
+    Every rank computes its share and returns all of them. `leave_off` is asked before every pack. Raises Stopped, on
+    all ranks, when it returns true on any, and InputError for labels that `label_tokens` refuses and for what cannot be
+    encoded or read.
     """
     assert all(prompt.turns[-1].assistant is None for prompt in prompts)
     sizes = functools.cache(read_size)  # a page has many questions
@@ -75,7 +75,7 @@ def score_labels(
     branches = Branches(share([encode(prompt, processor, sizes) for prompt in prompts], len(labels)), endings)
     packs = prompt_packs(branches, limits, reading, max_new_tokens=0, rank=ranks.rank, num_ranks=ranks.num, log=say)
     device = next(model.parameters()).device
-    mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scores = torch.zeros(len(branches), dtype=torch.float64)
     was_training = model.training
     model.eval()
@@ -88,17 +88,17 @@ def score_labels(
                 losses = F.cross_entropy(model(pack=pack).logits, pack.targets, reduction="none")
                 at = torch.tensor(numbers, dtype=torch.int64)[on_cpu.branch]
                 scores.index_add_(0, at, -losses.double().cpu())
-                advance(len(numbers) * ranks.num)  # the others are about as far
+                advance(len(numbers) * ranks.num)  # the other ranks are about as far
     finally:
         model.train(was_training)
-    whole = torch.tensor(ranks.total(*scores.tolist()), dtype=torch.float64)  # what others scored is 0 here
+    whole = torch.tensor(ranks.total(*scores.tolist()), dtype=torch.float64)  # the scores of other ranks are 0 here
     return whole.view(len(prompts), len(labels))
 
 
 def label_tokens(labels: Sequence[str], processor: Phi3VProcessor) -> list[NDArray[np.int32]]:
-    """The ids of each label as an answer in training, up to and with `<|end|>`.
+    """The ids of each label as an answer in training, up to and including `<|end|>`.
 
-    Raises InputError for fewer than two labels, an empty one, and two that are one answer to `accuracy`.
+    Raises InputError for fewer than two labels, an empty one, and two that `accuracy` treats as one answer.
     """
     if len(labels) < 2:
         raise InputError(f"--labels needs at least 2 labels, got {len(labels)}")
@@ -116,12 +116,12 @@ def label_tokens(labels: Sequence[str], processor: Phi3VProcessor) -> list[NDArr
 
 
 def share(prompts: Sequence[Encoded], num_labels: int) -> list[Encoded]:
-    """The prompts with the prefixes that their labels should share: page by page the cheaper of two.
+    """The prompts with the prefixes that their labels should share: page by page the cheaper of two ways.
 
-    A tree has one prefix, so a page of P tokens with questions of q1, q2, ... tokens and L labels is either one tree,
-    whose branches repeat the question with every label, or a tree for every question, which repeat the page:
+    A tree has one prefix. So a page of P tokens with questions of q1, q2, ... tokens and L labels is either one tree,
+    whose branches repeat the question for every label, or a tree for every question, each of which repeats the page:
 
-        P + L (q1 + q2 + ...)   or   (P + q1) + (P + q2) + ...   tokens, and those of the labels, equally many
+        P + L (q1 + q2 + ...)   or   (P + q1) + (P + q2) + ...   tokens, and in both ways those of the labels
     """
     page = group(prompts)
     shared = np.array([prompt.prefix_tokens for prompt in prompts])
@@ -136,7 +136,7 @@ def share(prompts: Sequence[Encoded], num_labels: int) -> list[Encoded]:
 
 
 class Branches(Sequence[Encoded]):
-    """Every prompt with every label as its answer, made when asked for: number n is prompt n // L with label n % L."""
+    """Every prompt with every label as its answer, made on access: number n is prompt n // L with label n % L."""
 
     def __init__(self, prompts: Sequence[Encoded], labels: Sequence[NDArray[np.int32]]) -> None:
         self.prompts, self.labels = prompts, labels

@@ -1,8 +1,8 @@
 """How good are the answers? Pure functions on text; no tensors, no files.
 
-Every metric takes one prediction and the answers accepted for its question and returns a number from 0 to 1; `score`
-is their mean over a whole evaluation. A question with several accepted answers is scored against the best of them.
-Where labels were scored or examples form groups, `score` says more; `label_tables` has what is no single number.
+Every metric takes one prediction and the accepted answers of its question and returns a number from 0 to 1; `score` is
+the mean over a whole evaluation. A question with several accepted answers is scored against the best of them. Where
+labels were scored or examples form groups, `score` has further metrics; `label_tables` has the confusion matrix.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from rapidfuzz.distance import Levenshtein
+
 from phi3v.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ NUM_VQA_ANNOTATORS = 10
 
 
 class Prediction(TypedDict):
-    """One line of predictions.jsonl: a question, its accepted answers, and what the model said."""
+    """One line of predictions.jsonl: a question, its accepted answers, and the model's."""
 
     id: str
     source: str
@@ -51,35 +53,25 @@ def normalize_answer(text: str) -> str:
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the whole answer is right but for case, outer whitespace and full stops (the original recipe's accuracy)."""
+    """1 if the whole answer is right; case, outer whitespace and full stops do not count (the original's)."""
     return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the answer is right to the letter; only outer whitespace is forgiven."""
+    """1 if the answer is right to the letter; only outer whitespace does not count."""
     return float(prediction.strip() in {answer.strip() for answer in answers})
-
-
-def levenshtein(a: str, b: str) -> int:
-    """The least number of insertions, deletions and substitutions of one character that turn `a` into `b`."""
-    previous = list(range(len(b) + 1))  # previous[j] = distance(a[:i], b[:j])
-    for i, left in enumerate(a, start=1):
-        current = [i]
-        for j, right in enumerate(b, start=1):
-            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (left != right)))
-        previous = current
-    return previous[-1]
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity as the original recipe has it: case counts, and half wrong is wrong.
 
-    With NL = levenshtein / length of the longer text: 1 - NL where NL < 0.5, else 0 (Biten et al. 2019,
+    With NL = Levenshtein distance / length of the longer text: 1 - NL where NL < 0.5, else 0 (Biten et al. 2019,
     arXiv:1907.00490, tau = 0.5). An empty prediction scores 0, and so does every one where no answer is known.
     """
     text = clean(prediction)
-    distances = [levenshtein(text, answer) / max(len(text), len(answer), 1) for answer in answers] if text else [1.0]
-    best = min(distances, default=1.0)
+    if not text or not answers:
+        return 0.0
+    best = min(Levenshtein.distance(text, answer) / max(len(text), len(answer)) for answer in answers)
     return 1 - best if best < 0.5 else 0.0
 
 
@@ -93,7 +85,8 @@ def anls_official(prediction: str, answers: Sequence[str]) -> float:
         return 0.0
     folded = " ".join(text.lower().split())
     best = max(
-        1 - levenshtein(folded, " ".join(answer.lower().split())) / max(len(text), len(answer)) for answer in answers
+        1 - Levenshtein.distance(folded, " ".join(answer.lower().split())) / max(len(text), len(answer))
+        for answer in answers
     )
     return best if best >= 0.5 else 0.0
 
@@ -178,8 +171,8 @@ def likeliest(line: Prediction) -> str:
 def _auroc_of_two_labels(scored: Sequence[Prediction]) -> dict[str, float]:
     """{"auroc": ..} by log p(a) - log p(b); {} for more labels than two, or if all answers are the same label.
 
-    Which of the labels is the positive one does not matter: swapping them turns every score around as well. A question
-    that accepts both labels or neither has no class and is left out.
+    Which of the labels is the positive one does not matter: swapping them negates every score as well. A question that
+    accepts both labels or neither has no class and is left out.
     """
     sides: tuple[list[float], list[float]] = ([], [])
     for line in scored:
@@ -225,30 +218,30 @@ def sentence_of(identifier: str) -> str:
 
 
 def label_tables(predictions: Iterable[Prediction], labels: Sequence[str]) -> dict[str, Any]:
-    """What became of every label, for metrics.json:
+    """The confusion matrix and the grades of every label, for metrics.json:
 
         {"labels": [..], "confusion": [[..], ..], "per_class": {label: {"precision", "recall", "f1", "support"}}}
 
-    confusion[i][j] counts the questions with answer labels[i] to which labels[j] was said; the last row and the last
-    column are for texts that are no label. A question that accepts several answers counts for the one that was said,
-    or for the first. Precision is 0 for a label that was never said, recall for one that was never the answer.
+    confusion[i][j] counts the questions with answer labels[i] that were answered labels[j]; the last row and the last
+    column are for texts that are no label. A question that accepts several answers counts for the one that was given,
+    else for the first. Precision is 0 for a label that was never predicted, recall for one that was never the answer.
     """
     other = len(labels)
     numbers = {normalize_answer(label): number for number, label in enumerate(labels)}
     confusion = [[0] * (other + 1) for _ in range(other + 1)]
     for line in predictions:
-        said, *accepted = (
+        predicted, *accepted = (
             numbers.get(normalize_answer(text), other) for text in (line["prediction"], *line["answers"])
         )
-        confusion[said if said in accepted else accepted[0]][said] += 1
+        confusion[predicted if predicted in accepted else accepted[0]][predicted] += 1
 
     def grades(number: int) -> dict[str, float]:
         right, support = confusion[number][number], sum(confusion[number])
-        said = sum(row[number] for row in confusion)
+        predicted = sum(row[number] for row in confusion)
         return {
-            "precision": right / said if said else 0.0,
+            "precision": right / predicted if predicted else 0.0,
             "recall": right / support if support else 0.0,
-            "f1": 2 * right / (said + support) if said + support else 0.0,
+            "f1": 2 * right / (predicted + support) if predicted + support else 0.0,
             "support": support,
         }
 
@@ -257,12 +250,12 @@ def label_tables(predictions: Iterable[Prediction], labels: Sequence[str]) -> di
 
 
 def baselines(train: Iterable[Example], test: Sequence[Example]) -> dict[str, float]:
-    """The accuracy on `test` of two models that never look at a picture, both fitted on every turn of `train`.
+    """The accuracy on `test` of two models that never look at an image, both fitted on every turn of `train`.
 
     majority  always gives the most frequent answer
     blind     gives the most frequent answer to the very same question text, the majority answer to an unseen text
 
-    `test` holds questions (`data.chat.questions`): the last turn is the one that is asked. Ties go to the answer that
+    `test` holds questions (`data.encode.questions`): the last turn is the one that is asked. Ties go to the answer that
     was seen first. Raises InputError when either side holds no answers.
     """
     everything: Counter[str] = Counter()

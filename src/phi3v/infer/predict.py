@@ -1,45 +1,43 @@
-"""Answers to a file of questions, as a file: for work that is longer than a process lives.
+"""`phi3v predict`: answers to a file of questions, as a file, for work that may outlive a process.
 
-Invariant: however often it is killed, wherever, and begun again, FILE ends with one line for every question, in the
-order of the data. Until then its lines come page by page, whole but for the last; FILE.settings.json beside it says
-what they were made with, so that no others are ever added to them.
+Invariant: however often it is killed, wherever, and started again, FILE ends with one line for every question, in the
+order of the data. Until then its lines come page by page, all of them whole but possibly the last. FILE.settings.json
+beside it holds what they were made with, so that lines made otherwise are never added.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from rich.markup import escape
+from tyro.conf import arg
 
-from phi3v.base.config import Attention, Precision, check_flags
-from phi3v.base.console import SECONDS_BETWEEN_LINES, console, progress_bar, say
+from phi3v.base.config import check_flags
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
-from phi3v.base.files import disk_errors, make_folder, write_text
-from phi3v.base.jsonfile import Count, NonNegativeInt, parse_object, read_object
+from phi3v.base.files import disk_errors, locked, make_folder, write_text
+from phi3v.base.jsonfile import Count, read_object
+from phi3v.base.runfolder import read_lines
 from phi3v.data.encode import Encoded, Example, encode, questions
 from phi3v.data.image import load_image, read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
-from phi3v.infer.evaluate import Answering, Scoring, evenly, model_folder
-from phi3v.infer.evaluate import predict as answers_of
+from phi3v.infer.answering import Answerer, Loading, Packing, Scoring, evenly, model_folder
 from phi3v.infer.labels import label_tokens
 from phi3v.packing.trees import Lengths, PackLimits
 
 PACKS_AT_ONCE = 4
-"""What is answered between two writes: about as much as fills so many packs. A kill loses no more."""
+"""Answers are written after about as many questions as fill this many packs; a kill loses no more."""
 
 Key = tuple[int, str]
-"""A question: the number of its line in the data, and its id (of several turns on a line each has its own)."""
+"""A question: the number of its line in the data, and its id (the turns of a line have different ones)."""
 
 
 def predict(
@@ -50,18 +48,14 @@ def predict(
     out: Path,
     image_root: Path | None = None,
     limit: Count | None = None,
-    num_crops: Count | None = None,
     max_new_tokens: Count = 64,
     labels: tuple[str, ...] = (),
     on_bad_example: Literal["stop", "skip"] = "stop",
-    max_tokens_per_pack: Count | None = None,
-    max_crops_per_pack: Count = 64,
-    dtype: Precision = "auto",
-    attention: Attention = "auto",
-    num_workers: NonNegativeInt = 0,
+    loading: Annotated[Loading, arg(name="")] = Loading(),
+    packing: Annotated[Packing, arg(name="")] = Packing(),
     progress: bool = True,
 ) -> Path:
-    """Answer every question of a file. Killed? The same command goes on.
+    """Answer every question of a file. Killed? The same command continues.
 
     The last turn of a conversation needs no answer: then it is the question, after the turns before it. Otherwise every
     turn is one. A line of FILE has the id, the line of the data, the question and the prediction.
@@ -72,77 +66,48 @@ def predict(
         out: The file of the answers.
         image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
         limit: Answer only this many questions, evenly spread.
-        num_crops: Tiles an image may be cut into. Default: the checkpoint's own.
         max_new_tokens: Longest answer, in tokens.
-        labels: A closed set: the prediction is the most likely of these, and the log-probabilities of all stand beside.
+        labels: A closed set: the prediction is the most likely label, and the log-probabilities of all are written.
         on_bad_example: When an image or a text cannot be used. stop: end, naming it. skip: its line says the `error`.
-        max_tokens_per_pack: Tokens of one forward pass. Default: 8192 on a GPU, 4096 on a CPU.
-        max_crops_per_pack: 336x336 crops of one forward pass.
-        dtype: Precision of the arithmetic.
-        attention: How attention is computed. All choices compute the same.
-        num_workers: Processes that read images.
         progress: Show a progress bar.
     """
     check_flags(locals(), predict)
     found = [question for example in read_jsonl(data, image_root, prompts=True) for question in _asked(example)]
     prompts = {_key(prompt): prompt for prompt in evenly(found, limit)}
-    folder, skip = model_folder(model), on_bad_example == "skip"
+    processor = Phi3VProcessor.from_pretrained(model_folder(model), num_crops=loading.num_crops)
+    if labels:
+        label_tokens(labels, processor)  # raises InputError before the model is loaded
     made_with = {
         "MODEL": model,
         "DATA": hashlib.sha256(data.read_bytes()).hexdigest(),
         "--image-root": None if image_root is None else str(image_root),
         "--limit": limit,
-        "--num-crops": num_crops,
+        "--num-crops": loading.num_crops,
         "--max-new-tokens": max_new_tokens,
         "--labels": list(labels),
-        "--dtype": dtype,
+        "--dtype": loading.dtype,
     }
-    with AnswerFile(out, made_with, prompts) as file:
+    skip, scoring = on_bad_example == "skip", Scoring("labels", labels) if labels else Scoring()
+    make_folder(out.parent)
+    with locked(out.with_name(f".{out.name}.lock"), f"--out {out}: another process is writing it"):
+        file = AnswerFile(out, made_with, prompts)
         if file.done:
             say(f"{len(file.done):,} of {len(prompts):,} questions are answered already")
         if file.left:
-            processor = Phi3VProcessor.from_pretrained(folder, num_crops=num_crops)
-            if labels:
-                label_tokens(labels, processor)  # it refuses some, and the model takes its time
             good, bad = _encoded([prompts[key] for key in file.left], processor, skip=skip)
-            file.add(bad)
-            answering = Answering.of(
-                folder,
-                num_crops=num_crops,
-                dtype=dtype,
-                attention=attention,
-                num_workers=num_workers,
-                max_tokens_per_pack=max_tokens_per_pack,
-                max_crops_per_pack=max_crops_per_pack,
-            )
-            scoring = Scoring("labels", labels) if labels else Scoring()
-            with _progress(len(file.done), len(prompts), show=progress) as advance:
-                for portion in _portions(good, answering.limits):
-                    file.add(_answers(answering, portion, scoring, max_new_tokens, skip=skip))
+            if bad:
+                file.add(bad)
+            answerer = Answerer.load(model, loading, packing)
+            with progress_bar("answering", len(prompts), "questions", show=progress, summary=False) as advance:
+                advance(len(file.done))
+                for portion in _portions(good, answerer.limits):
+                    file.add(_answers(answerer, portion, scoring, max_new_tokens, skip=skip))
                     advance(len(portion))
-        num_failed = file.finish()
-    if num_failed:
+        file.finish()
+    if num_failed := sum("error" in line for line in file.done.values()):
         say(f"[yellow]note[/]  {num_failed:,} of {len(prompts):,} lines have an error instead of a prediction")
     say(f"{len(prompts):,} answers in {escape(str(out))}")
     return out
-
-
-@contextmanager
-def _progress(done: int, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar that may start in the middle; without a terminal, a line now and then."""
-    told = time.monotonic()
-
-    def move(count: int) -> None:
-        nonlocal done, told
-        done += count
-        advance(count)
-        if show and not console.is_terminal and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            say(f"{done:,} of {total:,} questions")
-
-    with progress_bar("answering", total, "questions", show=show, summary=False) as advance:
-        advance(done)
-        yield move
 
 
 # -- questions -------------------------------------------------------------------------------------------------------
@@ -159,7 +124,7 @@ def _key(prompt: Example) -> Key:
 def _encoded(
     prompts: Sequence[Example], processor: Phi3VProcessor, *, skip: bool
 ) -> tuple[list[tuple[Example, Encoded]], list[dict[str, Any]]]:
-    """The questions that can be asked, and the lines of those that cannot, or the first of these as an InputError."""
+    """The questions that can be encoded, and with `skip` the lines of the others; without, the first is raised."""
     sizes = functools.cache(read_size)
     good, bad = [], []
     for prompt in prompts:
@@ -173,13 +138,13 @@ def _encoded(
 
 
 def _portions(asked: Sequence[tuple[Example, Encoded]], limits: PackLimits) -> Iterator[list[Example]]:
-    """The questions page by page, as many at once as fill PACKS_AT_ONCE packs; a page is never divided."""
+    """The questions page by page, in portions that fill about PACKS_AT_ONCE packs; a page is never divided."""
     lengths = Lengths.of([encoded for _, encoded in asked])
     portion, load, page = list[Example](), 0.0, -1
     for index in np.argsort(lengths.page, kind="stable").tolist():
         tokens, crops = int(lengths.tokens[index] - lengths.prefix[index]), 0
         if lengths.page[index] != page:
-            if load >= PACKS_AT_ONCE:
+            if portion and load >= PACKS_AT_ONCE:
                 yield portion
                 portion, load = [], 0.0
             page = lengths.page[index]
@@ -194,53 +159,33 @@ def _portions(asked: Sequence[tuple[Example, Encoded]], limits: PackLimits) -> I
 
 
 def _answers(
-    answering: Answering, prompts: Sequence[Example], scoring: Scoring, max_new_tokens: int, *, skip: bool
+    answerer: Answerer, prompts: Sequence[Example], scoring: Scoring, max_new_tokens: int, *, skip: bool
 ) -> list[dict[str, Any]]:
-    """A line for every question. With `skip`, what is wrong with an image becomes the line of its questions."""
-    if not prompts:
-        return []
+    """A line for every question; with `skip`, an error on those whose image cannot be decoded."""
     try:
-        predictions = answers_of(
-            answering.model,
-            answering.processor,
-            prompts,
-            scoring,
-            max_new_tokens=max_new_tokens,
-            progress=False,
-            **answering.how,
-        )
+        predictions = answerer.answers(prompts, scoring, max_new_tokens=max_new_tokens, progress=False)
     except InputError:
-        failed = _unreadable(prompts) if skip else {}
-        if not failed:
+        errors = {image: error for prompt in prompts for image in prompt.images if (error := _image_error(image))}
+        if not skip or not errors:
             raise
-        left = [prompt for prompt in prompts if _key(prompt) not in failed]
-        return [*failed.values(), *_answers(answering, left, scoring, max_new_tokens, skip=skip)]
+        wrong = {_key(prompt): errors[image] for prompt in prompts for image in prompt.images if image in errors}
+        failed = [_failed(prompt, wrong[_key(prompt)]) for prompt in prompts if _key(prompt) in wrong]
+        rest = [prompt for prompt in prompts if _key(prompt) not in wrong]
+        return failed + (_answers(answerer, rest, scoring, max_new_tokens, skip=skip) if rest else [])
+    written = ("prediction", "label_log_probs") if scoring.labels else ("prediction",)
     return [
-        {
-            **_about(prompt),
-            "prediction": prediction["prediction"],
-            **({"label_log_probs": prediction["label_log_probs"]} if scoring.labels else {}),
-        }
+        {**_about(prompt), **{key: prediction[key] for key in written}}  # type: ignore[literal-required]
         for prompt, prediction in zip(prompts, predictions, strict=True)
     ]
 
 
-def _unreadable(prompts: Sequence[Example]) -> dict[Key, dict[str, Any]]:
-    """The lines of the questions with an image that has a header, but no picture after it."""
-
-    @functools.cache
-    def reason(image: str) -> InputError | None:
-        try:
-            load_image(image)
-        except InputError as error:
-            return error
-        return None
-
-    found = {}
-    for prompt in prompts:
-        if error := next(filter(None, map(reason, prompt.images)), None):
-            found[_key(prompt)] = _failed(prompt, error)
-    return found
+def _image_error(image: str) -> InputError | None:
+    """What is wrong with the content of an image whose header is sound."""
+    try:
+        load_image(image)
+    except InputError as error:
+        return error
+    return None
 
 
 def _about(prompt: Example) -> dict[str, Any]:
@@ -252,39 +197,21 @@ def _failed(prompt: Example, error: InputError) -> dict[str, Any]:
 
 
 class AnswerFile:
-    """FILE, open for one process, with the lines it has. A context manager; FILE stays only if it has any."""
+    """FILE and its settings. One process at a time may have one."""
 
     def __init__(self, path: Path, made_with: Mapping[str, Any], keys: Mapping[Key, Any]) -> None:
         self.path, self.settings = path, path.with_name(f"{path.name}.settings.json")
         self._made_with, self._keys = made_with, keys
         self.done: dict[Key, dict[str, Any]] = {}
+        """The lines that are there, by question."""
+        if path.exists() and path.stat().st_size:
+            self._check_settings()
+            self._read()
 
     @property
     def left(self) -> list[Key]:
         """The questions without a line, in the order of the data."""
         return [key for key in self._keys if key not in self.done]
-
-    def __enter__(self) -> Self:
-        make_folder(self.path.parent)
-        try:
-            self._stream = open(self.path, "a+b")  # closed by __exit__
-        except OSError as error:
-            raise InputError(f"--out {self.path}: {error.strerror}") from error
-        try:
-            fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in data workers
-        except OSError as error:
-            self._stream.close()
-            raise InputError(f"--out {self.path}: another process is writing it") from error
-        try:
-            if os.fstat(self._stream.fileno()).st_size:
-                self._check_settings()
-                self._read()
-            else:
-                write_text(self.settings, json.dumps(self._made_with, indent=1))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
 
     def _check_settings(self) -> None:
         if not self.settings.is_file():
@@ -296,38 +223,27 @@ class AnswerFile:
                 raise InputError(f"--out {self.path} was begun otherwise: {what}; choose another file, or remove it")
 
     def _read(self) -> None:
-        """What is there, without the half line of a process that was killed as it wrote."""
-        self._stream.seek(0)
-        content = self._stream.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._stream.truncate(len(whole))
-        for number, text in enumerate(whole.split(b"\n")[:-1], start=1):
-            line = parse_object(text, f"{self.path}:{number}")
+        for number, line in enumerate(read_lines(self.path), start=1):
             key: Any = (line.get("line"), line.get("id"))
             if key not in self._keys or key in self.done:
-                raise InputError(f"{self.path}:{number}: no line that was written here: choose another file")
+                raise InputError(f"{self.path}:{number}: this line is not from here: choose another file")
             self.done[key] = line
+        os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # half a line, where a process was killed
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Appends lines; afterwards they are on disk."""
-        with disk_errors(self.path):
-            self._stream.write(b"".join(map(_bytes, lines)))
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+        """Append lines; when this returns they are on disk."""
+        if not self.done:
+            write_text(self.settings, json.dumps(self._made_with, indent=1))
+        with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(_text(lines))
+            stream.flush()
+            os.fsync(stream.fileno())
         self.done |= {(line["line"], line["id"]): line for line in lines}
 
-    def finish(self) -> int:
-        """Puts the lines into the order of the data. Returns how many are errors."""
-        ordered = [self.done[key] for key in self._keys]
-        write_text(self.path, b"".join(map(_bytes, ordered)).decode())
-        return sum("error" in line for line in ordered)
-
-    def __exit__(self, *unused: object) -> None:
-        if os.fstat(self._stream.fileno()).st_size == 0:
-            for file in (self.path, self.settings):
-                file.unlink(missing_ok=True)
-        self._stream.close()
+    def finish(self) -> None:
+        """Put the lines into the order of the data."""
+        write_text(self.path, _text([self.done[key] for key in self._keys]))
 
 
-def _bytes(line: Mapping[str, Any]) -> bytes:
-    return (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace")  # half a character, for one
+def _text(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,6 +1,7 @@
-"""Curves and bars as geometry: numbers in, coordinates and labels of a small SVG out. The page's templates draw them.
+"""Curves and bars as geometry: numbers in, coordinates and labels of a small SVG out, which the templates draw.
 
-Everything is in the units of the view box, WIDTH x HEIGHT, with y pointing down; the plot area lies inside the margins.
+All coordinates are in the units of the view box, WIDTH x HEIGHT, with y pointing down; the plot area is inside the
+margins.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import pairwise
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 50, WIDTH - 12, 24, HEIGHT - 26
 MAX_POINTS = 200
-WIDEST_BAR = 60  # a histogram of one bin is no wall
+WIDEST_BAR = 60  # of a histogram with few bins
 LOG_RATIO = 10  # positive values that span more than this get a logarithmic axis
 
 
@@ -44,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """A column of the plot that shows `text` and the points `dots` when the pointer is over it."""
+    """A column of the plot; while the pointer is over it, `text` and the points `dots` are shown."""
 
     left: float
     width: float
@@ -57,7 +58,7 @@ class Reading:
 class Chart:
     title: str
     last: str
-    """Of the main curve; empty where all are equals."""
+    """The last value of the main curve; empty if there is none."""
     note: str
     lines: list[Line]
     levels: list[tuple[float, str]]
@@ -79,14 +80,14 @@ class Bars:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> tuple[list[tuple[float, float]], int]:
-    """At most `limit` points, each (last x, mean y) of equally many neighbours, and how many that is."""
+    """At most `limit` points, each (last x, mean y) of equally many neighbours, and the number of these."""
     size = max(1, math.ceil(len(points) / limit))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups], size
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """The mean of up to `window` neighbours centred on each point; fewer at the ends, so that no end is pulled in."""
+    """The mean of up to `window` neighbours centred on each point; fewer at the ends, to keep them in place."""
     half = window // 2
     smoothed = []
     for i, (x, _) in enumerate(points):
@@ -109,14 +110,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten inside [low, high]; powers of ten alone where that would crowd."""
+    """1, 2 and 5 times the powers of ten inside [low, high]; only the powers of ten if these are many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(decades) <= 4 else (1,)
     return [factor * 10.0**d for d in decades for factor in factors if low <= factor * 10.0**d <= high]
 
 
 def number(value: float) -> str:
-    """A value as a person would write it: 3 significant digits, thousands separated, tiny ones as 4e-05."""
+    """A value for a person: 3 significant digits, thousands separated, tiny ones as 4e-5."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     if abs(value) >= 100:
@@ -175,11 +176,11 @@ def chart(
         places = [(at_x(x), at_y(y)) for x, y in one.points]
         path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
         lines.append(Line(label=one.label, style=one.style, path=path, dots=places if len(places) <= 25 else []))
-    loud = next((one for one in drawn if one.style == "main" or len(drawn) == 1), None)
+    main = next((one for one in drawn if one.style == "main" or len(drawn) == 1), None)
     y_ticks = log_ticks(low, high) if logarithmic else ticks(low, high)
     return Chart(
         title=title,
-        last=form(loud.points[-1][1]) if loud else "",
+        last=form(main.points[-1][1]) if main else "",
         note=note + (" Logarithmic axis." if logarithmic else ""),
         lines=lines,
         levels=[(at_y(level.value), f"{level.label} {form(level.value)}") for level in levels],
@@ -211,7 +212,7 @@ def bars(title: str, histogram: Sequence[tuple[int, int]], *, noun: str, note: s
             right = left + WIDEST_BAR
         drawn.append((left, top, round(right - left, 1), round(BOTTOM - top, 1), f"{values}: {count:,} {noun}"))
     inside = [value for value in ticks(first, last) if value == int(value)]
-    middle = 0.5 if width == 1 else 0.0  # a bin of one value is that value, a wide one begins with it
+    middle = 0.5 if width == 1 else 0.0  # a bin of one value is labelled in its middle, a wide one at its start
     return Bars(
         title=title,
         note=note,
@@ -228,7 +229,7 @@ def _readings(
     form: Callable[[float], str],
     x_name: str,
 ) -> list[Reading]:
-    """One column per x that any series has; neighbouring columns meet half way, so the plot has no dead spots."""
+    """One column per x that any series has; neighbouring columns meet half way, so that they cover the plot."""
     values: dict[float, list[tuple[str, float]]] = {}
     for one in series:
         for x, y in one.points:

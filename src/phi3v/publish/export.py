@@ -1,22 +1,19 @@
-"""A run as a folder that others can use: one whole model in the published layout, its card, and proof that it works.
+"""`phi3v export`: a run as a folder that others can use: one whole model in the published layout, and its model card.
 
-Invariant: an exported folder has been loaded anew, by the Auto classes alone, and said what the run's model says, stops
-where answers end, and gives every picture as many tokens as the published processor. Otherwise there is no folder.
+Invariant: an exported folder has been loaded by the Auto classes alone, gives the logits of the run's model, and stops
+where answers end. Otherwise there is no folder.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HTTPError  # that of httpx up to 1.x, that of httpx2 from 2.0 on
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 from rich.markup import escape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -27,22 +24,16 @@ from phi3v.base.files import written_whole
 from phi3v.base.hardware import pick_device
 from phi3v.base.jsonfile import read_object
 from phi3v.base.runfolder import RunFolder
-from phi3v.data.image import CROP
-from phi3v.data.processor import Phi3VProcessor
 from phi3v.model.loading import ADAPTER_CONFIG, first_line, load_model, save_model
 from phi3v.model.parts import set_precision
 from phi3v.publish.card import write_card
 from phi3v.publish.merge import distance, merge_adapter, probe, source_folder
 
-# The same weights give the same logits: on a CPU the difference is 0. This is room for a GPU's sums in another order.
+# The same weights give the same logits: on a CPU the difference is 0. A GPU may sum in another order.
 SAME = 1e-6
 
 CODE, CARRIED = "configuration_phi3_v.py", ("*_phi3_v.py", "LICENSE")
-"""What lies beside the published weights and is neither read nor run here: vLLM, for one, needs the Python files."""
-
-SIZES = [(336, 336), (1, 1), (640, 480), (480, 640), (1344, 336), (1000, 1001), (333, 517), (2480, 3508), (24, 17)]
-SIZES += [(224, 25), (41, 448), (1200, 100), (90, 1111), (16, 9), (1024, 768), (768, 1024), (4200, 1300), (7, 5)]
-"""(width, height) of the pictures whose tokens are counted; in some of them a rounding decides."""
+"""Files beside the published weights that are never read or run here. Other programs, such as vLLM, need the code."""
 
 
 def export(
@@ -55,15 +46,15 @@ def export(
     push: str | None = None,
     private: bool = False,
 ) -> Path:
-    """Make of a run a folder to publish or to serve: merged, with a model card, and tested.
+    """Export a run as a verified, standalone model folder: merged, with a model card, to publish or to serve.
 
     The folder has the published layout: adapters are merged, generation_config.json ends answers at <|end|> and
-    <|endoftext|>, preprocessor_config.json says num_crops, README.md is a model card for the Hugging Face Hub with the
-    run's data, settings, scores and samples. It is then loaded anew, and kept only if it gives the run's own logits and
-    the published number of tokens for pictures of many shapes. docs/serve.md says how to serve it.
+    <|endoftext|>, preprocessor_config.json has num_crops, README.md is a model card for the Hugging Face Hub with the
+    run's data, settings, scores and samples. It is then loaded again, and kept only if it gives the run's own logits.
+    docs/serve.md says how to serve it.
 
     Args:
-        run: A run folder, or a model or adapter folder, whose card says less.
+        run: A run folder, or a model or adapter folder, whose card has less in it.
         out: Where it goes. It must not exist.
         base_model: Name on the Hub of the model that was tuned, for the card. Default: the run's, if it is one.
         dataset: Names of its data sets on the Hub, for the card.
@@ -90,9 +81,9 @@ def export(
     base_model = base_model or _name_on_hub(name)
     with written_whole(out) as temporary:
         save_model(model, processor, temporary)
-        del model  # the other one needs its room
+        del model  # makes room for the exported one
         carry(Path(base), base_model, temporary)
-        difference = self_test(temporary, expected, own, device)
+        difference = self_test(temporary, expected, own, processor.num_crops, device)
         write_card(temporary, out.name, Path(run), base_model=base_model, datasets=dataset, difference=difference)
     say(f"exported model  {escape(str(out))}")
     if push is not None:
@@ -101,17 +92,17 @@ def export(
 
 
 def carry(base: Path, base_model: str | None, folder: Path) -> None:
-    """Puts the published Python files and licence into the folder, and makes its files name them where they are.
+    """Copy the published Python files and licence into the folder, and make its files refer to them there.
 
-    They come from beside the base, or from the Hub, as far as it can be reached. Where they are not to be had, the
-    files name those on the Hub: transformers understands `owner/model--module.Class`.
+    They come from beside the base, or from the Hub if it can be reached. Without them the files refer to those on the
+    Hub: transformers understands `owner/model--module.Class`.
     """
     source = base
     if base_model and not (base / CODE).is_file():
         try:
             source = Path(snapshot_download(base_model, allow_patterns=list(CARRIED)))
         except (OSError, ValueError, HTTPError) as error:
-            say(escape(f"the Python files of {base_model} cannot be had: {first_line(error)}"))
+            say(escape(f"the Python files of {base_model} cannot be fetched: {first_line(error)}"))
     for pattern in CARRIED:
         for file in source.glob(pattern):
             shutil.copy(file, folder)
@@ -130,94 +121,49 @@ def carry(base: Path, base_model: str | None, folder: Path) -> None:
         say("note: the base model's Python files are not in the folder; vLLM needs them, see docs/serve.md")
 
 
-# -- the self-test ---------------------------------------------------------------------------------------------------
-
-
-def self_test(folder: Path, expected: Tensor, own: Tensor, device: torch.device) -> float:
-    """Loads the folder as anybody would and compares. Raises InputError when it is not the model it should be.
+def self_test(folder: Path, expected: Tensor, own: Tensor, num_crops: int, device: torch.device) -> float:
+    """Load the folder as any program would, and compare. Raises InputError if it differs from the model of the run.
 
     `expected` are the probe's logits of the model that was saved, `own` those of the run: with an adapter they differ
-    by what merging rounds, which `merge_adapter` has judged. Returns the relative difference (L2) from `own`.
+    by the rounding of the merge, which `merge_adapter` has checked. Returns the relative difference (L2) from `own`.
     """
     model, processor = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoProcessor.from_pretrained(folder)
+    stops = read_object(folder / "generation_config.json").get("eos_token_id")
+    for what, there, wanted in (
+        ("generation_config.json stops at", stops, list(processor.stop_token_ids)),
+        ("preprocessor_config.json has num_crops", processor.num_crops, num_crops),
+    ):
+        if there != wanted:
+            raise InputError(f"self-test: {what} {there}, the model of the run {wanted}; nothing was kept")
     found = probe(model, processor, device)
     if not (changed := distance(found, expected)) <= SAME:
         raise InputError(
-            f"self-test: loaded anew, the exported model is another one: its logits differ by {changed:.1e} (relative, "
-            f"at most {SAME:.0e} allowed); nothing was kept"
-        )
-    stops = read_object(folder / "generation_config.json").get("eos_token_id")
-    if stops != list(processor.stop_token_ids):
-        raise InputError(
-            f"self-test: generation_config.json stops at {stops}, answers end at {list(processor.stop_token_ids)}; "
-            "nothing was kept"
-        )
-    num_crops = read_object(folder / "preprocessor_config.json")["num_crops"]
-    if wrong := miscounted(processor, num_crops, SIZES):
-        (width, height), counted, published = wrong[0]
-        raise InputError(
-            f"self-test: a picture of {width}x{height} has {counted} tokens, the published processor gives it "
-            f"{published} with num_crops {num_crops} (and {len(wrong) - 1} other sizes differ); nothing was kept"
+            f"self-test: the exported model is another one: its logits differ by {changed:.1e} (relative, at most "
+            f"{SAME:.0e} allowed); nothing was kept"
         )
     difference = distance(found, own)
-    say(f"self-test  loaded anew, its logits differ by {difference:.1e} (relative) from the run's")
-    say(f"self-test  {len(SIZES)} pictures have the published number of tokens at num_crops {num_crops}")
-    say(f"self-test  answers end at {' and '.join(map(str, stops))}")
+    say(f"self-test  loaded from its files, its logits differ by {difference:.1e} (relative) from the run's")
+    ends = " and ".join(map(str, processor.stop_token_ids))
+    say(f"self-test  images are cut into at most {num_crops} crops, answers end at {ends}")
     return difference
-
-
-def miscounted(
-    processor: Phi3VProcessor, num_crops: int, sizes: Iterable[tuple[int, int]]
-) -> list[tuple[tuple[int, int], int, int]]:
-    """((width, height), tokens here, tokens published) of every size at which the two differ."""
-    wrong = []
-    for size in sizes:
-        published = published_tokens(*size, num_crops)
-        if published is None:  # the published processor cannot read so long a strip, and nor can ours
-            continue
-        ids = processor("<|image_1|>", Image.new("RGB", size))["input_ids"]
-        if (counted := int((ids == processor.image_token_id).sum())) != published:
-            wrong.append((size, counted, published))
-    return wrong
-
-
-def published_tokens(width: int, height: int, num_crops: int) -> int | None:
-    """Tokens of a picture as the published processor counts them, written anew from its description.
-
-    Not by way of `phi3v.data.image`, which it is to judge. A picture with its long side lying is scaled to 336 s
-    pixels, with the largest s up to which s * ceil(s / ratio) stays within num_crops, and padded to a whole number of
-    crops. Each crop has 12 x 12 tokens, each row of them one more; so has a picture of the whole, in one crop; and one
-    stands between. None where scaling leaves nothing of the short side.
-    """
-    long, short = max(width, height), min(width, height)
-    ratio = long / short
-    fits = [s * math.ceil(s / ratio) <= num_crops for s in range(1, num_crops + 2)]
-    across = fits.index(False)
-    pixels = int(across * CROP / ratio)
-    if pixels == 0:
-        return None
-    down = math.ceil(pixels / CROP)
-    columns, rows = (across, down) if width >= height else (down, across)
-    picture = 12 * rows * (12 * columns + 1)
-    return picture + 1 + 12 * (12 + 1)
 
 
 # -- the Hub ---------------------------------------------------------------------------------------------------------
 
 
 def _started_from(run: Path) -> str:
-    """The model that a run was started from, as it was named there; "" for a folder that is no run's."""
+    """The model that a run was started from, as its settings name it; "" for a folder that is no run's."""
     folder = RunFolder(run)
     return folder.config.base.model if folder.final.is_dir() else ""
 
 
 def _name_on_hub(name: str) -> str | None:
-    """The name, if it is one of the Hub and not of a folder."""
+    """The name, if it is one on the Hub and no path."""
     return None if Path(name).exists() or Path(name).is_absolute() or name.count("/") != 1 else name
 
 
 def _check_push(repo: str) -> None:
-    """Before the work: whether the name can be one, and whether anybody is logged in."""
+    """Raises InputError for a name that cannot be one on the Hub, and without a token."""
     try:
         validate_repo_id(repo)
     except ValueError as error:

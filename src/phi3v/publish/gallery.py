@@ -1,11 +1,11 @@
-"""What models answered, as a page shows it: which answers are confused, and the questions as a gallery."""
+"""What models answered, for a page: which answers are confused, and the questions as a gallery."""
 
 from __future__ import annotations
 
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,15 @@ from phi3v.data.encode import Example, questions
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.metrics import Prediction, normalize_answer
 from phi3v.publish.chart import number, percent
-from phi3v.publish.html import Gallery, cut, without_tags
-from phi3v.publish.html.pictures import Album, thumbnail
+from phi3v.publish.html.images import Album, thumbnail
+from phi3v.publish.html.page import Gallery, cut, without_tags
 
 MAX_CLASSES = 15
 WRONG_SHARE = 2 / 3  # of the questions that are shown, if not all are
 
 
 class Answers(NamedTuple):
-    """The predictions of one run, and the file of questions they may be from, besides the one they name."""
+    """The predictions of one run, and the data file and image root that its settings name."""
 
     run: str
     predictions: Sequence[Prediction]
@@ -33,7 +33,7 @@ class Answers(NamedTuple):
     image_root: Path | None
 
 
-# ---- confusion -----------------------------------------------------------------------------------------------------
+# -- confusion -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,98 +48,109 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """Rows are accepted answers, columns what the model said; the last column counts everything else it said."""
+    """Rows are accepted answers, columns the model's; the last column counts all its other answers."""
 
     columns: list[str]
     rows: list[tuple[str, list[Cell], float]]
     note: str
 
 
-def _truth_and_said(line: Prediction) -> tuple[str, str]:
+def _truth_and_answer(line: Prediction) -> tuple[str, str]:
     """Of several accepted answers the one that was given, else the first."""
-    said = normalize_answer(line["prediction"])
-    accepted = [normalize_answer(answer) for answer in line["answers"]]
-    return (said if said in accepted else accepted[0]), said
+    answer = normalize_answer(line["prediction"])
+    accepted = [normalize_answer(text) for text in line["answers"]]
+    return (answer if answer in accepted else accepted[0]), answer
 
 
-def _classes(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    return [answer for answer, _ in Counter(truth for truth, _ in pairs).most_common(MAX_CLASSES)]
+def _classes(predictions: Sequence[Prediction]) -> list[str]:
+    """The most frequent accepted answers."""
+    return [truth for truth, _ in Counter(_truth_and_answer(line)[0] for line in predictions).most_common(MAX_CLASSES)]
+
+
+def _cell_key(classes: Sequence[str], truth: str, answer: str | None) -> str:
+    places = [classes.index(text) if text in classes else -1 for text in (truth, answer)]
+    return f"{places[0]},{places[1]}"
 
 
 def confusion(predictions: Sequence[Prediction]) -> Confusion | None:
     """Of the most frequent answers; None where answers are free text, so that those cover less than half."""
-    pairs = [_truth_and_said(line) for line in predictions]
-    frequency = Counter(truth for truth, _ in pairs)
-    classes = _classes(pairs)
-    covered = sum(frequency[answer] for answer in classes)
-    if covered < len(pairs) / 2 or not pairs:
+    pairs = [_truth_and_answer(line) for line in predictions]
+    frequency, classes = Counter(truth for truth, _ in pairs), _classes(predictions)
+    covered = sum(frequency[truth] for truth in classes)
+    if not pairs or covered < len(pairs) / 2:
         return None
-    counts = Counter((truth, said if said in classes else None) for truth, said in pairs)
+    counts = Counter((truth, answer if answer in classes else None) for truth, answer in pairs)
 
-    def cell(truth: str, said: str | None) -> Cell:
-        count = counts[truth, said]
-        share = count / frequency[truth]
-        kind = "none" if not count else "right" if truth == said else "wrong"
-        title = (
-            f"answer: {truth}\nmodel: {said or 'something else'}\n{count:,} of {frequency[truth]:,} ({percent(share)})"
+    def cell(truth: str, answer: str | None) -> Cell:
+        count, of = counts[truth, answer], frequency[truth]
+        return Cell(
+            count=count,
+            share=count / of,
+            kind="none" if not count else "right" if truth == answer else "wrong",
+            title=f"answer: {truth}\nmodel: {'something else' if answer is None else answer}\n"
+            f"{count:,} of {of:,} ({percent(count / of)})",
+            key=_cell_key(classes, truth, answer),
         )
-        return Cell(count=count, share=share, kind=kind, title=title, key=_cell_key(classes, truth, said))
 
     columns: list[str | None] = [*classes]
-    if any(said is None for truth, said in counts if truth in classes):
+    if any(answer is None for truth, answer in counts if truth in classes):
         columns.append(None)
-    rows = [
-        (truth, [cell(truth, said) for said in columns], counts[truth, truth] / frequency[truth]) for truth in classes
-    ]
     note = ""
     if len(frequency) > len(classes):
         share = percent(covered / len(pairs))
         note = f"These are the {len(classes)} most frequent of {len(frequency):,} answers, {share} of the questions."
-    return Confusion(columns=[name or "other" for name in columns], rows=rows, note=note)
+    return Confusion(
+        columns=[name or "other" for name in columns],
+        rows=[
+            (truth, [cell(truth, answer) for answer in columns], counts[truth, truth] / frequency[truth])
+            for truth in classes
+        ],
+        note=note,
+    )
 
 
-def _cell_key(classes: Sequence[str], truth: str, said: str | None) -> str:
-    places = [classes.index(answer) if answer in classes else -1 for answer in (truth, said)]
-    return f"{places[0]},{places[1]}"
-
-
-# ---- gallery -------------------------------------------------------------------------------------------------------
+# -- gallery ---------------------------------------------------------------------------------------------------------
 
 
 def gallery(
-    runs: Sequence[Answers], *, data: Path | None, image_root: Path | None, limit: int, picture_mb: float, pixels: int
+    runs: Sequence[Answers], *, data: Path | None, image_root: Path | None, limit: int, megabytes: float, pixels: int
 ) -> Gallery | None:
-    """The questions with their pictures and answers; None if there are none.
+    """The questions with their images and answers; None if there are none.
 
-    data         of the questions, for the turns before them and for pictures that are no longer where they were; by
-                 default the file that the predictions name, else the run's own, if it is still there
+    data         has the turns before the questions, and says where images are that have moved; by default the file that
+                 the predictions name, else the one that the settings of the run name, if it is still there
     image_root   of `data`, by default the run's own
     limit        questions of each run
-    picture_mb   megabytes of pictures in the page; questions that have no room are shown without
-    pixels       of the longer side of a picture
+    megabytes    of images in the page; questions for which there is no room are shown without
+    pixels       of the longer side of an image
 
     Raises InputError when a `data` that was given cannot be read.
     """
     chosen = _chosen([run.predictions for run in runs], limit)
     found = [_prompts(run, lines, data, image_root) for run, lines in zip(runs, chosen, strict=True)]
-    images = [
-        [_images(lines[at], prompts.get(at)) for at in range(len(lines))]
-        for lines, prompts in zip(chosen, found, strict=True)
+    shown = [
+        (place, at, line, prompts.get(at), _images(line, prompts.get(at)))
+        for place, (lines, prompts) in enumerate(zip(chosen, found, strict=True))
+        for at, line in enumerate(lines)
     ]
-    album = Album(partial(thumbnail, pixels=pixels), picture_mb)
-    album.take(_most_telling_first(chosen, images))
-    entries = []
-    for number_of_run, run in enumerate(runs):
-        classes = _classes(map(_truth_and_said, run.predictions))
-        for at, line in enumerate(chosen[number_of_run]):
-            entry = _entry(line, found[number_of_run].get(at), album[images[number_of_run][at]])
-            truth, said = _truth_and_said(line)
-            entries.append({**entry, "order": at, "run": number_of_run, "cell": _cell_key(classes, truth, said)})
-    if not entries:
+    if not shown:
         return None
+    album = Album(partial(thumbnail, pixels=pixels), megabytes)
+    wrong_first = sorted(shown, key=lambda one: one[2]["correct"])
+    album.add(dict.fromkeys(images for *_, images in wrong_first))
+    classes = [_classes(run.predictions) for run in runs]
+    entries = [
+        {
+            **_entry(line, prompt, album[images]),
+            "order": at,
+            "run": place,
+            "cell": _cell_key(classes[place], *_truth_and_answer(line)),
+        }
+        for place, at, line, prompt, images in shown
+    ]
     return Gallery(
         entries=entries,
-        pictures=album.pictures,
+        images=album.images,
         groups=[("", "All"), ("wrong", "Wrong"), ("right", "Right")],
         sorts=[
             ("Wrong first", "correct", 1),
@@ -148,12 +159,12 @@ def gallery(
             ("As in the file", "order", 1),
         ],
         runs=[run.run for run in runs],
-        note=_note(runs, chosen, entries, picture_mb),
+        note=_note(runs, entries, megabytes),
     )
 
 
 def _chosen(predictions: Sequence[Sequence[Prediction]], limit: int) -> list[list[Prediction]]:
-    """What is shown of every run: of runs that answered the same questions, the same ones."""
+    """The lines of every run that are shown: of runs that answered the same questions, the same ones."""
     asked = [[(line["id"], line["user"], line["images"]) for line in lines] for lines in predictions]
     if all(one == asked[0] for one in asked):
         correct = [all(line["correct"] for line in lines) for lines in zip(*predictions, strict=True)]
@@ -163,54 +174,32 @@ def _chosen(predictions: Sequence[Sequence[Prediction]], limit: int) -> list[lis
 
 
 def choose(correct: Sequence[bool], predictions: Sequence[Prediction], limit: int) -> list[int]:
-    """The places of at most `limit` questions, in their order: up to WRONG_SHARE wrong ones, then right ones; different
-    pictures before the same again. The choice is random, but always the same for the same predictions.
+    """The places of at most `limit` questions, ascending: up to WRONG_SHARE wrong ones, then right ones; different
+    images before further questions on the same. The choice is random, but always the same for the same predictions.
     """
     if len(predictions) <= limit:
         return list(range(len(predictions)))
     mixed = random.Random(0).sample(range(len(predictions)), len(predictions))
-    ordered = _fresh_first(mixed, [tuple(line["images"]) for line in predictions])
+    first = {tuple(predictions[at]["images"]): at for at in reversed(mixed)}
+    ordered = sorted(mixed, key=lambda at: first[tuple(predictions[at]["images"])] != at)
     wrong = [at for at in ordered if not correct[at]]
     right = [at for at in ordered if correct[at]]
     num_wrong = min(len(wrong), max(int(limit * WRONG_SHARE), limit - len(right)))
     return sorted([*wrong[:num_wrong], *right][:limit])
 
 
-def _fresh_first(order: Iterable[int], images: Sequence[tuple[str, ...]]) -> list[int]:
-    """The first question on its pictures before those that look at them again."""
-    seen: set[tuple[str, ...]] = set()
-    fresh: list[int] = []
-    again: list[int] = []
-    for at in order:
-        (again if images[at] in seen else fresh).append(at)
-        seen.add(images[at])
-    return fresh + again
-
-
-def _most_telling_first(
-    chosen: Sequence[Sequence[Prediction]], images: Sequence[Sequence[Sequence[str]]]
-) -> list[Sequence[str]]:
-    """The pictures of all questions, in the order in which the page should take them: those of wrong answers first."""
-    every = [
-        (bool(line["correct"]), tuple(paths))
-        for lines, of_run in zip(chosen, images, strict=True)
-        for line, paths in zip(lines, of_run, strict=True)
-    ]
-    return [list(paths) for paths in dict.fromkeys(paths for _, paths in sorted(every, key=lambda pair: pair[0]))]
-
-
 def _prompts(
     run: Answers, lines: Sequence[Prediction], data: Path | None, image_root: Path | None
 ) -> dict[int, Example]:
-    """The questions in the file they are from, by their place in `lines`: with turns before them, and images as the
-    image root has them now. Those that are not there any more, or have changed, are left out.
+    """The questions as the data file has them, by their place in `lines`: with the turns before them, and the images
+    as the image root has them now. Those that the file no longer has, or has changed, are left out.
     """
-    named = {Path(line["where"].rpartition(":")[0]) for line in lines if line.get("where")}
+    named = {Path(line["where"].rpartition(":")[0]) for line in lines if line["where"]}
     files = [data] if data else [*sorted(named), *([run.data] if run.data else [])]
-    file = next((file for file in files if os.path.isfile(file)), data)  # no name is too long for it
+    file = next((file for file in files if os.path.isfile(file)), data)  # False for a name that is too long
     if file is None:
         return {}
-    root = image_root or (run.image_root if run.image_root and os.path.isdir(run.image_root) else None)
+    root = image_root or (run.image_root if run.image_root and run.image_root.is_dir() else None)
     try:
         prompts = {
             (prompt.where.rpartition(":")[2], prompt.id): prompt
@@ -220,78 +209,70 @@ def _prompts(
     except InputError:
         if data or image_root:
             raise
-        return {}  # it was fit when it was answered, and has become something else since
+        return {}  # the file has changed since its questions were answered
     found = {}
     for at, line in enumerate(lines):
-        prompt = prompts.get((line.get("where", "").rpartition(":")[2], line["id"]))
+        prompt = prompts.get((line["where"].rpartition(":")[2], line["id"]))
         if prompt is not None and prompt.turns[-1].user == line["user"]:
             found[at] = prompt
     return found
 
 
-def _images(line: Prediction, prompt: Example | None) -> list[str]:
-    """Where the pictures of a question are: where they were, else where the data file has them now."""
+def _images(line: Prediction, prompt: Example | None) -> tuple[str, ...]:
+    """The paths of the images of a question: where they were, else where the data file has them now."""
     now = prompt.images if prompt is not None and len(prompt.images) == len(line["images"]) else line["images"]
-    return [was if os.path.exists(was) else is_now for was, is_now in zip(line["images"], now, strict=True)]
+    return tuple(was if os.path.exists(was) else is_now for was, is_now in zip(line["images"], now, strict=True))
 
 
 def _entry(line: Prediction, prompt: Example | None, images: list[int]) -> dict[str, Any]:
     """An entry of the gallery."""
-    correct = bool(line["correct"])
+    correct, score, answer = line["correct"], line["anls"], line["prediction"].strip()
     asked = without_tags(line["user"])
-    said = line["prediction"].strip()
-    expected = " / ".join(dict.fromkeys(line["answers"]))
-    score = float(line.get("anls", correct))
     turns: list[tuple[str, str | None, int]] = [(asked, None, len(images))]
     if prompt is not None:
         turns = [(without_tags(turn.user), turn.assistant, len(turn.images)) for turn in prompt.turns]
     mark = "\N{CHECK MARK}" if correct else "\N{BALLOT X}"
     details = {
         "score": f"{'right' if correct else 'wrong'}, ANLS {percent(score)}",
-        "answer length": counted(line["num_tokens"], "token") if line.get("num_tokens") else "",
+        "answer length": counted(line["num_tokens"], "token") if line["num_tokens"] else "",
         "id": line["id"],
-        "source": line.get("source", ""),
-        "where": line.get("where", ""),
+        "source": line["source"],
+        "where": line["where"],
         "group": line.get("group", ""),
-        "log-probabilities": _likelihoods(line.get("label_log_probs") or {}),
+        "log-probabilities": _log_probs(line.get("label_log_probs") or {}),
     }
     return {
         "group": "right" if correct else "wrong",
         "asked": cut(asked),
         "rows": [
-            ("answer", cut(expected), ""),
-            ("model", f"{cut(said) or '(nothing)'} {mark}", "good" if correct else "bad"),
+            ("answer", cut(" / ".join(dict.fromkeys(line["answers"]))), ""),
+            ("model", f"{cut(answer) or '(nothing)'} {mark}", "good" if correct else "bad"),
         ],
         "foot": line["id"] + (f" · ANLS {percent(score)}" if not correct and score > 0 else ""),
         "images": images,
         "turns": [(cut(user), None if said is None else cut(said), count) for user, said, count in turns],
         "details": [(name, cut(text)) for name, text in details.items() if text],
-        "key": f"{line.get('where', '').rpartition(':')[2]} {line['id']} {line['user']}",
+        "key": f"{line['where'].rpartition(':')[2]} {line['id']} {line['user']}",
         "correct": int(correct),
         "score": score,
-        "length": len(said),
+        "length": len(answer),
     }
 
 
-def _likelihoods(labels: Mapping[str, float]) -> str:
+def _log_probs(labels: Mapping[str, float]) -> str:
     best = sorted(labels.items(), key=lambda pair: -pair[1])[:10]
     return ", ".join(f"{label} {number(value)}" for label, value in best)
 
 
-def _note(
-    runs: Sequence[Answers],
-    chosen: Sequence[Sequence[Prediction]],
-    entries: Sequence[Mapping[str, Any]],
-    picture_mb: float,
-) -> str:
-    every, shown = sum(len(run.predictions) for run in runs), len(entries)
-    wrong = sum(not line["correct"] for run in runs for line in run.predictions)
-    wrong_shown = sum(entry["group"] == "wrong" for entry in entries)
-    bare = sum(-1 in entry["images"] for entry in entries)
-    if shown < every:
-        note = f"{shown:,} of {every:,} questions, {wrong_shown:,} of the {wrong:,} wrong ones (--limit shows more). "
+def _note(runs: Sequence[Answers], entries: Sequence[Mapping[str, Any]], megabytes: float) -> str:
+    groups = Counter(entry["group"] for entry in entries)
+    predictions = [line for run in runs for line in run.predictions]
+    every, wrong = len(predictions), sum(not line["correct"] for line in predictions)
+    if groups.total() < every:
+        note = f"{groups.total():,} of {every:,} questions, {groups['wrong']:,} of the {wrong:,} wrong ones "
+        note += "(--limit shows more). "
     else:
         note = f"All {every:,} questions, {wrong:,} of them answered wrongly. "
-    if bare:
-        note += f"{bare:,} are shown without pictures, which would take more than {picture_mb:g} MB (--picture-mb). "
+    if bare := sum(-1 in entry["images"] for entry in entries):
+        note += f"{bare:,} are shown without images, which would take more than {megabytes:g} MB (--picture-mb). "
     return note

@@ -1,5 +1,5 @@
-"""A data file as one HTML page before anything is trained on it: what the model will see of every picture, which tokens
-carry loss, and what is wrong, at the example where it is wrong.
+"""`phi3v look`: a data file as one HTML page before anything is trained on it: what the model will see of every image,
+which tokens carry loss, and what is wrong, shown at its example.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from phi3v.data.image import (
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.statistics import Findings
 from phi3v.publish.chart import Bars, bars, number
-from phi3v.publish.html import Gallery, cut, render, without_tags, write_page
-from phi3v.publish.html.pictures import Album, data_uri
+from phi3v.publish.html.images import Album, data_uri
+from phi3v.publish.html.page import Gallery, cut, render, without_tags, write_page
 
 MAX_LISTED = 200  # problems and warnings above the gallery
 
@@ -55,16 +55,16 @@ def look(
 ) -> int:
     """Show training data on a page as the model will see it: crops, tokens that carry loss, problems.
 
-    The status is 2 if there are problems, as of `phi3v check`.
+    The exit status is 2 if there are problems, as that of `phi3v check`.
 
     Args:
         data: Conversations, one JSON object a line.
         image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
-        model: Show the tokens of this model's tokenizer, and cut pictures by its num_crops.
+        model: Show the tokens of this model's tokenizer, and cut images by its num_crops.
         num_crops: Tiles an image may be cut into. Default: the model's own, 4 without a model.
         out: The page. Default: DATA.html beside DATA.
         limit: Examples in the page, evenly spread, those with problems first.
-        picture_mb: Megabytes of pictures in the page.
+        picture_mb: Megabytes of images in the page.
         crop_size: Pixels of a crop of 336 in the page.
         num_workers: Processes that read images. Default: one per core.
     """
@@ -95,7 +95,7 @@ def look(
 
 
 def _statistics(findings: Findings) -> list[tuple[str, list[str]]]:
-    """Rows (of what, mean, median, 95 %, longest) of numbers per example."""
+    """Rows (name, [mean, median, 95 %, longest]) of numbers per example."""
     return [
         (name, [f"{one.mean:,.1f}", f"{one.p50:,}", f"{one.p95:,}", f"{one.max:,}"])
         for name, one in findings.statistics.items()
@@ -109,7 +109,7 @@ def _histograms(findings: Findings) -> list[Bars]:
     ]
 
 
-# ---- gallery -------------------------------------------------------------------------------------------------------
+# -- gallery ---------------------------------------------------------------------------------------------------------
 
 
 def _gallery(
@@ -124,7 +124,7 @@ def _gallery(
         return None
     album = Album(partial(_crops, num_crops=num_crops, pixels=crop_size), picture_mb)
     images = [list(line.example.images) if line.example else [] for line in chosen]
-    album.take(images)
+    album.add(images)
     vocabulary: dict[int, str] = {}
     entries = []
     for line, paths in zip(chosen, images, strict=True):
@@ -138,10 +138,10 @@ def _gallery(
     bare = sum(-1 in entry["images"] for entry in entries)
     note = f"{'All' if len(chosen) == num_lines else f'{len(chosen):,} of'} {num_lines:,} lines"
     note += ". " if len(chosen) == num_lines else ", evenly spread, those with problems first (--limit shows more). "
-    note += f"{bare:,} without pictures, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
+    note += f"{bare:,} without images, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
     return Gallery(
         entries=entries,
-        pictures=album.pictures,
+        images=album.images,
         groups=[("", "All"), ("problem", "Problems"), ("warning", "Warnings"), ("fine", "Fine")],
         sorts=[
             ("Problems first", "rank", 1),
@@ -173,7 +173,7 @@ def _rank(line: CheckedLine) -> int:
 
 
 def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
-    """An entry of the gallery; of a line that holds no example, its beginning."""
+    """An entry of the gallery; a line that holds no example is shown by its beginning."""
     example, measure, rank = line.example, line.measure, _rank(line)
     turns = example.turns if example else ()
     answer = (turns[0].assistant or "") if turns else ""
@@ -217,11 +217,11 @@ def _details(line: CheckedLine, example: Example | None) -> list[tuple[str, str]
     return [(name, cut(text)) for name, text in details.items() if text]
 
 
-# ---- what the model sees -------------------------------------------------------------------------------------------
+# -- what the model sees ---------------------------------------------------------------------------------------------
 
 
 def _crops(path: str, num_crops: int, pixels: int) -> dict[str, Any]:
-    """The padded picture with the grid it is cut along, and the global crop, a crop being `pixels` wide in the page."""
+    """The padded image with the grid it is cut along, and the global crop; a crop is `pixels` wide in the page."""
     image = load_image(path)
     hd = hd_transform(image, num_crops)
     h, w, _ = hd.shape
@@ -246,7 +246,7 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _tokens(encoded: Encoded) -> dict[str, Any]:
-    """Ids, the ranges of them that carry loss, and how many vectors stand for every image."""
+    """Ids, the ranges of them that carry loss, and the number of vectors that stand for every image."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], encoded.supervised, [False]]))).tolist()
     return {
         "tokens": encoded.ids.tolist(),
@@ -256,7 +256,7 @@ def _tokens(encoded: Encoded) -> dict[str, Any]:
 
 
 def _token_text(processor: Phi3VProcessor, token: int) -> str:
-    """What a token stands for in a text; a byte that is half a character as <0xE4>."""
+    """The text of a token; a byte that is part of a character as <0xE4>."""
     piece = processor.tokenizer.convert_ids_to_tokens(token)
     if piece is None:
         return f"<{token}>"  # an id without a token, which a vocabulary may have

@@ -1,4 +1,4 @@
-"""A LoRA adapter into its base model, checked: the merged model must say what the two said together."""
+"""`phi3v merge`: a LoRA adapter merged into its base model, with the logits compared before and after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from rich.markup import escape
 from torch import Tensor
@@ -15,7 +16,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import name_of, pick_device, pick_dtype
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import model_folder
+from phi3v.infer.answering import model_folder
 from phi3v.model.adapter import read_adapter_config
 from phi3v.model.loading import ADAPTER_CONFIG, load_model, save_model
 from phi3v.model.parts import set_precision, widen
@@ -23,21 +24,21 @@ from phi3v.model.quantization import read_quantization
 
 PROBE = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\nA chart with three bars.<|end|>\n"
 # Relative difference of the logits (L2) that rounding may cause: of the merged weights to their own precision (bf16: 8
-# bits), and of sums in another order. A merge gone wrong is off by as much as the adapter changed.
+# bits), and of sums in another order. A wrong merge is off by as much as the adapter changes.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Merged(NamedTuple):
-    """A whole model that was an adapter and its base, in the base's own precision."""
+    """An adapter merged into its base, in the base's own precision."""
 
     model: Any
     processor: Phi3VProcessor
     base: str
     """A folder, or a name on the Hub."""
     before: Tensor
-    """Logits of the probe, of the base with its adapter."""
+    """The probe's logits of the base with its adapter."""
     after: Tensor
-    """The same, of the model."""
+    """The probe's logits of the merged model."""
 
 
 def merge(run: str, /, *, out: Path) -> Path:
@@ -45,8 +46,8 @@ def merge(run: str, /, *, out: Path) -> Path:
 
     The result is a checkpoint in the published layout, in the base model's own precision: not quantised, even if the
     adapter was trained on a quantised base. Its logits are compared with those of the base and the adapter before
-    anything is written, and with those of the model that was trained if that was quantised. `phi3v export` does this,
-    too, and adds a model card and what other programs need.
+    anything is written, and with those of the model that was trained if that was quantised. `phi3v export` merges too,
+    and adds a model card and what other programs need.
 
     Args:
         run: A run folder, or an adapter folder.
@@ -63,7 +64,7 @@ def merge(run: str, /, *, out: Path) -> Path:
 
 
 def source_folder(run: str, out: Path) -> Path:
-    """The folder of the model of a run. Raises InputError without one, and when there is something at `out`."""
+    """The model folder of a run. Raises InputError if there is none, or if `out` exists."""
     folder = Path(model_folder(run))
     if not folder.is_dir():
         raise InputError(f"{run}: no such model folder")
@@ -73,15 +74,19 @@ def source_folder(run: str, out: Path) -> Path:
 
 
 def merge_adapter(folder: Path, device: torch.device) -> Merged:
-    """The adapter in a folder merged into its base, on `device`. Raises InputError when that changes what they say."""
+    """Merge the adapter in a folder into its base, on `device`. Raises InputError if that changes the logits."""
     quantized = None
     if how := read_quantization(folder):
-        say(f"loading the model that was trained on its base in {how}, then the whole one")
+        say(f"loading the model as it was trained, on its base in {how}, then the unquantised one")
         quantized = probe(*load_model(folder, device=device), device)
     model, processor = load_model(folder, as_trained=False)
     own = model.dtype
     before = probe(model, processor, device)
-    merged = model.merge_and_unload(safe_merge=True).requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):  # summed in float32 and rounded once, one layer after the other
+            layer.float().merge(safe_merge=True)
+            layer.to(own)
+    merged = model.unload().requires_grad_(False)
     set_precision(merged, own)
     after = probe(merged, processor, device)
     difference, limit = distance(after, before), TOLERANCE[own]
@@ -103,19 +108,18 @@ def merge_adapter(folder: Path, device: torch.device) -> Merged:
 
 
 def distance(logits: Tensor, expected: Tensor) -> float:
-    """L2 of the difference, relative to that of what is expected; infinite where the shapes differ."""
+    """L2 norm of the difference relative to that of `expected`; infinite where the shapes differ."""
     return float((logits - expected).norm() / expected.norm()) if logits.shape == expected.shape else float("inf")
 
 
 def probe(model: Any, processor: Phi3VProcessor, device: torch.device) -> Tensor:
-    """Logits [L, V], float32, of one picture and a sentence. The model is on `device` afterwards.
+    """Logits [L, V], float32, of one image and a sentence.
 
-    It is also as wide as the device computes fast, because bf16 takes a CPU without units for it a hundred times as
-    long as float32.
+    The model is on `device` afterwards, and at least in the precision that the device is fast in: a CPU without units
+    for bf16 takes a hundred times as long as in float32.
     """
     model.to(device).eval()
     widen(model, torch.promote_types(model.dtype, pick_dtype("auto", device)))
-    picture = Image.linear_gradient("L").resize((400, 300))
-    inputs = processor(PROBE, [picture]).to(device)
+    inputs = processor(PROBE, [Image.linear_gradient("L").resize((400, 300))]).to(device)
     with torch.no_grad():
         return model(**inputs).logits[0].float()

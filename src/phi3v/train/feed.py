@@ -25,7 +25,7 @@ from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.data.statistics import Statistics
-from phi3v.infer.evaluate import read_questions
+from phi3v.infer.answering import read_questions
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
 from phi3v.packing.ondisk import OnDisk

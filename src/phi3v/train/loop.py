@@ -32,7 +32,7 @@ from phi3v.base.ranks import MissingRank, Ranks, join
 from phi3v.base.runfolder import RunFolder, digests
 from phi3v.base.stopping import Stopped, StopRequest
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.evaluate import Scoring, evenly, predict
+from phi3v.infer.answering import Scoring, evenly, predict
 from phi3v.infer.metrics import Prediction, baselines, label_tables, score
 from phi3v.model.backend import pick_attention
 from phi3v.model.compiling import compile_layers

@@ -1,4 +1,4 @@
-"""Pictures inside a page: each once, however many examples show it, and no more megabytes than were asked for."""
+"""Images inside a page: each once, however many examples show it, and no more megabytes than were asked for."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ AT_ONCE = 32
 
 
 class Album:
-    """The pictures of a page, by number. `make` turns a path into what the page needs of it, or raises InputError."""
+    """The images of a page, by number. `make` turns a path into the values that the page needs."""
 
     def __init__(self, make: Callable[[str], Entry], megabytes: float) -> None:
         self.make = make
-        self.pictures: list[Entry | None] = []
+        self.images: list[Entry | None] = []
+        """None is an image for which `make` raised InputError."""
         self.numbers: dict[str, int] = {}
         self._bytes_left = megabytes * 1e6
 
-    def take(self, groups: Iterable[Sequence[str]]) -> None:
-        """Makes the pictures of one example after the other, all or none of an example, until the page is full."""
-        waiting = [list(group) for group in groups]
-        # Pillow decodes and encodes without Python's lock.
+    def add(self, examples: Iterable[Sequence[str]]) -> None:
+        """Make the images of one example after the other, all or none of an example, until the page is full."""
+        waiting = list(examples)
+        # Pillow releases Python's lock while it decodes and encodes.
         with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
             for start in range(0, len(waiting), AT_ONCE):
                 some = waiting[start : start + AT_ONCE]
-                fresh = list(dict.fromkeys(path for group in some for path in group if path not in self.numbers))
-                made = dict(zip(fresh, pool.map(self._make, fresh), strict=True))
-                for group in some:
-                    new = {path: made[path] for path in group if path not in self.numbers}
-                    size = sum(len(str(picture)) for picture in new.values())
-                    if size > self._bytes_left:
+                new = list(dict.fromkeys(path for paths in some for path in paths if path not in self.numbers))
+                made = dict(zip(new, pool.map(self._make, new), strict=True))
+                for paths in some:
+                    missing = [path for path in dict.fromkeys(paths) if path not in self.numbers]
+                    self._bytes_left -= sum(len(str(made[path])) for path in missing)
+                    if self._bytes_left < 0:
                         return
-                    self._bytes_left -= size
-                    for path, picture in new.items():
-                        self.numbers[path] = len(self.pictures)
-                        self.pictures.append(picture)
+                    for path in missing:
+                        self.numbers[path] = len(self.images)
+                        self.images.append(made[path])
 
     def __getitem__(self, paths: Sequence[str]) -> list[int]:
-        """The numbers of the pictures of an example; -1 for one that has no place in the page."""
+        """The numbers of the images of an example; -1 is an image for which the page has no room."""
         return [self.numbers.get(path, -1) for path in paths]
 
     def _make(self, path: str) -> Entry | None:
@@ -60,7 +60,7 @@ class Album:
 
 
 def thumbnail(path: str, pixels: int) -> Entry:
-    """The picture in a file, made to fit `pixels` x `pixels`. Raises InputError as `load_image` does."""
+    """The image in a file, shrunk to fit `pixels` x `pixels`. Raises InputError as `load_image` does."""
     image = load_image(path)
     width, height = image.size
     image.thumbnail((pixels, pixels))
@@ -68,7 +68,7 @@ def thumbnail(path: str, pixels: int) -> Entry:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The picture as WebP; a drawing of few colours without loss, which is smaller."""
+    """The image as WebP; a drawing of few colours without loss, which is smaller."""
     buffer = io.BytesIO()
     drawing = image.getcolors(256) is not None
     image.save(buffer, "WEBP", quality=QUALITY, lossless=drawing)
