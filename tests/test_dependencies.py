@@ -13,12 +13,10 @@ REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOR_DEVELOPERS = {"dev", "docs", "fuzz"}
 
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "unrar": "unrar2-cffi"}  # those named unlike their module
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # those named unlike their module
 NOT_IMPORTED = {
     "ninja": "DeepSpeed compiles its operators with it",
     "py-cpuinfo": "DeepSpeed compiles its operators with it",
-    "msgspec": "will be imported by phi3v.base",
-    "rapidfuzz": "will be imported by phi3v.infer",
 }
 NOT_DECLARED = {"flash-attn": "built by its user against the installed torch; without it PyTorch's kernel is used"}
 

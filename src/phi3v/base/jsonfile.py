@@ -66,6 +66,7 @@ def parse(content: bytes) -> Any:
     """The value of a JSON text in UTF-8. Raises InputError with the position of what is wrong."""
     text = content.removeprefix(b"\xef\xbb\xbf")
     try:
+        text.decode()  # msgspec counts the position of a wrong byte from the start of its string
         return msgspec.json.decode(text)
     except msgspec.MsgspecError as error:
         reason = str(error).removeprefix("JSON is malformed: ")
