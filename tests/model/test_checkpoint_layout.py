@@ -151,14 +151,14 @@ def test_loading_reads_the_weights_once(published):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type 'ntk'"),
+        ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type is 'ntk', it must be su, longrope, yarn"),
         (
             {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 48}},
             "short_factor needs 48 numbers, found 1",
         ),
         ({"hidden_size": 100, "num_attention_heads": 3}, "not a multiple"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"vision_config": {"patch_size": 32}}, "patch_size 14"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"vision_config": {"patch_size": 32}}, "patch_size is 32, it must be 14"),
     ],
 )
 def test_configurations_we_cannot_run_are_refused(change, message):

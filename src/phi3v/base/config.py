@@ -42,11 +42,12 @@ class Base:
     """A folder in the published layout, or a name on the Hugging Face Hub."""
 
     num_crops: Count | None = None
-    """Tiles an image may be cut into: 16 suits single images, 4 several frames. Default: the checkpoint's own."""
+    """Tiles an image may be cut into, not counting its global view: 16 suits single images, 4 several frames. Default:
+    the checkpoint's own."""
 
     attention: Attention = "auto"
-    """How attention is computed. All choices compute the same. auto: flash_attention_2 (PyTorch's kernel, or that of
-    flash-attn) on CUDA in bf16 or fp16, else sdpa."""
+    """How attention is computed. All choices compute the same. auto: flash_attention_2 (PyTorch's kernel) on CUDA in
+    bf16 or fp16, else sdpa."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the layers with torch.compile, which takes its time at the start: the same arithmetic in fewer kernels.
@@ -98,7 +99,8 @@ class Data:
     8192 on a GPU, 4096 on a CPU, which one page keeps busy."""
 
     max_crops_per_pack: Count = 64
-    """336x336 crops of one forward pass."""
+    """336x336 crops of one forward pass: the tiles of its images and one global view of each image, which `num_crops`
+    does not count."""
 
     num_workers: NonNegativeInt | None = None
     """Processes that read images. Default: one for every core but one, at most 4, and none on two cores or fewer."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import check_values, read_object
-from phi3v.model.weights import file_shapes, refuse_other
+from phi3v.model.weights import check_shapes, file_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -68,7 +68,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
     try:
         model = PeftModel(base, LoraConfig(**settings, inference_mode=True))
         wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-        refuse_other(str(folder / WEIGHTS), found, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+        check_shapes(str(folder / WEIGHTS), found, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
         if strangers := sorted(found.keys() - wanted.keys()):
             raise InputError(f"{folder / WEIGHTS}: {strangers[0]} is not of this adapter or this model")
         model.load_adapter(str(folder), "default")
