@@ -119,16 +119,14 @@ class Phi3VModel(Phi3VPreTrainedModel):
         """
         x = self.embed_tokens(input_ids)
         positions = input_ids == self.config.image_token_id
+        found = int(positions.sum())
         if not grids:
-            if bool(positions.any()):
-                raise InputError(f"input_ids hold {int(positions.sum())} image positions, but no images were given")
+            if found:
+                raise InputError(f"input_ids hold {found} image positions, but no images were given")
             return x + self._blank_image(x.device) if self.always_embed_images else x
         images = self.vision_embed_tokens(crops, grids).to(x.dtype)
-        if int(positions.sum()) != images.shape[0]:
-            raise InputError(
-                f"input_ids hold {int(positions.sum())} image positions, "
-                f"the {len(grids)} images given need {images.shape[0]}"
-            )
+        if found != (needed := images.shape[0]):
+            raise InputError(f"input_ids hold {found} image positions, the {len(grids)} images given need {needed}")
         x = x.masked_scatter(positions[..., None], images)
         return F.dropout(x, self.config.embd_pdrop, self.training) if self.config.embd_pdrop else x
 
@@ -174,7 +172,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self, x: Tensor, layout: Layout, rows: Tensor | None = None, position: Tensor | None = None
     ) -> Tensor:
         """`decode` for embeddings [T, H] of a pack; `position` [T] replaces the layout's own positions in RoPE."""
-        rope = self.rope(layout.position if position is None else position, layout.long, torch.float32)
+        rope = self.rope(layout.position if position is None else position, layout.long)
         return self.decode(x, rope, self.attention_of(layout), rows)
 
     def decode_batch(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
@@ -194,14 +192,14 @@ class Phi3VModel(Phi3VPreTrainedModel):
     def decode_cached(
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache
     ) -> Tensor:
-        """[B, L, H] new tokens after what `cache` holds -> [B, L, H]; `attention_mask` [B, past + L]."""
+        """New tokens [B, L, H] after those in `cache` -> [B, L, H]; `attention_mask` [B, past + L]."""
         past, (batch, length) = cache.get_seq_length(), x.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=x.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=x.device)
         long = attention_mask.sum(1, keepdim=True) > self.config.original_max_position_embeddings
-        rope = self.rope(position_ids.expand(batch, length), long, torch.float32)
+        rope = self.rope(position_ids.expand(batch, length), long)
         backend = self.config._attn_implementation or "sdpa"
         attend = CachedAttention(cache, attention_mask, length, backend, self.config.sliding_window)
         return self.decode(x, rope, attend)
@@ -327,7 +325,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The next forward: new tokens only, or everything when a row has just outgrown the short RoPE regime."""
+        """Inputs of the next forward: the new tokens, or all when a row has just outgrown the short RoPE regime."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         cache = past_key_values if cache is None else cache
