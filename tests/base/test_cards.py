@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from phi3v.base.cards import CARDS, card_of_device, find_card
+from phi3v.base import cards
+from phi3v.base.cards import card_of_device, find_card, load_cards
 from phi3v.base.errors import InputError
 
 
@@ -44,7 +47,15 @@ def test_an_unknown_card_has_a_nearest(typed: str, hint: str) -> None:
 
 
 def test_every_name_finds_its_own_card() -> None:
-    assert [find_card(card.name) for card in CARDS] == list(CARDS)
+    assert [find_card(card.name) for card in load_cards()] == list(load_cards())
+
+
+def test_a_mistake_in_the_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cards.toml"
+    file.write_text('cards = [{ name = "T4", device = "T4", memory_gib = -15, capability = [7, 5] }]')
+    monkeypatch.setattr(cards, "FILE", file)
+    with pytest.raises(InputError, match=r"cards\.toml: .*memory_gib: must be greater than 0"):
+        load_cards.__wrapped__()
 
 
 @pytest.mark.parametrize(

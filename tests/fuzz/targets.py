@@ -296,7 +296,6 @@ TARGETS = {
     "preprocessor": Target("model/preprocessor_config.json", _processor),
     "tokenizer": Target("model/tokenizer.json", _processor),
     "tokenizer_config": Target("model/tokenizer_config.json", _processor),
-    "generation_config": Target("model/generation_config.json", _model),
     "weights": Target("model/model.safetensors", _model, header_only=True),
     "index": Target("sharded/model.safetensors.index.json", _shards),
     "adapter_config": Target("adapter/adapter_config.json", _adapter),

@@ -18,7 +18,7 @@ from mutate import mutated_bytes, mutated_json
 from targets import TARGETS
 
 HERE = Path(__file__).parent
-SLOW = {"config", "generation_config", "weights", "index", "adapter_config", "adapter_weights"}  # a model is loaded
+SLOW = {"config", "weights", "index", "adapter_config", "adapter_weights"}  # a model is loaded
 SLOW |= {"log", "metrics", "environment in a report", "lengths", "predictions"}  # a page is made
 SECONDS = int(os.environ.get("PHI3V_FUZZ_SECONDS", "600"))
 """Of all targets of atheris together."""

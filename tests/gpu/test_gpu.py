@@ -6,7 +6,6 @@ precision; the exact result is a softmax written out in float64.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -128,31 +127,6 @@ def test_a_backend_is_as_close_as_plain_pytorch(backend, dtype, trees, head_dim,
     found = errors(with_gradients(lambda q, k, v: attention(0, q, k, v, rows), q, k, v), exact)
     for name, mine, theirs in zip(("output", "dq", "dk", "dv"), found, plain, strict=True):
         assert mine <= 2 * theirs, f"{name}: {mine:.1e}, plain PyTorch {theirs:.1e}"
-
-
-def kernels() -> dict[str, flash.Kernel]:
-    package = flash.Kernel("flash-attn", flash._package_forward, flash._package_backward)
-    own = flash.Kernel("PyTorch's kernel", flash._torch_forward, flash._torch_backward)
-    return {
-        **({own.name: own} if torch.backends.cuda.is_flash_attention_available() else {}),
-        **({package.name: package} if importlib.util.find_spec("flash_attn") else {}),
-    }
-
-
-@pytest.mark.parametrize("name", ["PyTorch's kernel", "flash-attn"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("trees", LAYOUTS.values(), ids=LAYOUTS)
-def test_each_flash_kernel(name, dtype, trees):
-    """The one that `find_kernel` takes, and the one it would take without it."""
-    if name not in kernels():
-        pytest.skip(f"{name} is not at hand")
-    layout = Layout.of(trees).to(CUDA)
-    q, k, v = (x.repeat_interleave(4 // x.shape[1], 1) for x in qkv(layout, dtype, 96))
-    exact = with_gradients(dense(layout, None, written_out=True), q.double(), k.double(), v.double())
-    plain = errors(with_gradients(dense(layout, None, written_out=False), q, k, v), exact)
-    found = with_gradients(lambda *x: flash.attend(*x, flash.calls(layout), kernels()[name]), q, k, v)
-    for what, mine, theirs in zip(("output", "dq", "dk", "dv"), errors(found, exact), plain, strict=True):
-        assert mine <= 2 * theirs, f"{what}: {mine:.1e}, plain PyTorch {theirs:.1e}"
 
 
 def test_flex_is_compiled_once_for_all_packs():

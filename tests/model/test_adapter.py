@@ -85,7 +85,7 @@ def test_the_tensors_are_those_that_the_settings_ask_for(folder: Path) -> None:
         ({name: torch.zeros(3, 4)}, rf"{name} has shape \[3, 4\], expected \[432, 4\]"),
         (
             {name: kept, "base_model.model.lm_head.weight": torch.zeros(432, 32)},
-            "lm_head.weight is not of this adapter",
+            "lm_head.weight does not belong to this adapter",
         ),
     ):
         change_tensors(folder, tensors)

@@ -1,8 +1,6 @@
 """Every backend against the dense mask, forward and backward, over random layouts."""
 
 import math
-import sys
-import types
 from itertools import pairwise
 
 import pytest
@@ -108,7 +106,7 @@ def plain_scores(q, k, causal):
 
 
 def plain_forward(q, k, v, at):
-    """What a kernel promises, in plain torch."""
+    """What the kernel computes, in plain torch."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
     for own, keys in segments_of(at):
         assert 0 < own.stop - own.start <= at.max_q
@@ -120,7 +118,7 @@ def plain_forward(q, k, v, at):
 
 
 def plain_backward(dout, q, k, v, out, lse, at):
-    """What a kernel computes from the out and lse it is given: neither is computed again."""
+    """What the kernel computes from the out and lse it is given: neither is recomputed."""
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for own, keys in segments_of(at):
         weights = (plain_scores(q[own], k[keys], at.causal) - lse[:, own, None]).exp()
@@ -134,9 +132,10 @@ def plain_backward(dout, q, k, v, out, lse, at):
 
 @pytest.fixture
 def plain_flash(monkeypatch):
-    """The kernels need a GPU; which segments they are given, and what becomes of their results, does not."""
+    """The kernel needs a GPU; which segments they are given, and what becomes of their results, does not."""
     monkeypatch.setattr(flash, "why_not", lambda device, dtype: None)
-    monkeypatch.setattr(flash, "find_kernel", lambda: flash.Kernel("plain torch", plain_forward, plain_backward))
+    monkeypatch.setattr(flash, "kernel_forward", plain_forward)
+    monkeypatch.setattr(flash, "kernel_backward", plain_backward)
 
 
 @given(packs, st.sampled_from([None, 3]))
@@ -204,48 +203,14 @@ def test_flash_says_what_is_missing():
         PackedAttention(layout, "flash_attention_2")(0, *qkv(layout))
 
 
-def test_pytorchs_kernel_takes_what_it_is_given(monkeypatch):
-    """Its operators know shapes without a GPU, and refuse arguments they do not have."""
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    kernel = flash.find_kernel.__wrapped__()
-    assert kernel.name == "PyTorch's kernel"
+def test_the_kernel_takes_what_it_is_given():
+    """PyTorch's operators know shapes without a GPU, and refuse arguments they do not have."""
     q, k, v = (torch.empty(14, 4, 8, device="meta", dtype=torch.bfloat16) for _ in "qkv")
     own, shared = flash.calls(Layout.of([Tree(5, (2, 3), False), Tree(0, (4,), False)]).to("meta"))
-    out, lse = kernel.forward(q, k, v, own)
+    out, lse = flash.kernel_forward(q, k, v, own)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, 14), torch.float32)
-    assert kernel.forward(q[shared.rows], k[shared.keys], v[shared.keys], shared.segments)[1].shape == (4, 5)
-    assert [x.shape for x in kernel.backward(out, q, k, v, out, lse, own)] == [q.shape] * 3
-
-
-def test_the_kernel_of_the_package(plain_flash, monkeypatch):
-    """Against its functions as flash-attn 2.7 and 2.8 have them."""
-
-    def _flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal
-    ):
-        assert (dropout_p, softmax_scale) == (0, q.shape[-1] ** -0.5)
-        at = flash.Segments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        return *plain_forward(q, k, v, at), None, None
-
-    def _flash_attn_varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None
-    ):  # fmt: skip
-        assert (dropout_p, softmax_scale, window_size_left, window_size_right) == (0, q.shape[-1] ** -0.5, -1, -1)
-        at = flash.Segments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        for mine, found in zip((dq, dk, dv), plain_backward(dout, q, k, v, out, softmax_lse, at), strict=True):
-            mine.copy_(found)
-
-    interface = types.ModuleType("flash_attn.flash_attn_interface")
-    interface._flash_attn_varlen_forward = _flash_attn_varlen_forward
-    interface._flash_attn_varlen_backward = _flash_attn_varlen_backward
-    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    kernel = flash.Kernel("flash-attn", flash._package_forward, flash._package_backward)
-    monkeypatch.setattr(flash, "find_kernel", lambda: kernel)
-    layout = Layout.of([Tree(5, (2, 3), False), Tree(0, (4,), False)])
-    tensors = qkv(layout)
-    assert_equal(run(layout, "flash_attention_2", *tensors), run(layout, "eager", *tensors))
+    assert flash.kernel_forward(q[shared.rows], k[shared.keys], v[shared.keys], shared.segments)[1].shape == (4, 5)
+    assert [x.shape for x in flash.kernel_backward(out, q, k, v, out, lse, own)] == [q.shape] * 3
 
 
 def test_keys_are_slices_of_the_tree():

@@ -8,6 +8,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -418,10 +419,10 @@ def test_the_base_is_quantised_before_it_is_cast(tiny_checkpoint_dir: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    "change", [{"bits": 8}, {"parts": ["lm_head"]}, {"parts": 1}, {"parts": [{}]}, {"new": 0}, None]
+    "change", [{"bits": 8}, {"type": "fp4"}, {"parts": ["lm_head"]}, {"parts": 1}, {"parts": [{}]}, None]
 )
 def test_a_foreign_quantisation_is_refused(tmp_path: Path, change: dict[str, Any] | None) -> None:
-    known = Quantization().to_dict()
+    known = asdict(Quantization())
     (tmp_path / "quantization.json").write_text(json.dumps(known))
     assert read_quantization(tmp_path) == Quantization()
     (tmp_path / "quantization.json").write_text("{" if change is None else json.dumps(known | change))

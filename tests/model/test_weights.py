@@ -63,10 +63,10 @@ def test_missing_shards_and_damaged_headers_are_named(sharded: Path) -> None:
         Phi3VForCausalLM.from_pretrained(sharded)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "shard-00000-model-00001-of-00001.safetensors"])
-def test_what_transformers_would_read_as_well_is_refused(sharded: Path, name: str) -> None:
-    (sharded / name).write_text("{}")
-    with pytest.raises(InputError, match=f"not a plain checkpoint, there is {name}"):
+def test_an_adapter_beside_the_weights_is_refused(sharded: Path) -> None:
+    """transformers would load it as well, a pickle too."""
+    (sharded / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="not a plain checkpoint, there is adapter_config"):
         Phi3VForCausalLM.from_pretrained(sharded)
 
 
@@ -84,29 +84,32 @@ def test_a_small_file_cannot_ask_for_a_huge_model(tiny_model_dir: Path, tmp_path
     assert not made  # no room was made for what is missing (by transformers, with this function)
 
 
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"temperature": "hot"}, "generation_config.json: temperature is 'hot'"),
-        ({"eos_token_id": [[]]}, "eos_token_id is"),
-        ({"max_new_tokens": 10**12}, "max_new_tokens is"),
-    ],
-)
-def test_generation_settings_that_cannot_be(sharded: Path, said: dict[str, Any], message: str) -> None:
-    (sharded / "generation_config.json").write_text(json.dumps(said))
-    with pytest.raises(InputError, match=message):
-        Phi3VForCausalLM.from_pretrained(sharded)
+@pytest.fixture
+def hub(sharded: Path, tmp_path: Path) -> dict[str, Any]:
+    """A cache into which owner/name was downloaded, as arguments of from_pretrained."""
+    cached = tmp_path / "cache/models--owner--name"
+    shutil.copytree(sharded, cached / "snapshots/0123")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123")
+    return {"cache_dir": tmp_path / "cache", "local_files_only": True}
 
 
-def test_other_generation_settings_are_not_obeyed(sharded: Path) -> None:
-    said = {
-        "num_beams": 10**9,
-        "cache_implementation": "static",
-        "compile_config": {},
-        "to_dict": 1,
-        "temperature": 2.5,
-    }
-    (sharded / "generation_config.json").write_text(json.dumps(said))
-    config = Phi3VForCausalLM.from_pretrained(sharded).generation_config
-    assert (config.num_beams or 1, config.cache_implementation, config.temperature) == (1, None, 2.5)
-    assert config.eos_token_id == list(Phi3VForCausalLM.from_pretrained(sharded).config.stop_token_ids)
+def test_a_model_of_the_hub_is_checked_as_well(hub: dict[str, Any]) -> None:
+    model, info = Phi3VForCausalLM.from_pretrained("owner/name", **hub, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.name_or_path == "owner/name"
+    assert model.generation_config.eos_token_id == list(model.config.stop_token_ids)
+    shard = max((hub["cache_dir"] / "models--owner--name/snapshots/0123").glob("*.safetensors"))
+    tensors = load_file(shard)
+    name, _ = tensors.popitem()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"checkpoint owner/name: {name} is missing"):
+        Phi3VForCausalLM.from_pretrained("owner/name", **hub)
+
+
+def test_generation_settings_of_the_file_count_but_for_where_answers_end(sharded: Path) -> None:
+    said = json.loads((sharded / "generation_config.json").read_text())
+    (sharded / "generation_config.json").write_text(json.dumps(said | {"temperature": 2.5, "eos_token_id": 2}))
+    model = Phi3VForCausalLM.from_pretrained(sharded)
+    assert model.generation_config.temperature == 2.5
+    assert model.generation_config.eos_token_id == list(model.config.stop_token_ids)

@@ -13,63 +13,63 @@ from typing import Any
 import pytest
 import yaml
 
-from phi3v.base.cards import CARDS, find_card
+from phi3v.base.cards import find_card, load_cards
+from phi3v.base.config import Data, Keeping, Run, Tuning
 from phi3v.base.errors import InputError
 from phi3v.cli import main
-from phi3v.plan.jobs import (
-    MACHINES,
-    Job,
-    azure_job,
-    command,
-    compute_name,
-    create_cluster,
-    find_machine,
-    quota,
-    sky_task,
-    slurm_script,
-)
+from phi3v.plan.devices import Hardware
+from phi3v.plan.jobs import azure_job, create_cluster, find_machine, load_catalog, quota, sky_task, slurm_script
+from phi3v.plan.rows import Row, Start, shell_command
 
 A100 = find_card("A100-80GB")
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """A run on data of one's own, on two nodes of eight."""
-    data = tmp_path / "my data"
-    data.mkdir()
-    words = (
-        "phi3v",
-        "train",
-        "--train",
-        f"{data}/train.jsonl",
-        "--eval",
-        f"{data}/val.jsonl",
-        "--lora",
-        "--out",
-        "a/b",
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def row(data: Path) -> Row:
+    """A run on the user's own data, on two nodes of eight GPUs, for 3.2 hours."""
+    row = Row(
+        mode="lora",
+        run=Run(
+            data=Data(train=data / "train.jsonl", eval=data / "val.jsonl"),
+            tuning=Tuning(lora=True),
+            keeping=Keeping(out=Path("a/b")),
+        ),
+        start=Start(("phi3v", "train"), Run()),
+        hardware=Hardware(card=A100, num_gpus=8, nodes=2),
+        engine="zero2",
+        recomputed_layers=0,
+        num_layers=55,
+        memory_gb={"total": 10.0},
+        flops_per_example=1e13,
+        computed_flops_per_example=1e13,
+        examples_per_epoch=1,
     )
-    return Job(
-        name="b",
-        words=words,
-        card=A100,
-        num_gpus=8,
-        nodes=2,
-        extras=("deepspeed",),
-        hours=3.2,
-        out=Path("a/b"),
-        data=data,
-    )
+    assert row.examples_per_s is not None
+    return replace(row, examples_per_epoch=3.2 * 3600 * row.examples_per_s)
+
+
+def on(row: Row, nodes: int, num_gpus: int, card: str = "A100-80GB") -> Row:
+    return replace(row, hardware=Hardware(card=find_card(card), num_gpus=num_gpus, nodes=nodes))
 
 
 # -- the machines ----------------------------------------------------------------------------------------------------
 
 
 def test_machines_have_cards_of_the_table() -> None:
-    names = {card.name for card in CARDS}
-    assert all(machine.card in names for machine in MACHINES)
-    assert len({machine.size for machine in MACHINES}) == len(MACHINES)
-    assert len({compute_name(machine) for machine in MACHINES}) == len(MACHINES)
-    assert all(re.fullmatch(r"[a-z][a-z0-9-]{1,23}", compute_name(machine)) for machine in MACHINES)
+    names, machines = {card.name for card in load_cards()}, load_catalog().azure
+    assert all(machine.card in names for machine in machines)
+    assert load_catalog().skypilot.keys() <= names
+    assert len({machine.size for machine in machines}) == len(machines)
+    assert len({(machine.card, machine.gpus) for machine in machines}) == len(machines)
+    assert len({machine.cluster for machine in machines}) == len(machines)
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{1,23}", machine.cluster) for machine in machines)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_the_quota_is_counted_in_virtual_cores_of_a_family() -> None:
 
 
 def test_one_gpu_needs_no_torchrun() -> None:
-    assert command(["phi3v", "train", "--out", "a b"]) == "phi3v train --out 'a b'"
-    assert command(["phi3v", "train"], 4) == "torchrun --nproc_per_node=4 -m phi3v train"
-    several = command(["phi3v", "train"], 4, 2)
+    assert shell_command(["phi3v", "train", "--out", "a b"]) == "phi3v train --out 'a b'"
+    assert shell_command(["phi3v", "train"], 4) == "torchrun --nproc_per_node=4 -m phi3v train"
+    several = shell_command(["phi3v", "train"], 4, 2)
     assert "--nnodes=2 --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR" in several
 
 
@@ -117,58 +117,56 @@ def test_one_gpu_needs_no_torchrun() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # azure-ai-ml's own
-def test_azure_ml_loads_the_job_and_finds_nothing_wrong(job: Job, tmp_path: Path) -> None:
+def test_azure_ml_loads_the_job_and_finds_nothing_wrong(row: Row, data: Path, tmp_path: Path) -> None:
     logging.getLogger("azure").setLevel(logging.CRITICAL)
     azure = pytest.importorskip("azure.ai.ml", reason="azure-ai-ml is not installed")
-    for number, each in enumerate(
-        (job, replace(job, nodes=1, data=None), replace(job, nodes=1, num_gpus=1, extras=()))
-    ):
-        file = tmp_path / f"{number}.yml"
-        file.write_text(azure_job(each, find_machine(A100, each.num_gpus)))
+    for nodes, num_gpus, folder in ((2, 8, data), (1, 8, None), (1, 1, data)):
+        file, machine = tmp_path / f"{nodes}-{num_gpus}.yml", find_machine(A100, num_gpus)
+        file.write_text(azure_job(on(row, nodes, num_gpus), machine, folder))
         loaded: Any = azure.load_job(file)
         checked = loaded._validate()
         assert checked.passed, checked.error_messages
-        assert loaded.resources.instance_count == each.nodes
+        assert loaded.resources.instance_count == nodes
         assert loaded.distribution.process_count_per_instance == 1
-        assert loaded.compute == compute_name(find_machine(A100, each.num_gpus))
+        assert loaded.compute == machine.cluster
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # azure-ai-ml's own
-def test_azure_ml_would_find_a_mistake(job: Job, tmp_path: Path) -> None:
+def test_azure_ml_would_find_a_mistake(row: Row, tmp_path: Path) -> None:
     """So that the test above is known to be able to fail."""
     azure = pytest.importorskip("azure.ai.ml", reason="azure-ai-ml is not installed")
     file = tmp_path / "job.yml"
-    file.write_text(azure_job(job, find_machine(A100, 8)).replace("instance_count: 2", "instance_count: two"))
+    file.write_text(azure_job(row, find_machine(A100, 8)).replace("instance_count: 2", "instance_count: two"))
     with pytest.raises(Exception, match="instance_count"):
         azure.load_job(file)
 
 
-def test_azures_job_runs_the_planned_command_with_its_own_paths(job: Job) -> None:
-    content = yaml.safe_load(azure_job(job, find_machine(A100, 8)))
+def test_azures_job_runs_the_planned_command_with_its_own_paths(row: Row, data: Path) -> None:
+    content = yaml.safe_load(azure_job(row, find_machine(A100, 8), data))
     install, _, start = content["command"].partition(" && ")
     assert install == "pip install --quiet '.[deepspeed]'"
     assert start.startswith("torchrun --nproc_per_node=8 --nnodes=2 --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR")
     assert '--train "${{inputs.data}}/train.jsonl" --eval "${{inputs.data}}/val.jsonl" --lora' in start
     assert '--out "${{outputs.runs}}/b" --resume auto' in start
-    assert content["inputs"]["data"]["path"] == str(job.data)
+    assert content["inputs"]["data"]["path"] == str(data)
     assert content["limits"]["timeout"] == 8 * 3600
 
 
-def test_data_outside_the_folder_is_refused(job: Job) -> None:
-    words = tuple(word.replace("val.jsonl", "../other.jsonl") for word in job.words)
+def test_data_outside_the_folder_is_refused(row: Row, data: Path) -> None:
+    outside = replace(row.run, data=replace(row.run.data, eval=data / "../other.jsonl"))
     with pytest.raises(InputError, match="--eval"):
-        azure_job(replace(job, words=words), find_machine(A100, 8))
+        azure_job(replace(row, run=outside), find_machine(A100, 8), data)
 
 
 # -- SkyPilot --------------------------------------------------------------------------------------------------------
 
 
-def test_skypilot_takes_the_task(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skypilot_takes_the_task(row: Row, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # it makes a folder there
     sky = pytest.importorskip("sky", reason="SkyPilot is not installed: pip install skypilot")
     file = tmp_path / "task.yaml"
-    file.write_text(sky_task(job))
+    file.write_text(sky_task(row, data))
     task = sky.Task.from_yaml(str(file))
     assert task.num_nodes == 2
 
@@ -176,11 +174,11 @@ def test_skypilot_takes_the_task(job: Job, tmp_path: Path, monkeypatch: pytest.M
 SKY_KEYS = {"name", "num_nodes", "resources", "workdir", "file_mounts", "setup", "run"}
 
 
-def test_skypilots_task_has_its_keys_and_the_planned_command(job: Job) -> None:
-    content = yaml.safe_load(sky_task(job))
+def test_skypilots_task_has_its_keys_and_the_planned_command(row: Row, data: Path) -> None:
+    content = yaml.safe_load(sky_task(row, data))
     assert content.keys() == SKY_KEYS
     assert content["resources"]["accelerators"] == "A100-80GB:8"
-    assert content["file_mounts"]["/data"] == str(job.data)
+    assert content["file_mounts"]["/data"] == str(data)
     start = content["run"]
     assert "--nnodes=2 --node_rank=$SKYPILOT_NODE_RANK" in start
     assert "--train /data/train.jsonl --eval /data/val.jsonl --lora --out /runs/b --resume auto" in start
@@ -188,8 +186,8 @@ def test_skypilots_task_has_its_keys_and_the_planned_command(job: Job) -> None:
 
 
 @pytest.mark.parametrize(("card", "name"), [("4090", "RTX4090"), ("V100-32GB", "V100-32GB"), ("V100-16GB", "V100")])
-def test_skypilots_own_names_of_cards(card: str, name: str, job: Job) -> None:
-    content = yaml.safe_load(sky_task(replace(job, card=find_card(card))))
+def test_skypilots_own_names_of_cards(card: str, name: str, row: Row) -> None:
+    content = yaml.safe_load(sky_task(on(row, 2, 8, card)))
     assert content["resources"]["accelerators"] == f"{name}:8"
 
 
@@ -197,9 +195,10 @@ def test_skypilots_own_names_of_cards(card: str, name: str, job: Job) -> None:
 
 
 @pytest.mark.parametrize(("nodes", "num_gpus"), [(1, 1), (1, 8), (2, 8)])
-def test_the_batch_script_is_a_script(nodes: int, num_gpus: int, job: Job, tmp_path: Path) -> None:
+def test_the_batch_script_is_a_script(nodes: int, num_gpus: int, row: Row, tmp_path: Path) -> None:
     file = tmp_path / "train.sbatch"
-    file.write_text(slurm_script(replace(job, nodes=nodes, num_gpus=num_gpus)))
+    hours = replace(row, examples_per_epoch=row.examples_per_epoch * nodes * num_gpus / 16)
+    file.write_text(slurm_script(on(hours, nodes, num_gpus)))
     assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
     lines = file.read_text().splitlines()
     assert lines[0] == "#!/bin/bash"
@@ -209,10 +208,10 @@ def test_the_batch_script_is_a_script(nodes: int, num_gpus: int, job: Job, tmp_p
     start = next(line for line in lines if line.startswith("srun "))
     assert ("torchrun" in start) == (nodes * num_gpus > 1)
     assert ('--rdzv_endpoint="$MASTER_ADDR:29500"' in start) == (nodes > 1)
-    assert "--max-minutes 465 --resume auto" in start
+    assert "--resume auto --max-minutes 465" in start
 
 
-def test_the_batch_script_starts_the_command_and_queues_itself_until_done(job: Job, tmp_path: Path) -> None:
+def test_the_batch_script_starts_the_command_and_queues_itself_until_done(row: Row, tmp_path: Path) -> None:
     """Run with stand-ins for SLURM's commands: every node's torchrun gets what it needs, and an unfinished run is
     queued again, a finished one not."""
     commands = tmp_path / "bin"
@@ -225,7 +224,8 @@ def test_the_batch_script_starts_the_command_and_queues_itself_until_done(job: J
     for file in commands.iterdir():
         file.chmod(0o755)
     script = tmp_path / "train.sbatch"
-    script.write_text(slurm_script(replace(job, out=tmp_path / "run")))
+    run = replace(row.run, keeping=replace(row.run.keeping, out=tmp_path / "run"))
+    script.write_text(slurm_script(replace(row, run=run)))
     environment = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7"}
 
     def lines() -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Example, Turn, encode
-from phi3v.plan.workload import KNOWN, PUBLISHED, FourLetters, find_config, find_processor, known_lengths
+from phi3v.plan.workload import KNOWN, PUBLISHED, EstimatingProcessor, find_config, find_processor, known_lengths
 from phi3v.recipes import easy_vqa
 
 
@@ -33,9 +33,9 @@ def test_a_frames_tokens_are_those_of_the_recipe() -> None:
     assert set(known_lengths(KNOWN["ucf101"], 4).prefix) == {8 * 757 + 11}
 
 
-def test_four_letters_stand_in_for_a_token_and_pictures_count_as_they_are() -> None:
+def test_texts_are_estimated_and_images_count_as_they_are() -> None:
     turn = Turn(user="what is it", assistant="a dog", images=("one.png", "two.png"))
-    encoded = encode(Example(id="1", turns=(turn,)), FourLetters(4), lambda image: (672, 672))  # type: ignore[arg-type]
+    encoded = encode(Example(id="1", turns=(turn,)), EstimatingProcessor(4), lambda image: (672, 672))  # type: ignore[arg-type]
     assert encoded.crops == 2 * 5
     assert encoded.tokens - encoded.prefix_tokens == pytest.approx(15, abs=5)
     assert encoded.prefix_tokens == pytest.approx(2 * 757, abs=8)
@@ -62,5 +62,5 @@ def test_a_tokenizer_that_is_not_here_is_not_fetched(monkeypatch: pytest.MonkeyP
         raise OSError("not here")
 
     monkeypatch.setattr("phi3v.data.processor.snapshot_download", fetch)
-    assert find_processor(PUBLISHED[0], None).num_crops == 4
-    assert find_processor(PUBLISHED[1], None).num_crops == 16
+    for model, num_crops in PUBLISHED.items():
+        assert find_processor(model, None).num_crops == num_crops

@@ -42,12 +42,12 @@ class Base:
     """A folder in the published layout, or a name on the Hugging Face Hub."""
 
     num_crops: Count | None = None
-    """Largest number of tiles an image is cut into: 16 suits single images, 4 several frames. Default: the
-    checkpoint's own."""
+    """Largest number of tiles an image is cut into, not counting its global view: 16 suits single images, 4 several
+    frames. Default: the checkpoint's own."""
 
     attention: Attention = "auto"
-    """Attention backend; all compute the same function. auto: flash_attention_2 (PyTorch's own kernel, or the
-    flash-attn package) on CUDA in bf16 or fp16, otherwise sdpa."""
+    """Attention backend; all compute the same function. auto: flash_attention_2 (PyTorch's own kernel) on CUDA in bf16
+    or fp16, otherwise sdpa."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the layers with torch.compile: the same arithmetic in fewer kernels, after a slow start. auto: on for

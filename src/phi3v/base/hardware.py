@@ -1,4 +1,4 @@
-"""What this machine is: device, precision, memory, and the facts a run keeps about its surroundings."""
+"""This machine: device, precision, memory, and the environment that a run records."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def pick_device() -> torch.device:
 
 
 def quiet_deepspeed() -> None:
-    """On a CPU DeepSpeed, which other packages import where it is installed, would complain of having found no GPU."""
+    """Keep DeepSpeed, which other packages import wherever it is installed, from warning that there is no GPU."""
     if pick_device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the hardware computes it, else fp16 on CUDA, else fp32. A CPU computes in fp16, but slowly."""
+    """The dtype for `--dtype`. auto: bf16 where the hardware supports it, else fp16 on CUDA, else fp32.
+
+    A CPU supports fp16, but slowly.
+    """
     if wanted != "auto":
         return DTYPES[wanted]
     if has_bf16(device):
@@ -38,19 +41,22 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bf16, and not by way of float32."""
+    """Whether the hardware computes in bf16 natively, not by converting to float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def pick_tokens_per_pack(wanted: int | None, device: torch.device) -> int:
-    """Without a wish: several pages for a GPU, which one does not fill; for a CPU one, more only take memory."""
+    """The value of `--max-tokens-per-pack`, by default several pages for a GPU and one page for a CPU.
+
+    One page does not fill a GPU. On a CPU further pages only take memory.
+    """
     return wanted or (8192 if device.type == "cuda" else 4096)
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """Why torch.compile cannot be had here, in words; None if it can."""
+    """The reason why torch.compile does not work on this machine, or None if it works."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "it needs triton"
     c, cpp = (os.environ.get("CC", "cc"), "gcc", "clang"), (os.environ.get("CXX", "c++"), "g++", "clang++")
@@ -59,24 +65,19 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype in flags: bf16, fp16 or fp32."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def available_memory() -> int:
-    """Bytes of this host's memory that the system reports as available to new work."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far: of the GPU, or, on a CPU, of this process."""
+    """Peak memory in GB: allocated by PyTorch on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, card and commit: what a reader needs to believe a number."""
+    """The versions, hardware and commit that a result depends on, without names of hosts, users or folders."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
@@ -90,7 +91,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None for phi3v itself when it runs from a source tree that was never installed."""
+    """The installed version, or None, as for phi3v itself in a source tree that was never installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -98,12 +99,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree this runs from, with + if it has changes; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """Commit of the checkout this module runs from, with a "+" if files are modified; None outside a checkout."""
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno", ".") else "")
+        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

@@ -1,20 +1,20 @@
-"""Attention of the decoder: one `attend(layer, q, k, v, rows)`, whatever lies behind it.
+"""Attention of the decoder: one `attend(layer, q, k, v, rows)` for packs and for caches, with several backends.
 
 Shapes: T tokens of a pack, R query rows, B batch, L query length, K key length, N heads, M key/value heads, D head_dim.
 
-`PackedAttention` reads the layout of a pack. Its backends compute the same function, and the dense mask ("eager") is
-the oracle for all of them:
+`PackedAttention` computes the attention of a pack from its layout. All backends compute the same function; the dense
+mask ("eager") is the reference they are tested against:
 
     sdpa               one call per prefix and one for all branches of a tree; keys are slices of the pack, and a prefix
-                       is copied only for branches past the first MAX_BRANCH_TOKENS_PER_CALL tokens
+                       is copied only for branches after the first MAX_BRANCH_TOKENS_PER_CALL tokens
     eager              the dense [T, T] mask, softmax in float32
     flex_attention     a block mask built once per pack
-    flash_attention_2  two variable-length calls per pack, merged by log-sum-exp (`phi3v.model.flash`); it is sdpa
-                       with dropout, and where a sliding window bites
+    flash_attention_2  two variable-length calls per pack, merged by log-sum-exp (`phi3v.model.flash`); with dropout, or
+                       if an example is longer than the sliding window, sdpa is used instead
 
-With the latter two, the few rows of the last layer against all keys are sdpa's.
+The last two leave the last layer, in which a few rows attend to all keys, to sdpa.
 
-`CachedAttention` serves `generate`: a padded batch over a transformers cache.
+`CachedAttention` is for `generate`: a padded batch over a transformers cache.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from phi3v.model import flash
 from phi3v.packing.layout import Layout, Tree
 
 BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
-# Branches of one tree share a masked call up to this many tokens (or the prefix, if longer): past that, the masked-out
-# blocks between branches would cost more than copying the prefix once more.
+# Branches of a tree share a masked call up to this many tokens (or the length of the prefix): beyond that the masked
+# blocks between branches would cost more than another copy of the prefix.
 MAX_BRANCH_TOKENS_PER_CALL = 1024
 
 
@@ -44,7 +44,7 @@ class Attend(Protocol):
 
 
 class Call(NamedTuple):
-    """One SDPA call inside a tree: how many queries, and which keys of the tree they see. No mask means causal."""
+    """One SDPA call: the number of queries that come next in the tree, and their keys. No mask means causal."""
 
     queries: int
     keys: slice | Tensor
@@ -52,10 +52,9 @@ class Call(NamedTuple):
 
 
 def calls(layout: Layout, window: int | None = None) -> list[list[Call]]:
-    """Per tree, the SDPA calls that together compute its attention, in the order of its tokens."""
-    return [
-        _calls_of_tree(layout, start, tree, window) for start, tree in zip(layout.starts, layout.trees, strict=True)
-    ]
+    """The SDPA calls that compute the attention of each tree, in the order of its tokens."""
+    trees = zip(layout.starts, layout.trees, strict=True)
+    return [_calls_of_tree(layout, start, tree, window) for start, tree in trees]
 
 
 def _calls_of_tree(layout: Layout, start: int, tree: Tree, window: int | None) -> list[Call]:
@@ -65,27 +64,23 @@ def _calls_of_tree(layout: Layout, start: int, tree: Tree, window: int | None) -
         query, key = (torch.arange(start + s.start, start + s.stop, device=device) for s in (queries, keys))
         return layout.visible(query, key, window)
 
-    bites = _bites(tree, window)
+    windowed = _exceeds(tree, window)
     whole, prefix = slice(0, tree.tokens), slice(0, tree.prefix)
     if len(tree.branches) == 1:
-        return [Call(tree.tokens, whole, mask(whole, whole) if bites else None)]
-    found = [Call(tree.prefix, prefix, mask(prefix, prefix) if bites else None)] if tree.prefix else []
+        return [Call(tree.tokens, whole, mask(whole, whole) if windowed else None)]
+    found = [Call(tree.prefix, prefix, mask(prefix, prefix) if windowed else None)] if tree.prefix else []
     for group in _groups(tree.prefix, tree.branches):
         own = mask(group, group)
-        to_prefix = mask(group, prefix) if bites else own.new_ones(own.shape[0], tree.prefix)
-        # The prefix lies right before the first branches: one slice. Further groups need it copied in front.
-        first = group.start == tree.prefix
-        keys = (
-            slice(0, group.stop)
-            if first
-            else torch.cat([torch.arange(s.start, s.stop, device=device) for s in (prefix, group)])
-        )
+        to_prefix = mask(group, prefix) if windowed else own.new_ones(own.shape[0], tree.prefix)
+        keys: slice | Tensor = slice(0, group.stop)  # of the first group, which follows the prefix
+        if group.start > tree.prefix:
+            keys = torch.cat([torch.arange(s.start, s.stop, device=device) for s in (prefix, group)])
         found.append(Call(group.stop - group.start, keys, torch.cat([to_prefix, own], dim=1)))
     return found
 
 
-def _bites(tree: Tree, window: int | None) -> bool:
-    """Whether some example of the tree is longer than what the sliding window shows."""
+def _exceeds(tree: Tree, window: int | None) -> bool:
+    """Whether an example of the tree is longer than the sliding window."""
     return window is not None and tree.prefix + max(tree.branches) > window + 1
 
 
@@ -102,7 +97,7 @@ def _groups(prefix: int, branches: tuple[int, ...]) -> list[slice]:
 
 
 def row_calls(layout: Layout, rows: Tensor, window: int | None = None) -> list[list[Call]]:
-    """Per tree, the one call for its share of the token indices `rows`, which are in the order of the trees."""
+    """The call for each tree's share of the token indices `rows`, which are in the order of the trees."""
     borders = torch.searchsorted(rows, torch.tensor([*layout.starts, layout.tokens], device=rows.device)).tolist()
     found = []
     for start, tree, a, b in zip(layout.starts, layout.trees, borders[:-1], borders[1:], strict=True):
@@ -112,17 +107,17 @@ def row_calls(layout: Layout, rows: Tensor, window: int | None = None) -> list[l
 
 
 class PackedAttention:
-    """Attention over one pack. Everything that depends on the layout alone is built once and used by every layer."""
+    """Attention over one pack. Masks and indices, which depend on the layout alone, are built once for all layers."""
 
     def __init__(self, layout: Layout, backend: str = "sdpa", window: int | None = None, dropout: float = 0.0) -> None:
         if backend not in BACKENDS:
-            raise ValueError(f"attention {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+            raise ValueError(f"attention {backend!r} is unknown: choose {', '.join(BACKENDS)}")
         self.layout, self.backend, self.window, self.dropout = layout, backend, window, dropout
         self._row_calls: tuple[Tensor, list[list[Call]]] | None = None
 
     def __call__(self, layer: int, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, rows: Tensor | None = None) -> Tensor:
         if not self.layout.trees:
-            return q_TND  # of no tokens; the gradient still goes through, as engines with several ranks need it
+            return q_TND  # without tokens, but part of the graph, as engines with several ranks require
         groups = q_TND.shape[1] // k_TMD.shape[1]
         if groups > 1:
             k_TMD, v_TMD = k_TMD.repeat_interleave(groups, 1), v_TMD.repeat_interleave(groups, 1)
@@ -146,7 +141,7 @@ class PackedAttention:
         return self._row_calls[1]
 
     def _sdpa(self, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, rows: Tensor | None) -> Tensor:
-        # Split once, never slice the whole pack: the gradient of each slice would be a pack of zeros to add up.
+        # Split instead of sliced: the gradient of each slice would be a whole pack of zeros to add.
         found = self._calls if rows is None else self._calls_of(rows)
         sizes = [tree.tokens for tree in self.layout.trees]
         queries = iter(q_TND.split([call.queries for tree in found for call in tree]))
@@ -164,7 +159,7 @@ class PackedAttention:
         ]
         return torch.cat(out) if out else torch.zeros_like(q_TND)
 
-    # -- eager: the oracle -----------------------------------------------------------------------------------------
+    # -- eager: the reference --------------------------------------------------------------------------------------
 
     def _eager(self, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, rows: Tensor | None) -> Tensor:
         everything = torch.arange(self.layout.tokens, device=q_TND.device)
@@ -186,7 +181,7 @@ class PackedAttention:
 
     @cached_property
     def block_mask(self) -> Any:
-        """The BlockMask of the pack. What it closes over are tensors, so the next pack compiles nothing anew."""
+        """The BlockMask of the pack. It closes over tensors only, so other packs need no recompilation."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         tree, branch, position, window = self.layout.tree, self.layout.branch, self.layout.position, self.window
@@ -196,7 +191,7 @@ class PackedAttention:
             distance = position[query] - position[key]
             return seen & (distance >= 0) & (True if window is None else distance <= window)
 
-        make: Any = compiled(create_block_mask, tree.device)  # compiled, it never holds the [T, T] of it
+        make: Any = compiled(create_block_mask, tree.device)  # compiled, it never materializes [T, T]
         return make(visible, None, None, self.layout.tokens, self.layout.tokens, device=str(tree.device))
 
     # -- flash_attention_2 -----------------------------------------------------------------------------------------
@@ -204,11 +199,11 @@ class PackedAttention:
     def _suits_flash(self, q_TND: Tensor, rows: Tensor | None) -> bool:
         head_dim = q_TND.shape[-1]
         fits = head_dim % flash.HEAD_DIM_STEP == 0 and head_dim <= flash.MAX_HEAD_DIM
-        return rows is None and fits and not self.dropout and not self._window_bites
+        return rows is None and fits and not self.dropout and not self._windowed
 
     @cached_property
-    def _window_bites(self) -> bool:
-        return any(_bites(tree, self.window) for tree in self.layout.trees)
+    def _windowed(self) -> bool:
+        return any(_exceeds(tree, self.window) for tree in self.layout.trees)
 
     @cached_property
     def _flash_calls(self) -> flash.Calls:
@@ -216,10 +211,10 @@ class PackedAttention:
 
 
 class CachedAttention:
-    """Attention of a (left- or right-padded) batch over a transformers cache, for `generate` and chat loops.
+    """Attention of a batch with left or right padding over a transformers cache, for `generate` and chats.
 
-    The mask is [B, 1, L, K] bool: real keys at or before the query, inside the sliding window. A padding query sees
-    itself, so that its (unused) row stays finite.
+    The mask is [B, 1, L, K] bool: real keys up to the query, within the sliding window. A query of padding attends to
+    itself, so that its (unused) row is finite.
     """
 
     def __init__(self, cache: Cache, attention_mask: Tensor, length: int, backend: str, window: int | None) -> None:
@@ -240,7 +235,7 @@ class CachedAttention:
         groups = q_BLND.shape[2] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mask = F.pad(self.mask, (0, k.shape[2] - self.mask.shape[3]))  # a static cache is longer than what it holds
+        mask = F.pad(self.mask, (0, k.shape[2] - self.mask.shape[3]))  # a static cache is longer than its content
         if self.backend == "eager":
             return eager_attention(q_BLND.transpose(1, 2), k, v, mask).transpose(1, 2)
         return F.scaled_dot_product_attention(q_BLND.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
@@ -255,13 +250,13 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: floa
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """On CUDA compiled, once for all layers and packs; on a CPU the function itself."""
+    """The function, compiled on CUDA, once for all layers and packs."""
     return compile_once(function) if device.type == "cuda" else function
 
 
 @functools.cache
 def compile_once(function: Callable[..., Any], backend: Any = "inductor") -> Callable[..., Any]:
-    """Compiled for lengths of any size: every pack has its own."""
+    """The function, compiled for packs of any length."""
     return torch.compile(function, backend=backend, dynamic=True)
 
 

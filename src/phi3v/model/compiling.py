@@ -1,7 +1,7 @@
-"""torch.compile, layer by layer: all decoder layers run the same two compiled halves, all CLIP layers the same whole.
+"""torch.compile, layer by layer: all decoder layers share two compiled halves, all CLIP layers one compiled forward.
 
-The graphs are those of a layer, not of its weights or of a pack's length: whatever the number of layers and however
-long the packs, there are a few of them. Names of parameters stay as they are.
+A graph depends neither on the weights of a layer nor on the length of a pack, so there are only a few graphs for any
+number of layers and packs of any length. Names of parameters do not change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from phi3v.model.vision import CLIPLayer
 
 
 def compile_layers(model: nn.Module, **how: Any) -> None:
-    """Compiles the layers of a model, bare or inside PEFT, in place; `how` is for `torch.compile`."""
+    """Compile the layers of a model, bare or inside PEFT, in place; `how` are arguments of `torch.compile`."""
     how = {"dynamic": True, **how}
     before, after = (torch.compile(half, **how) for half in HALVES)
     for module in model.modules():

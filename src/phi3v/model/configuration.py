@@ -1,21 +1,30 @@
 """The configuration of Phi-3.5-vision and Phi-3-vision, read from and written in the published layout.
 
-Invariant: `config.json` in, `config.json` out, key for key; but only our own keys are obeyed, and only with values that
-make sense. transformers would let a file choose the attention (a kernel on the Hub, for one), other weights or a
-quantisation. What the published file does not know (the sizes of a smaller CLIP, another id for `<|image|>`) is written
-only where it differs from the published model.
+Invariant: `config.json` is read and written key for key, but only the fields of `Phi3VConfig` have an effect, each
+within the limits of its type; transformers would let a file choose an attention kernel on the Hub, other weights or a
+quantization. Fields that the published file lacks (the sizes of a smaller CLIP, another id of `<|image|>`) are written
+only where they differ from the published model.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import check_values, read_object
+from phi3v.base.jsonfile import Fraction, NonNegative, Positive, check_values, read_object
+
+# The model is built without memory before its weights are looked at: upper limits keep that cheap for any file.
+Size = Annotated[int, Meta(ge=1, le=2**20)]
+Layers = Annotated[int, Meta(ge=1, le=2**10)]
+Positions = Annotated[int, Meta(ge=2, le=2**24)]
+TokenId = Annotated[int, Meta(ge=0, le=2**20)]
+Factor = Annotated[float, Meta(ge=1e-9, le=1e9)]
 
 # The published code keeps CLIP ViT-L/14-336 in code, not in config.json; so do we.
 CLIP_VIT_L_336: dict[str, Any] = {
@@ -29,71 +38,23 @@ CLIP_VIT_L_336: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-PUBLISHED_IMAGE_TOKEN_ID = 32044
-PUBLISHED_STOP_TOKEN_IDS = (32007, 32000)  # <|end|>, <|endoftext|>
-
-
-def _whole(low: int, high: int) -> Any:
-    return Annotated[int, Meta(ge=low, le=high)]
-
-
-def _number(low: float, high: float) -> Any:
-    return Annotated[float, Meta(ge=low, le=high)]
-
-
-TOKEN_ID: Any = _whole(0, 2**20)
-TOKEN_IDS: Any = list[Annotated[int, Meta(ge=0, le=2**20)]]
-FACTORS: Any = list[Annotated[float, Meta(ge=1e-9, le=1e9)]]
-
-# Sizes are bounded, so that the empty model they describe can be built before a tensor of the checkpoint is looked at.
-RULES: dict[str, Any] = {
-    "vocab_size": _whole(1, 2**20),
-    "hidden_size": _whole(1, 2**16),
-    "intermediate_size": _whole(1, 2**18),
-    "num_hidden_layers": _whole(1, 2**10),
-    "num_attention_heads": _whole(1, 2**12),
-    "num_key_value_heads": _whole(1, 2**12),
-    "max_position_embeddings": _whole(1, 2**24),
-    "original_max_position_embeddings": _whole(2, 2**24),
-    "sliding_window": _whole(1, 2**24) | None,
-    "rms_norm_eps": _number(0, 1),
-    "rope_theta": _number(1, 1e12),
-    "initializer_range": _number(0, 100),
-    "attention_dropout": _number(0, 0.99),
-    "embd_pdrop": _number(0, 0.99),
-    "resid_pdrop": _number(0, 0.99),
-    "use_cache": bool,
-    "tie_word_embeddings": bool,
-    "bos_token_id": TOKEN_ID | None,
-    "pad_token_id": TOKEN_ID | None,
-    "eos_token_id": TOKEN_ID | TOKEN_IDS | None,
-    "image_token_id": TOKEN_ID,
-    "stop_token_ids": TOKEN_IDS,
-    "rope_scaling": dict | None,
-    "embd_layer": dict | None,
-    "img_processor": dict | None,
-    "vision_config": dict | None,
-    "auto_map": dict | None,
+CLIP_FIELDS: dict[str, Any] = {
+    "hidden_size": Size,
+    "intermediate_size": Size,
+    "num_hidden_layers": Annotated[int, Meta(ge=2, le=2**10)],  # the features come from the second-to-last layer
+    "num_attention_heads": Size,
+    "image_size": Literal[336],
+    "patch_size": Literal[14],
+    "num_channels": Literal[3],
 }
-CLIP_RULES = {
-    "hidden_size": _whole(1, 2**16),
-    "intermediate_size": _whole(1, 2**18),
-    "num_hidden_layers": _whole(2, 2**10),
-    "num_attention_heads": _whole(1, 2**12),
-}
-FACTOR_RULES = dict.fromkeys(("short_factor", "long_factor"), FACTORS)
-GENERATION_RULES = {
-    "bos_token_id": TOKEN_ID,
-    "pad_token_id": TOKEN_ID,
-    "eos_token_id": TOKEN_ID | TOKEN_IDS,
-    "max_new_tokens": _whole(1, 2**24),
-    "do_sample": bool,
-    "temperature": _number(1e-3, 1e3),
-    "top_k": _whole(0, 2**20),
-    "top_p": _number(0, 1),
-    "repetition_penalty": _number(1e-3, 1e3),
+ROPE_FIELDS: dict[str, Any] = {
+    "type": Literal["su", "longrope", "yarn"],
+    "short_factor": list[Factor],
+    "long_factor": list[Factor],
 }
 DTYPES = ("float32", "bfloat16", "float16")
+PUBLISHED_IMAGE_TOKEN_ID = 32044
+PUBLISHED_STOP_TOKEN_IDS = (32007, 32000)  # <|end|>, <|endoftext|>
 
 
 class Phi3VConfig(PreTrainedConfig):
@@ -101,47 +62,47 @@ class Phi3VConfig(PreTrainedConfig):
 
     `rope_scaling` is `{"type": "su" | "yarn", "short_factor": [...], "long_factor": [...]}` with head_dim / 2 factors
     each, or None for plain RoPE. `vision_config` holds only what differs from CLIP ViT-L/14-336. `image_token_id` marks
-    image positions in `input_ids`; `stop_token_ids` end an answer.
+    image positions in `input_ids`; `stop_token_ids` end an answer. Raises InputError, naming the field, for a value out
+    of the limits of its type and for sizes that do not fit together.
     """
 
     model_type = "phi3_v"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    vocab_size: int = 32064
-    hidden_size: int = 3072
-    intermediate_size: int = 8192
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 0  # 0 or None: as many as num_attention_heads
-    hidden_act: str = "silu"
-    resid_pdrop: float = 0.0
-    embd_pdrop: float = 0.0
-    attention_dropout: float = 0.0
-    max_position_embeddings: int = 131072
-    original_max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
+    vocab_size: Size = 32064
+    hidden_size: Size = 3072
+    intermediate_size: Size = 8192
+    num_hidden_layers: Layers = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 0  # 0 or None: as many as num_attention_heads
+    hidden_act: Literal["silu"] = "silu"
+    resid_pdrop: Fraction = 0.0
+    embd_pdrop: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    max_position_embeddings: Positions = 131072
+    original_max_position_embeddings: Positions = 4096
+    initializer_range: NonNegative = 0.02
+    rms_norm_eps: NonNegative = 1e-5
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    sliding_window: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = 32000
-    embd_layer: dict | None = None
-    img_processor: dict | None = None
-    vision_config: dict | None = None
-    auto_map: dict | None = None
-    image_token_id: int = PUBLISHED_IMAGE_TOKEN_ID
-    stop_token_ids: list[int] | tuple[int, ...] = PUBLISHED_STOP_TOKEN_IDS
+    rope_theta: Positive = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    sliding_window: Positions | None = None
+    bos_token_id: TokenId | None = 1
+    eos_token_id: TokenId | list[TokenId] | None = 2
+    pad_token_id: TokenId | None = 32000
+    embd_layer: dict[str, Any] | None = None
+    img_processor: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    auto_map: dict[str, Any] | None = None
+    image_token_id: TokenId = PUBLISHED_IMAGE_TOKEN_ID
+    stop_token_ids: Sequence[TokenId] = PUBLISHED_STOP_TOKEN_IDS
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.foreign: dict[str, Any] = {}  # what else a file said
-        # What defaults are made of comes first; `_check` looks at everything.
-        check_values("config.json: ", {"vision_config": self.vision_config}, {"vision_config": RULES["vision_config"]})
-        if not self.num_key_value_heads:
-            self.num_key_value_heads = self.num_attention_heads
+        self.foreign: dict[str, Any] = {}  # other keys of a file
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        check_values("config.json: ", vars(self), FIELDS)
+        self._check_sizes()
         if self.embd_layer is None:
             self.embd_layer = {
                 "embedding_cls": "image",
@@ -157,10 +118,25 @@ class Phi3VConfig(PreTrainedConfig):
                 "name": "clip_vision_model",
                 "num_img_tokens": 144,
             }
-        if self.auto_map is None:
-            self.auto_map = {}  # the Auto classes look into it without asking
+        self.auto_map = self.auto_map or {}  # the Auto classes expect a dict
         super().__post_init__(**kwargs)
-        self._check()
+
+    def _check_sizes(self) -> None:
+        check_values("config.json: vision_config.", self.clip, CLIP_FIELDS)
+        for name, size, unit, divisor in (
+            ("hidden_size", self.hidden_size, "twice num_attention_heads", 2 * self.num_attention_heads),
+            ("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads),
+            ("vision_config.hidden_size", self.clip["hidden_size"], "its heads", self.clip["num_attention_heads"]),
+        ):
+            if size % divisor:
+                raise InputError(f"config.json: {name} {size} is not a multiple of {unit} ({divisor})")
+        if (order := (self.embd_layer or {}).get("hd_transform_order", "sub_glb")) != "sub_glb":
+            raise InputError(f"config.json: embd_layer.hd_transform_order is {order!r}, it must be sub_glb")
+        if self.rope_scaling is not None:
+            check_values("config.json: rope_scaling.", self.rope_scaling, ROPE_FIELDS)
+            for name in ("short_factor", "long_factor"):
+                if (found := len(self.rope_scaling[name])) != (needed := self.head_dim // 2):
+                    raise InputError(f"config.json: rope_scaling.{name} needs {needed} numbers, found {found}")
 
     @property
     def head_dim(self) -> int:
@@ -173,58 +149,24 @@ class Phi3VConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration in the content of a config.json; `kwargs` as in transformers.
+        """The configuration of a config.json's content; `kwargs` as in transformers.
 
-        Raises InputError for another kind of model, and for a value that cannot be.
+        Raises InputError for another kind of model, and as the class does.
         """
         if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
-            raise InputError(f"config.json: model_type is {kind!r}, only {cls.model_type!r} can be read")
+            raise InputError(f"config.json: model_type is {kind!r}, it must be {cls.model_type}")
         if (dtype := config_dict.get("dtype", config_dict.get("torch_dtype"))) not in (None, *DTYPES):
             raise InputError(f"config.json: dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
-        obeyed = {*RULES, "hidden_act", "dtype", "torch_dtype"}
-        made = super().from_dict({key: value for key, value in config_dict.items() if key in obeyed}, **kwargs)
+        known = {*FIELDS, "dtype", "torch_dtype"}
+        made = super().from_dict({key: value for key, value in config_dict.items() if key in known}, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
-        obeyed |= {"_commit_hash"}  # which transformers before 5.24 puts among the file's own keys
-        config.foreign = {key: value for key, value in config_dict.items() if key not in obeyed}
+        known |= {"_commit_hash"}  # transformers before 5.24 adds it to the content of the file
+        config.foreign = {key: value for key, value in config_dict.items() if key not in known}
         return made
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
-        content = read_object(Path(json_file))
-        content.pop("configuration_files", None)  # transformers would go on to one of these
-        return {"model_type": cls.model_type, **content}
-
-    def _check(self) -> None:
-        check_values("config.json: ", vars(self), RULES)
-        check_values("config.json: vision_config.", self.clip, CLIP_RULES)
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise InputError(
-                f"config.json: hidden_size {self.hidden_size} is not a multiple of twice "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.clip["hidden_size"] % self.clip["num_attention_heads"]:
-            raise InputError("config.json: vision_config.hidden_size is not a multiple of its num_attention_heads")
-        if self.hidden_act != "silu":
-            raise InputError(f"config.json: hidden_act {self.hidden_act!r} is not supported, only 'silu'")
-        if any(self.clip[name] != CLIP_VIT_L_336[name] for name in ("image_size", "patch_size", "num_channels")):
-            raise InputError("config.json: vision_config must keep image_size 336, patch_size 14 and num_channels 3")
-        order = (self.embd_layer or {}).get("hd_transform_order", "sub_glb")
-        if order != "sub_glb":
-            raise InputError(f"config.json: embd_layer.hd_transform_order {order!r} is not supported, only 'sub_glb'")
-        if self.rope_scaling is None:
-            return
-        kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
-        if kind not in ("su", "longrope", "yarn"):
-            raise InputError(f"config.json: rope_scaling.type {kind!r} is not supported, only 'su' and 'yarn'")
-        check_values("config.json: rope_scaling.", self.rope_scaling, FACTOR_RULES)
-        for name in FACTOR_RULES:
-            if (found := len(self.rope_scaling[name])) != self.head_dim // 2:
-                raise InputError(f"config.json: rope_scaling.{name} needs {self.head_dim // 2} numbers, found {found}")
+        return {"model_type": cls.model_type, **read_object(Path(json_file))}
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
@@ -236,26 +178,10 @@ class Phi3VConfig(PreTrainedConfig):
         return {key: value for key, value in out.items() if not (key in ("vision_config", "auto_map") and not value)}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        foreign, self.foreign = self.foreign, {}  # transformers would look into its values, and may stumble
-        try:
-            out = super().to_diff_dict() | foreign
-        finally:
-            self.foreign = foreign
+        out = super().to_diff_dict() | self.foreign
         if "dtype" in out:
-            out["torch_dtype"] = out.pop("dtype")  # the name the published file and its readers know
+            out["torch_dtype"] = out.pop("dtype")  # the name in the published file
         return out
 
 
-def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """What a folder's generation_config.json says of the few things that matter here; None if there is none.
-
-    transformers would let the file choose beams by the thousand, an assistant model, a cache, a compiler. Raises
-    InputError, naming the file.
-    """
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
-    content = read_object(file)
-    chosen = {name: content[name] for name in GENERATION_RULES if content.get(name) is not None}
-    check_values(f"{file}: ", chosen, {name: GENERATION_RULES[name] for name in chosen})
-    return GenerationConfig(**chosen)
+FIELDS: dict[str, Any] = inspect.get_annotations(Phi3VConfig, eval_str=True)

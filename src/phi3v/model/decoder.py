@@ -3,11 +3,11 @@
     x += o_proj(attend(rotate(q), rotate(k), v)),  q, k, v = qkv_proj(RMS(x))
     x += down(up * silu(gate)),                    gate, up = gate_up_proj(RMS(x))
 
-A layer does not know where its tokens lie: it works on [..., H] and hands q, k, v to `attend`. With `rows`, only these
-tokens are carried on (the last layer needs no others), while all tokens still give keys and values.
+A layer does not know the layout of its tokens: it works on [..., H] and passes q, k, v to `attend`. With `rows`, only
+these tokens continue (the last layer needs no others), while all tokens provide keys and values.
 
-A layer is two halves around `attend`, each of which can be compiled. `attend` is not: it is kernels already, and runs
-over trees, of which every pack has others.
+A layer consists of two halves around `attend`, each of which can be compiled. `attend` is not compiled: it calls
+kernels, for trees that differ from pack to pack.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """What goes into attention, `heads`, and what comes out of it, `o_proj`; it is never called as a whole."""
+    """The projections before attention, `heads`, and after it, `o_proj`. It has no forward."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[..., H] -> q, k, v [..., heads, D]; q only at `rows`."""
         sizes = [self.q_size, self.kv_size, self.kv_size]
-        if rows is not None and type(self.qkv_proj) is nn.Linear:  # an adapter around it must see the whole input
+        if rows is not None and type(self.qkv_proj) is nn.Linear:  # an adapter around it needs the whole input
             w_q, w_kv = self.qkv_proj.weight.split([self.q_size, 2 * self.kv_size])
             q, (k, v) = F.linear(x[rows], w_q), F.linear(x, w_kv).split(sizes[1:], dim=-1)
         else:
@@ -90,7 +90,7 @@ class Phi3VDecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
         """[..., H] -> [..., H], or [R, H] with `rows` [R]. `rope` is (cos, sin), each [..., 1, D]."""
-        # Compiled in training only: generation has new shapes at every turn.
+        # Compiled for training only: in generation every step has new shapes.
         before, after = self.compiled if self.compiled and self.training else HALVES
         q, k, v = before(self, x, rope, rows)
         return after(self, x, attend(self.layer, q, k, v, rows), rows)
@@ -104,10 +104,10 @@ def before_attention(
 
 
 def after_attention(layer: Phi3VDecoderLayer, x: Tensor, attended: Tensor, rows: Tensor | None) -> Tensor:
-    """What went into the layer, and what `attend` made of it [..., N, D] -> [..., H]."""
+    """The input of the layer [..., H] and the output of `attend` [..., N, D] -> [..., H]."""
     x = (x if rows is None else x[rows]) + layer.resid_dropout(layer.self_attn.o_proj(attended.flatten(-2)))
     return x + layer.resid_dropout(layer.mlp(layer.post_attention_layernorm(x)))
 
 
-# Functions of the layer, not methods: a layer that is copied, with what is compiled, runs on its own weights.
+# Functions that take the layer, not methods: a deep copy of a compiled layer then runs on its own weights.
 HALVES = (before_attention, after_attention)

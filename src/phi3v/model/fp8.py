@@ -1,8 +1,8 @@
-"""Linears of the decoder multiplied in fp8 while they learn (torchao): approximate, and for Hopper and later.
+"""The decoder's linears in fp8 during training (torchao): approximate, for Ada, Hopper and later GPUs.
 
-Inputs and weights are scaled to e4m3, gradients of outputs to e5m2, each tensor by its own largest value, in every
-step. The weights stay what they are, and so do checkpoints; in eval mode the products are the usual ones, so that a
-score is one of the model that is saved.
+In every step inputs and weights are scaled to e4m3 and gradients of outputs to e5m2, each tensor by its own maximum.
+Weights and checkpoints do not change, and in eval mode the linears are not in fp8, so scores are those of the saved
+model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from phi3v.base.errors import InputError
 from phi3v.model.phi3v import Phi3VForCausalLM
 
 CAPABILITY = (8, 9)
-"""Of the first cards that multiply in fp8."""
+"""Compute capability of the first GPUs with fp8 products."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why fp8 products cannot be had here, in words; None if they can."""
+    """The reason why fp8 products are not available on this device in this dtype, or None if they are."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         return "it needs a GPU of the Hopper or Ada generation or later"
     if dtype != torch.bfloat16:
@@ -30,9 +30,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def learn_in_fp8(model: Phi3VForCausalLM, *, emulate: bool = False) -> None:
-    """Changes the decoder's linears in place; their weights are the same tensors.
+    """Convert the decoder's linears in place; their weights remain the same tensors.
 
-    `emulate` rounds as the hardware does but multiplies as ever, anywhere. Raises InputError without torchao.
+    With `emulate` values are rounded to fp8 but multiplied in their own dtype, which runs on any device. Raises
+    InputError without torchao.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -44,7 +45,7 @@ def learn_in_fp8(model: Phi3VForCausalLM, *, emulate: bool = False) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if self.training else F.linear(x, self.weight)
 
-    # A weight's gradient is a product over tokens, whose number is any: the kernel wants a multiple of 16.
+    # The gradient of a weight is a product over tokens, and the kernel needs a multiple of 16.
     convert_to_float8_training(model.model.layers, config=Float8LinearConfig(emulate=emulate, pad_inner_dim=True))
     linear: nn.Module
     for linear in model.model.layers.modules():

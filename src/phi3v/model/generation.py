@@ -1,7 +1,8 @@
 """Greedy answers for whole packs: a page is encoded once for all its questions, and the questions decode together.
 
-The same answers come out as from `model.generate` one question at a time. Decoding is one batch over all branches of
-the pack on a static cache: keys of a prefix are held once per tree, keys of each branch in a row of their own.
+Invariant: the answers are those of `model.generate` for one question at a time. Decoding is one batch of all branches
+of the pack on a static cache, which holds the keys and values of a prefix once per tree, and those of each branch in a
+row of its own.
 
 Shapes: S trees, B branches, U questions of the largest tree, N heads, M key/value heads, D head_dim, P and L longest
 prefix and branch.
@@ -9,7 +10,7 @@ prefix and branch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 def generate_pack(
     model: Any, pack: Pack, *, max_new_tokens: int, stop_token_ids: tuple[int, ...] | list[int]
 ) -> list[list[int]]:
-    """Greedy continuation of every branch of a pack of prompts, in order; stop ids end an answer and are not in it.
+    """Greedy continuations of all branches of a pack of prompts, in order, without the stop ids that end them.
 
-    `model` is a `Phi3VForCausalLM`, bare or inside PEFT. An answer that outgrows the short RoPE regime is encoded anew,
-    once, with the long factors, as `generate` does.
+    `model` is a `Phi3VForCausalLM`, bare or inside PEFT. An answer that outgrows the short RoPE regime is recomputed
+    once with the long factors, as in `generate`.
     """
     if not pack.layout.trees:
         return []
@@ -44,96 +45,95 @@ def generate_pack(
         bare.train(was_training)
 
 
+class _Branch(NamedTuple):
+    """One question of a pack."""
+
+    tree: int
+    slot: int
+    """Its number within the tree."""
+    prefix: range
+    """Token indices of the tree's prefix."""
+    own: range
+    """Token indices of the branch."""
+
+
+def _branches_of(layout: Layout) -> list[_Branch]:
+    found = []
+    for number, (start, tree) in enumerate(zip(layout.starts, layout.trees, strict=True)):
+        at = start + tree.prefix
+        for slot, length in enumerate(tree.branches):
+            found.append(_Branch(number, slot, range(start, start + tree.prefix), range(at, at + length)))
+            at += length
+    return found
+
+
 def _greedy(
     model: Phi3VForCausalLM, x_TH: Tensor, layout: Layout, max_new_tokens: int, stops: frozenset[int]
 ) -> list[list[int]]:
-    device, decoder = x_TH.device, model.model
+    device, decoder, branches = x_TH.device, model.model, _branches_of(layout)
     border = model.config.original_max_position_embeddings
-    spans = [span for spans in _branch_spans(layout) for span in spans]
-    long = torch.tensor([tree.long for tree in layout.trees for _ in tree.branches], device=device)
-    lengths = torch.tensor([tree.prefix + n for tree in layout.trees for n in tree.branches], device=device)
+    long = torch.tensor([layout.trees[branch.tree].long for branch in branches], device=device)
+    lengths = torch.tensor([len(branch.prefix) + len(branch.own) for branch in branches], device=device)
 
     recorded = _Recording(decoder.attention_of(layout))
-    rope = decoder.rope(layout.position, layout.long, torch.float32)
-    last_rows = torch.tensor([stop - 1 for _, stop in spans], device=device)
+    rope = decoder.rope(layout.position, layout.long)
+    last_rows = torch.tensor([branch.own.stop - 1 for branch in branches], device=device)
     hidden = decoder.decode(x_TH, rope, recorded, last_rows)
     cache = _PageCache(layout, recorded, max_new_tokens, model.config.sliding_window)
 
-    answers: list[list[int]] = [[] for _ in spans]
-    open_branches = set(range(len(spans)))
+    answers: list[list[int]] = [[] for _ in branches]
+    unfinished = set(range(len(branches)))
     for step in range(max_new_tokens):
         chosen = model.lm_head(hidden).float().argmax(-1)
-        for branch, token in enumerate(chosen.tolist()):
-            if branch not in open_branches:
-                continue
+        for number, token in enumerate(chosen.tolist()):
             if token in stops:
-                open_branches.discard(branch)
-            else:
-                answers[branch].append(token)
-        if not open_branches or step == max_new_tokens - 1:
-            break
+                unfinished.discard(number)
+            elif number in unfinished:
+                answers[number].append(token)
         lengths = lengths + 1
-        outgrown = [b for b in ((lengths > border) & ~long).nonzero()[:, 0].tolist() if b in open_branches]
-        if outgrown:
-            left = max_new_tokens - step - 1
-            for branch, rest in zip(outgrown, _anew(model, x_TH, layout, answers, outgrown, left, stops), strict=True):
-                answers[branch] += rest
-            open_branches.difference_update(outgrown)
-            if not open_branches:
-                break
-        rope = decoder.rope(lengths - 1, long, torch.float32)
+        left = max_new_tokens - step - 1
+        outgrown = [n for n in ((lengths > border) & ~long).nonzero()[:, 0].tolist() if n in unfinished]
+        if outgrown and left:
+            rests = _restart(model, x_TH, layout, answers, outgrown, left, stops)
+            for number, rest in zip(outgrown, rests, strict=True):
+                answers[number] += rest
+            unfinished.difference_update(outgrown)
+        if not unfinished or not left:
+            break
+        rope = decoder.rope(lengths - 1, long)
         hidden = decoder.decode(decoder.embed_tokens(chosen), rope, cache)
         cache.advance()
     return answers
 
 
-def _anew(
+def _restart(
     model: Phi3VForCausalLM,
     x_TH: Tensor,
     layout: Layout,
     answers: list[list[int]],
-    branches: list[int],
+    numbers: list[int],
     max_new_tokens: int,
     stops: frozenset[int],
 ) -> list[list[int]]:
-    """Continue some branches, each as a tree of its own in the long regime, images not encoded again."""
-    pieces, trees = [], []
-    spans = [
-        (start, tree.prefix, span)
-        for start, tree, spans in zip(layout.starts, layout.trees, _branch_spans(layout), strict=True)
-        for span in spans
-    ]
-    for branch in branches:
-        start, prefix, (a, b) = spans[branch]
-        written = model.model.embed_tokens(torch.tensor(answers[branch], device=x_TH.device))
-        pieces += [x_TH[start : start + prefix], x_TH[a:b], written.to(x_TH.dtype)]
-        trees.append(Tree(prefix, (b - a + len(answers[branch]),), True))
+    """Continue the branches with these numbers, each as a tree of its own in the long regime, on the same images."""
+    branches, pieces, trees = _branches_of(layout), list[Tensor](), []
+    for number in numbers:
+        prefix, own = branches[number].prefix, branches[number].own
+        answer = model.model.embed_tokens(torch.tensor(answers[number], device=x_TH.device))
+        pieces += [x_TH[prefix.start : prefix.stop], x_TH[own.start : own.stop], answer.to(x_TH.dtype)]
+        trees.append(Tree(len(prefix), (len(own) + len(answer),), True))
     return _greedy(model, torch.cat(pieces), Layout.of(trees).to(x_TH.device), max_new_tokens, stops)
 
 
-def _branch_spans(layout: Layout) -> list[list[tuple[int, int]]]:
-    """Per tree, the token range of each branch."""
-    found = []
-    for start, tree in zip(layout.starts, layout.trees, strict=True):
-        at, spans = start + tree.prefix, []
-        for length in tree.branches:
-            spans.append((at, at + length))
-            at += length
-        found.append(spans)
-    return found
-
-
 class _Recording:
-    """Passes attention through and keeps the keys and values of every layer, [T, M, D] each."""
+    """Passes attention through and records the keys and values of every layer, [T, M, D] each."""
 
     def __init__(self, attend: Attend) -> None:
         self.attend = attend
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.kv: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None) -> Tensor:
-        self.keys.append(k)
-        self.values.append(v)
+        self.kv.append((k, v))
         return self.attend(layer, q, k, v, rows)
 
 
@@ -141,35 +141,25 @@ class _PageCache:
     """Attention of one new token per branch over its tree's prefix and its own branch."""
 
     def __init__(self, layout: Layout, recorded: _Recording, max_new_tokens: int, window: int | None) -> None:
-        device = recorded.keys[0].device
-        spans = _branch_spans(layout)
-        counts = [len(found) for found in spans]
-        self.tree = torch.arange(len(counts), device=device).repeat_interleave(
-            torch.tensor(counts, device=device)
-        )  # [B]
-        self.slot = torch.cat([torch.arange(count, device=device) for count in counts])  # [B] number within the tree
+        device, branches = recorded.kv[0][0].device, _branches_of(layout)
+        self.tree = torch.tensor([branch.tree for branch in branches], device=device)  # [B]
+        self.slot = torch.tensor([branch.slot for branch in branches], device=device)  # [B]
         self.prefix = torch.tensor([tree.prefix for tree in layout.trees], device=device)  # [S]
-        self.own = torch.tensor([b - a for found in spans for a, b in found], device=device)  # [B] tokens so far
+        self.own = torch.tensor([len(branch.own) for branch in branches], device=device)  # [B] tokens so far
         self.window = window
 
-        starts = list(zip(layout.starts, layout.trees, strict=True))
-        prefixes = [slice(start, start + tree.prefix) for start, tree in starts]
-        branches = [slice(a, b) for found in spans for a, b in found]
+        def padded(x_TMD: Tensor, spans: list[range], room: int) -> Tensor:  # -> [S or B, M, longest + room, D]
+            x = pad_sequence([x_TMD[span.start : span.stop] for span in spans], batch_first=True)
+            return F.pad(x.transpose(1, 2), (0, 0, 0, room))
 
-        def padded(x_TMD: Tensor, at: list[slice], room: int) -> Tensor:  # -> [S or B, M, longest + room, D]
-            return F.pad(pad_sequence([x_TMD[span] for span in at], batch_first=True).transpose(1, 2), (0, 0, 0, room))
+        prefixes = [branch.prefix for branch in branches if branch.slot == 0]
+        owns = [branch.own for branch in branches]
+        self.prefix_kv = [tuple(padded(x, prefixes, 0) for x in kv) for kv in recorded.kv]
+        self.branch_kv = [tuple(padded(x, owns, max_new_tokens) for x in kv) for kv in recorded.kv]
+        self._set_visible()
 
-        self.prefix_kv = [
-            tuple(padded(x, prefixes, 0) for x in kv) for kv in zip(recorded.keys, recorded.values, strict=True)
-        ]
-        self.branch_kv = [
-            tuple(padded(x, branches, max_new_tokens) for x in kv)
-            for kv in zip(recorded.keys, recorded.values, strict=True)
-        ]
-        self._see()
-
-    def _see(self) -> None:
-        """Which keys each branch's next token sees: [B, 1, P] of its prefix and [B, 1, L] of its own."""
+    def _set_visible(self) -> None:
+        """Set `visible` [B, 1, P + L]: the keys of its prefix and of its branch that each next token attends to."""
         device = self.own.device
         prefix = self.prefix[self.tree][:, None]
         key_P = torch.arange(self.prefix_kv[0][0].shape[2], device=device)
@@ -183,7 +173,7 @@ class _PageCache:
 
     def advance(self) -> None:
         self.own = self.own + 1
-        self._see()
+        self._set_visible()
 
     def __call__(self, layer: int, q_BND: Tensor, k_BMD: Tensor, v_BMD: Tensor, rows: Tensor | None = None) -> Tensor:
         branches = torch.arange(q_BND.shape[0], device=q_BND.device)
@@ -204,7 +194,7 @@ class _PageCache:
         return from_prefix + (on_own[..., None, :] @ own_v)[..., 0, :]
 
     def _by_tree(self, x_BNX: Tensor) -> Tensor:
-        """[B, N, X] -> [S, N, U, X]: the questions of a page side by side, so that its keys are read once."""
+        """[B, N, X] -> [S, N, U, X]: the questions of a page side by side, so that its keys are read once for all."""
         grouped = x_BNX.new_zeros(self.prefix.shape[0], int(self.slot.max()) + 1, *x_BNX.shape[1:])
         grouped[self.tree, self.slot] = x_BNX
         return grouped.transpose(1, 2)

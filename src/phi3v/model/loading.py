@@ -1,4 +1,4 @@
-"""Models from folders: a checkpoint in the published layout, an adapter on top of one, and back to a folder."""
+"""Loading and saving models: checkpoints in the published layout, and adapters on top of them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def load_model(
     as_trained: bool = True,
     device: torch.device | None = None,
 ) -> tuple[Any, Phi3VProcessor]:
-    """The model in a folder (or on the Hub) with its processor; an adapter folder comes on its base, in PEFT.
+    """The model in a folder or on the Hub, and its processor. An adapter is loaded onto its base, inside PEFT.
 
-    `dtype` is the checkpoint's own by default. The base of an adapter is quantised if it was in training, unless not
-    `as_trained`: on `device`, where a GPU needs seconds; everything else is on the CPU. Raises InputError, in one
-    line, when there is nothing usable.
+    `dtype` is by default that of the checkpoint. With `as_trained` the base of an adapter is quantized if it was
+    quantized in training, on `device`; everything else is on the CPU. Raises InputError if the model cannot be loaded.
     """
     folder = Path(name)
     if (folder / ADAPTER_CONFIG).is_file():
@@ -49,15 +48,11 @@ def load_model(
         raise
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise InputError(f"{name}: {first_line(error)}") from error
-    if processor.image_token_id != model.config.image_token_id:
-        raise InputError(
-            f"{name}: the tokenizer's <|image|> is {processor.image_token_id}, "
-            f"config.json says {model.config.image_token_id}"
-        )
-    if (highest := max(processor.tokenizer.get_vocab().values())) >= model.config.vocab_size:
-        raise InputError(
-            f"{name}: the tokenizer has token {highest}, config.json a vocab_size of {model.config.vocab_size}"
-        )
+    config, image = model.config, processor.image_token_id
+    if image != config.image_token_id:
+        raise InputError(f"{name}: the tokenizer's <|image|> is {image}, config.json says {config.image_token_id}")
+    if (highest := max(processor.tokenizer.get_vocab().values())) >= config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has token {highest}, config.json a vocab_size of {config.vocab_size}")
     return model, processor
 
 
@@ -73,7 +68,7 @@ def _load_adapter(
     try:
         if (Path(base_name) / ADAPTER_CONFIG).is_file():
             raise InputError(f"{base_name} is an adapter itself")
-        # What is quantised is the checkpoint in its own precision, as in training, whatever `dtype` is.
+        # For any `dtype`, the checkpoint is quantized in its own precision, as in training.
         base, _ = load_model(base_name, dtype="auto" if how else dtype, attention=attention)
     except InputError as error:
         raise InputError(f"{folder}: the adapter's base model cannot be loaded: {error}") from error
@@ -86,20 +81,20 @@ def _load_adapter(
 
 
 def save_model(model: Any, processor: Phi3VProcessor, folder: Path, *, carry_from: str | Path | None = None) -> None:
-    """Writes the model (if it is inside PEFT, its adapter and how its base is quantised) and the processor's files.
+    """Save the model and the files of the processor; of a model inside PEFT, the adapter and how its base is quantized.
 
-    The published remote code beside the base checkpoint, `carry_from`, is carried along: it is never run here, but
-    other readers of the layout look for it.
+    The published remote code in `carry_from`, the folder of the base checkpoint, is copied: it never runs here, but
+    other programs that read the layout expect it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
-        for adapter in model.peft_config.values():  # a relative path would only work from this folder
+        for adapter in model.peft_config.values():  # a relative path would depend on the working directory
             base = adapter.base_model_name_or_path
             if base and Path(base).is_dir():
                 adapter.base_model_name_or_path = str(Path(base).resolve())
-        # "auto" would put the whole base lm_head into the adapter file, because lm_head has an adapter
+        # "auto" would save the lm_head of the base in the adapter file, because lm_head has an adapter
         model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template for a model card, all blanks
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
         if how := getattr(model, "quantization", None):
             write_quantization(folder, how)
     else:
@@ -111,7 +106,7 @@ def save_model(model: Any, processor: Phi3VProcessor, folder: Path, *, carry_fro
 
 
 def load_config(name: str | Path) -> Phi3VConfig:
-    """The configuration alone, without weights."""
+    """The configuration of a model. Raises InputError if it cannot be read."""
     try:
         return Phi3VConfig.from_pretrained(name)
     except OSError as error:
@@ -119,5 +114,5 @@ def load_config(name: str | Path) -> Phi3VConfig:
 
 
 def first_line(error: BaseException) -> str:
-    """The first sentence of a library's long message."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of an error message, or the type of an error without one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Which weights learn: parts of the model by name, freezing, and LoRA adapters."""
+"""Which weights are trained, and in which precision: parts of the model by name, freezing, LoRA adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TOWER = EMBEDDER + "img_processor.vision_model."
 
 
 def part_of(name: str) -> str:
-    """The part a parameter or module belongs to: vision, projector, embeddings or decoder (head and norms included)."""
-    name = name.removeprefix("base_model.model.")  # as PEFT calls it
+    """The part of a parameter or module: vision, projector, embeddings or decoder (including the head and norms)."""
+    name = name.removeprefix("base_model.model.")  # PEFT's prefix
     if name.startswith(EMBEDDER + "img_processor."):
         return "vision"
     if name.startswith(EMBEDDER):
@@ -26,21 +26,21 @@ def part_of(name: str) -> str:
 
 
 def unused_tail(model: Phi3VForCausalLM) -> tuple[str, ...]:
-    """Name prefixes of the CLIP weights that are stored but never run: its last layer and `post_layernorm`."""
+    """Name prefixes of the CLIP weights that are in the checkpoint but never run: the last layer, `post_layernorm`."""
     last = model.config.clip["num_hidden_layers"] - 1
     return (f"{TOWER}encoder.layers.{last}.", f"{TOWER}post_layernorm.")
 
 
 def freeze(model: Phi3VForCausalLM, parts: Iterable[str]) -> None:
-    """Frozen parts, the unused CLIP tail and 4-bit weights do not learn; everything else does."""
+    """Make everything trainable but the given parts, the unused CLIP tail and 4-bit weights."""
     parts, tail = set(parts), unused_tail(model)
     for name, parameter in model.named_parameters():
-        learns = part_of(name) not in parts and not name.startswith(tail) and parameter.is_floating_point()
-        parameter.requires_grad_(learns)
+        trainable = part_of(name) not in parts and not name.startswith(tail) and parameter.is_floating_point()
+        parameter.requires_grad_(trainable)
 
 
 def lora_targets(model: Phi3VForCausalLM, frozen: Iterable[str]) -> list[str]:
-    """Full names of the linears that get adapters: all of the decoder and `lm_head`, and of the parts not frozen."""
+    """Full names of the linears that get adapters: those of the decoder, `lm_head`, and the parts not frozen."""
     frozen, tail = set(frozen), unused_tail(model)
     return [
         name
@@ -60,7 +60,7 @@ def add_lora(
     dora: bool,
     rslora: bool,
 ) -> Any:
-    """The model inside PEFT with fresh adapters; only they learn."""
+    """The model inside PEFT with new adapters, which alone are trainable."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -76,7 +76,7 @@ def add_lora(
 
 
 def recompute_layers(model: Any, layers: int) -> None:
-    """The first `layers` layers, of the decoder and then of CLIP, keep their input and are computed again."""
+    """Recompute the activations of the first `layers` layers, counted through the decoder and then through CLIP."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     decoder = next(module for module in model.modules() if isinstance(module, Phi3VModel))
     decoder.recomputed_layers = min(layers, len(decoder.layers))
@@ -85,9 +85,9 @@ def recompute_layers(model: Any, layers: int) -> None:
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype, *, learning: torch.dtype = torch.float32) -> None:
-    """Weights that learn in `learning`, the others in `dtype`: what autocast expects, and nothing is kept twice.
+    """Cast trainable weights to `learning` and all others to `dtype`, as autocast expects, without second copies.
 
-    4-bit weights stay as they are, and are multiplied in `dtype`.
+    4-bit weights keep their bits and are multiplied in `dtype`.
     """
     for parameter in model.parameters():
         wanted = learning if parameter.requires_grad else dtype
@@ -97,9 +97,9 @@ def set_precision(model: nn.Module, dtype: torch.dtype, *, learning: torch.dtype
 
 
 def widen(model: nn.Module, dtype: torch.dtype) -> None:
-    """No weight in less precision than `dtype`: arithmetic in float32 wants float32 weights, not rounded results.
+    """Cast weights of less precision than `dtype` to `dtype`.
 
-    4-bit weights stay as they are, and are multiplied in `dtype`.
+    4-bit weights keep their bits and are multiplied in `dtype`.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -108,15 +108,15 @@ def widen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Per part, (parameters that learn, all parameters)."""
+    """(Trainable parameters, all parameters) by part."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        learns, every = counts.get(part_of(name), (0, 0))
-        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights to a byte
-        counts[part_of(name)] = (learns + number * parameter.requires_grad, every + number)
+        trainable, every = counts.get(part_of(name), (0, 0))
+        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights per byte
+        counts[part_of(name)] = (trainable + number * parameter.requires_grad, every + number)
     return counts
 
 
 def quantised_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The packed weights of 4-bit layers: constants, held whole by every rank."""
+    """The packed weights of 4-bit layers: constants, of which every rank holds all."""
     return [parameter for parameter in model.parameters() if parameter.dtype == torch.uint8]

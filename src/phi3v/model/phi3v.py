@@ -1,10 +1,10 @@
-"""Phi-3.5-vision in plain PyTorch, inside the transformers shell.
+"""Phi-3.5-vision in plain PyTorch, with the interface of transformers.
 
-What differs from the published code, on purpose:
-- RoPE regime per example, from that example's own length, never from a padded or packed one;
-- image positions carry the id of `<|image|>`; the published negative ids are accepted and mapped;
-- every number of images is checked against the positions that wait for them;
-- without a cache, a padded batch is run as a pack: padding costs nothing and reaches nothing;
+Deliberate differences from the published code:
+- the RoPE regime is chosen per example, from its own length, not from the length of a padded batch or a pack;
+- image positions carry the id of `<|image|>`; the published negative ids are accepted and converted;
+- the number of image positions is checked against the images;
+- without a cache, a padded batch runs as a pack, so padding costs nothing and affects nothing;
 - one call, `model(pack=...)`, runs whole trees of examples and returns logits at the supervised rows only.
 
 Parameters, their names and their shapes are the published ones (592 tensors at the real size).
@@ -27,22 +27,25 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from phi3v.base.errors import InputError
 from phi3v.data.image import CROP
 from phi3v.model.attention import Attend, CachedAttention, PackedAttention
-from phi3v.model.configuration import Phi3VConfig, read_generation_config
+from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.decoder import Phi3VDecoderLayer, RMSNorm
 from phi3v.model.rope import LongRope
 from phi3v.model.vision import CLIPEmbeddings, ImageEmbedding, crops_of_pixel_values, crops_of_tiles, grid_of
-from phi3v.model.weights import Shapes, checkpoint_shapes, refuse_other
+from phi3v.model.weights import Shapes, check_shapes, checkpoint_folder, checkpoint_shapes
 from phi3v.packing.layout import Layout, Tree
 from phi3v.packing.loss import ROWS_PER_CHUNK, loss_of_rows
 
 if TYPE_CHECKING:
     from phi3v.packing.pack import Pack
 
-# From transformers 5.24 on `past_key_values` is called `cache`; older releases know only the old name. We take both.
+# transformers 5.24 renamed `past_key_values` to `cache`. Both names are accepted, and the installed one's is returned.
 CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 
-# The published processor marks image k's positions with -k.
+# The published processor marks the positions of image k with -k.
 MOST_NEGATIVE_ID = -1_000_000_000
+
+# Arguments of `from_pretrained` that choose the files of a model on the Hub.
+HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -56,16 +59,15 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight", r"position_ids$", r"inv_freq$"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_flex_attn = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but never from a pickle, which can run code."""
+        """As in transformers, but only from safetensors: a pickle can run code."""
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        # transformers would ask for the flash-attn package, or fetch a kernel from the Hub: ours needs neither.
+        # transformers would require the flash-attn package or a kernel from the Hub. We use PyTorch's kernel.
         if attn_implementation == "flash_attention_2":
             return attn_implementation
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
@@ -73,22 +75,17 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, nn.LayerNorm | RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, CLIPEmbeddings):
             nn.init.normal_(module.class_embedding, std=std)
         elif isinstance(module, ImageEmbedding):
             nn.init.zeros_(module.glb_GN)
             nn.init.zeros_(module.sub_GN)
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            nn.init.zeros_(bias)
 
 
 class Phi3VModel(Phi3VPreTrainedModel):
@@ -96,46 +93,45 @@ class Phi3VModel(Phi3VPreTrainedModel):
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
-        padding = config.pad_token_id
-        if padding is not None and not 0 <= padding < config.vocab_size:
-            padding = None
-        # padding_idx: the row of <|endoftext|> never receives gradient from the input side, as published
+        # padding_idx: as published, the row of <|endoftext|> gets no gradient from the inputs
+        padding = config.pad_token_id if (config.pad_token_id or 0) < config.vocab_size else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=padding)
         self.vision_embed_tokens = ImageEmbedding(config)
         self.layers = nn.ModuleList(Phi3VDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = LongRope(config)
         self.gradient_checkpointing = False
-        self.recomputed_layers = config.num_hidden_layers  # with gradient checkpointing; the first ones
-        self.always_embed_images = False  # for engines whose ranks must all do the same work
+        self.recomputed_layers = config.num_hidden_layers  # with gradient checkpointing, the first so many
+        self.always_embed_images = False  # for engines whose ranks must all run the same modules
         self.post_init()
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
     def with_image_id(self, input_ids: Tensor) -> Tensor:
-        """The published processor's negative ids become the id of `<|image|>`."""
+        """Replace the negative ids of the published processor by the id of `<|image|>`."""
         negative = (input_ids < 0) & (input_ids > MOST_NEGATIVE_ID)
         return input_ids.masked_fill(negative, self.config.image_token_id)
 
     def embed(self, input_ids: Tensor, crops: Tensor | None, grids: list[tuple[int, int]]) -> Tensor:
-        """Token ids [...] and the crops of all their images, in order -> embeddings [..., H]."""
+        """Token ids [...] and the crops of all their images, in order -> embeddings [..., H].
+
+        Raises InputError if the images do not fill the image positions exactly.
+        """
         x = self.embed_tokens(input_ids)
         positions = input_ids == self.config.image_token_id
+        found = int(positions.sum())
         if not grids:
-            if bool(positions.any()):
-                raise InputError(f"input_ids hold {int(positions.sum())} image positions, but no images were given")
+            if found:
+                raise InputError(f"input_ids hold {found} image positions, but no images were given")
             return x + self._blank_image(x.device) if self.always_embed_images else x
         images = self.vision_embed_tokens(crops, grids).to(x.dtype)
-        if int(positions.sum()) != images.shape[0]:
-            raise InputError(
-                f"input_ids hold {int(positions.sum())} image positions, "
-                f"the {len(grids)} images given need {images.shape[0]}"
-            )
+        if found != (needed := images.shape[0]):
+            raise InputError(f"input_ids hold {found} image positions, the {len(grids)} images given need {needed}")
         x = x.masked_scatter(positions[..., None], images)
         return F.dropout(x, self.config.embd_pdrop, self.training) if self.config.embd_pdrop else x
 
     def _blank_image(self, device: torch.device) -> Tensor:
-        """Zero, by way of the whole image embedder: what reaches its weights is a gradient of zeros."""
+        """A zero computed by the whole image embedder, so that its weights get gradients of zeros."""
         blank = torch.zeros(1, 3, CROP, CROP, device=device)
         return 0.0 * self.vision_embed_tokens(blank, [(1, 1)]).sum()
 
@@ -143,7 +139,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         """`embed` for the published batch: pixel_values [n, N+1, 3, 336, 336], image_sizes [n, 2] (h, w)."""
         ids = self.with_image_id(input_ids)
         if pixel_values is None or not bool((ids == self.config.image_token_id).any()):
-            return self.embed(ids, None, [])  # pixel values nobody refers to are ignored, as published
+            return self.embed(ids, None, [])  # as published, pixel values without image positions are ignored
         if image_sizes is None:
             raise InputError("pixel_values came without image_sizes")
         grids = [grid_of((h, w)) for h, w in image_sizes.tolist()]
@@ -176,11 +172,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self, x: Tensor, layout: Layout, rows: Tensor | None = None, position: Tensor | None = None
     ) -> Tensor:
         """`decode` for embeddings [T, H] of a pack; `position` [T] replaces the layout's own positions in RoPE."""
-        rope = self.rope(layout.position if position is None else position, layout.long, torch.float32)
+        rope = self.rope(layout.position if position is None else position, layout.long)
         return self.decode(x, rope, self.attention_of(layout), rows)
 
     def decode_batch(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """[B, L, H] with padding -> [B, L, H]. Real tokens are laid end to end; padding rows come back as zeros."""
+        """[B, L, H] with padding -> [B, L, H]. The real tokens run as a pack; rows of padding are zeros."""
         batch, length = x.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
@@ -196,14 +192,14 @@ class Phi3VModel(Phi3VPreTrainedModel):
     def decode_cached(
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache
     ) -> Tensor:
-        """[B, L, H] new tokens after what `cache` holds -> [B, L, H]; `attention_mask` [B, past + L]."""
+        """New tokens [B, L, H] after those in `cache` -> [B, L, H]; `attention_mask` [B, past + L]."""
         past, (batch, length) = cache.get_seq_length(), x.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=x.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=x.device)
         long = attention_mask.sum(1, keepdim=True) > self.config.original_max_position_embeddings
-        rope = self.rope(position_ids.expand(batch, length), long, torch.float32)
+        rope = self.rope(position_ids.expand(batch, length), long)
         backend = self.config._attn_implementation or "sdpa"
         attend = CachedAttention(cache, attention_mask, length, backend, self.config.sliding_window)
         return self.decode(x, rope, attend)
@@ -252,12 +248,10 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         self._stop_where_answers_end()
 
     def _stop_where_answers_end(self) -> None:
-        # The published generation_config stops at </s>, which the model never writes.
-        if self.generation_config is not None and self.generation_config.eos_token_id in (
-            None,
-            self.config.eos_token_id,
-        ):
-            self.generation_config.eos_token_id = list(self.config.stop_token_ids)
+        # The published generation_config stops at </s>, which the model never generates.
+        generation = self.generation_config
+        if generation is not None and generation.eos_token_id in (None, self.config.eos_token_id):
+            generation.eos_token_id = list(self.config.stop_token_ids)
 
     def forward(
         self,
@@ -287,23 +281,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                 return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())
             of_rows = loss_of_rows(self.lm_head, hidden, pack.targets, pack.weights, self.loss_rows_per_chunk)
             return CausalLMOutputWithPast(loss=of_rows)
+        cache = past_key_values if cache is None else cache
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            pixel_values,
-            image_sizes,
-            use_cache,
-            cache,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, pixel_values, image_sizes, use_cache
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep if labels is None else slice(None)]).float()
         loss = None
         if labels is not None:
             if bool((labels[:, 1:] == -100).all()):
-                raise InputError("labels: every label is -100 (ignored), there is nothing to learn")
+                raise InputError("labels: every label is -100 (ignored), there is nothing to learn from")
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: out.get(CACHE)})
 
@@ -313,7 +300,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate` for prompts with images: `generate(**processor(...), max_new_tokens=64)`.
 
-        Images are encoded once, also for beams and when a row is encoded anew because it outgrew the short RoPE regime.
+        Images are encoded once, also for beams and for rows that are recomputed because they outgrew the short RoPE
+        regime.
         """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if ids is None:
@@ -323,7 +311,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         embeds = self.model.embed_pixel_values(ids, kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", None))
         given = {"past_key_values", "cache", "cache_implementation"} & kwargs.keys()
         if kwargs.get("use_cache", True) and not given:
-            kwargs[CACHE] = DynamicCache()  # not one made from the config: that would drop keys by window
+            kwargs[CACHE] = DynamicCache()  # one made from the config would drop keys outside the sliding window
         return super().generate(ids, generation_config, prompt_embeds=embeds, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -337,7 +325,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The next forward: new tokens only, or everything when a row has just outgrown the short RoPE regime."""
+        """Inputs of the next forward: the new tokens, or all when a row has just outgrown the short RoPE regime."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         cache = past_key_values if cache is None else cache
@@ -368,22 +356,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint with a missing or misshapen tensor is refused, by the tensor's name.
+        """As in transformers, but raises InputError, naming the tensors, if some are missing or have another shape.
 
-        In a folder, before anything is made for it: a small file may speak of a huge model.
+        The headers of the files are checked before the model gets memory: a small file may describe a huge model.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are reported below, all of them by name
-        folder, place = Path(pretrained_model_name_or_path), f"checkpoint {pretrained_model_name_or_path}"
-        if folder.is_dir():
-            refuse_other(place, checkpoint_shapes(folder), cls._expected_shapes(kwargs.get("config"), folder))
-            kwargs.setdefault("generation_config", read_generation_config(folder))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        mismatched = sorted(info["mismatched_keys"])
-        expected = {name: shape for name, _, shape in mismatched} | dict.fromkeys(info["missing_keys"], ())
-        refuse_other(place, {name: shape for name, shape, _ in mismatched}, expected)
-        model._stop_where_answers_end()
-        return (model, info) if wants_info else model
+        name = pretrained_model_name_or_path
+        folder = checkpoint_folder(name, **{key: kwargs[key] for key in HUB if key in kwargs})
+        expected = cls._expected_shapes(kwargs.get("config"), folder)
+        check_shapes(f"checkpoint {name}", checkpoint_shapes(folder), expected)
+        made = super().from_pretrained(name, *args, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._stop_where_answers_end()  # (model, info) on request
+        return made
 
     @classmethod
     def _expected_shapes(cls, config: Phi3VConfig | None, folder: Path) -> Shapes:
@@ -393,5 +376,5 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
     def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:
-        """Safetensors under the published key names (sharded above 5 GB, as published), config.json with `auto_map`."""
+        """As in transformers, with shards of at most 5 GB, as published."""
         super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)

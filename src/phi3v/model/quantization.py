@@ -1,9 +1,9 @@
-"""4-bit weights (QLoRA): the base in nf4 by bitsandbytes, frozen; what learns are adapters on top.
+"""4-bit weights (QLoRA): the base in nf4 by bitsandbytes, frozen, under adapters that are trained.
 
-Invariant: quantising the same weights the same way gives the same bits. The 4-bit weights are therefore never
-saved: an adapter remembers in `quantization.json` how its base was quantised, and the base is quantised anew.
+Invariant: quantizing the same weights in the same way gives the same bits. The 4-bit weights are therefore never saved:
+an adapter records in `quantization.json` how its base was quantized, and the base is quantized again when it is loaded.
 
-Packed weights are always uint8, so nothing that casts floating-point weights, an engine for one, can touch them.
+Packed weights are always uint8, so nothing that casts floating-point weights, such as an engine, changes them.
 """
 
 from __future__ import annotations
@@ -13,60 +13,48 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import read_object
-
-Part = Literal["vision", "projector"]
-"""What may be quantised beside the decoder."""
+from phi3v.base.jsonfile import convert, read_object
 
 FILE = "quantization.json"
-FORMAT = {"bits": 4, "type": "nf4", "block_size": 64}
 
-# On CPUs with AVX512-BF16, importing bitsandbytes (PEFT does, too) complains that a package for kernels from the Hub is
-# missing. Only the repacked weights that `_quantized` rules out would use them.
+# On CPUs with AVX512-BF16 bitsandbytes warns when it is imported, also by PEFT, that a package for kernels from the Hub
+# is missing. Only the repacked weights that `_quantized` rules out would use them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How a base is quantised: the linears of its decoder layers, and those of `parts`; never `lm_head`."""
+    """How a base is quantized: the linears of its decoder layers and of `parts`, but never `lm_head`."""
 
     double_quant: bool = True
-    """Quantise the scale of every block, too: 4.1 bits a weight instead of 4.5."""
+    """Quantize the scales of the blocks as well: 4.1 bits per weight instead of 4.5."""
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Literal["vision", "projector"], ...] = ()
+    """Parts that are quantized in addition to the decoder."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(part for part in get_args(Part) if part in self.parts))
+    bits: Literal[4] = 4
+    type: Literal["nf4"] = "nf4"
+    block_size: Literal[64] = 64
 
     def __str__(self) -> str:
-        twice = " with double quantisation" if self.double_quant else ""
+        twice = " with double quantization" if self.double_quant else ""
         return f"4-bit nf4{twice} ({', '.join(['decoder', *self.parts])})"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**FORMAT, **asdict(self), "parts": list(self.parts)}
 
 
 def read_quantization(folder: Path) -> Quantization | None:
-    """How the base of the adapter in a folder was quantised; None if it was not. Raises InputError."""
+    """How the base of the adapter in a folder was quantized, or None. Raises InputError, naming the file and field."""
     file = folder / FILE
-    if not file.is_file():
-        return None
-    found = read_object(file)
-    parts, double_quant = found.get("parts"), found.get("double_quant")
-    how = Quantization(double_quant=double_quant is True, parts=tuple(parts) if isinstance(parts, list) else ())
-    if how.to_dict() != found:
-        raise InputError(f"{file}: describes no quantisation that this version knows")
-    return how
+    return convert(read_object(file), Quantization, str(file)) if file.is_file() else None
 
 
 def write_quantization(folder: Path, how: Quantization) -> None:
-    (folder / FILE).write_text(json.dumps(how.to_dict(), indent=1))
+    (folder / FILE).write_text(json.dumps(asdict(how), indent=1))
 
 
 def quantize(
@@ -77,11 +65,11 @@ def quantize(
     device: torch.device | None = None,
     advance: Callable[[int], None] = lambda weights: None,
 ) -> int:
-    """Replaces linears by 4-bit ones, in place and one by one, so that memory falls as it goes.
+    """Replace linears by 4-bit ones, in place and one by one, so that memory use falls along the way.
 
-    On `device` (default: where each weight is), which must be where the model goes; `model.to(device)` moves the rest.
-    `advance` is told the weights of every linear that is done. Returns how many weights were quantised; a model without
-    memory (on the meta device) gets packed weights without memory. Raises InputError without bitsandbytes.
+    This happens on `device` (default: the device of each weight), to which `model.to(device)` must then move the rest
+    of the model. On the meta device the packed weights have no memory either. `advance` is called with the number of
+    weights of each linear. Returns the number of quantized weights. Raises InputError without bitsandbytes.
     """
     try:
         import bitsandbytes
@@ -94,26 +82,26 @@ def quantize(
         total += linear.weight.numel()
         advance(linear.weight.numel())
     compute_in(model, compute_dtype)
-    model.is_loaded_in_4bit = True  # PEFT asks for this before it takes its own layer for 4-bit linears
+    model.is_loaded_in_4bit = True  # lets PEFT use its layer for 4-bit linears
     model.quantization = how
     return total
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """The precision 4-bit weights are multiplied in: in the forward pass the module's, in the backward the state's.
+    """Set the dtype in which 4-bit weights are multiplied, in the forward and the backward pass.
 
-    bitsandbytes leaves the latter at the unquantised weights' own: a float32 run on a bf16 checkpoint would
-    differentiate with weights rounded to bf16, other than those it computes with.
+    bitsandbytes leaves that of the backward pass, which is in the quantization state, at the dtype of the unquantized
+    weights: a float32 run on a bf16 checkpoint would compute gradients with other weights than the loss.
     """
     linear: Any
     for linear in model.modules():
         if getattr(linear, "quant_state", None) is not None:
             linear.compute_dtype = linear.weight.quant_state.dtype = dtype
-            linear.compute_type_is_set = True  # or the first input decides
+            linear.compute_type_is_set = True  # otherwise the first input decides
 
 
 def _linears(model: Any, how: Quantization) -> Iterator[tuple[nn.Module, str]]:
-    """Parent and name of every linear to quantise. CLIP's last layer is never run and stays as it is."""
+    """Parent and name of every linear to quantize. CLIP's last layer never runs and is left as it is."""
     embedder = model.model.vision_embed_tokens
     roots = [model.model.layers]
     roots += [embedder.img_processor.vision_model.encoder.layers[:-1]] if "vision" in how.parts else []
@@ -127,8 +115,8 @@ def _linears(model: Any, how: Quantization) -> Iterator[tuple[nn.Module, str]]:
 
 def _quantized(linear: nn.Linear, how: Quantization, device: torch.device | None, bnb: Any) -> nn.Module:
     new = bnb.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4", device="meta")
-    # bitsandbytes 0.50: on a CPU with AVX512-BF16, one forward pass in eval mode repacks the weights in place for a
-    # kernel without a backward pass; every later gradient is wrong, without an error.
+    # bitsandbytes 0.50: on a CPU with AVX512-BF16 a forward pass in eval mode repacks the weights in place for a kernel
+    # without a backward pass, and every later gradient is wrong, without an error.
     new.support_avx512bf16_for_cpu = False
     new.bias = linear.bias
     weight, settings = linear.weight.detach(), {"quant_type": "nf4", "compress_statistics": how.double_quant}
@@ -137,5 +125,5 @@ def _quantized(linear: nn.Linear, how: Quantization, device: torch.device | None
         new.weight = bnb.Params4bit(packed, bnb_quantized=True, module=new, **settings)
     else:
         target = weight.device if device is None else device
-        new.weight = bnb.Params4bit(weight.to(target), module=new, **settings).to(target)  # quantises
+        new.weight = bnb.Params4bit(weight.to(target), module=new, **settings).to(target)  # quantizes
     return new.train(linear.training)

@@ -1,10 +1,10 @@
-"""Rotary positions with short and long factors ("su" LongRoPE), chosen example by example.
+"""Rotary position embeddings with short and long factors ("su" LongRoPE), chosen per example.
 
     inv_freq_i = 1 / (factor_i * theta^(2i/d)),  angle = position * inv_freq,  cos and sin both times m,
     m = sqrt(1 + ln(max/orig) / ln(orig))  for su,   0.1 ln(max/orig) + 1  for yarn,   1 when max <= orig.
 
-Invariant: tables are computed in float32 in the published order of operations, whatever the model's dtype. The
-frequencies are not buffers, so `model.to(torch.bfloat16)` cannot ruin them.
+Invariant: the tables are computed in float32 in the published order of operations, for any dtype of the model. The
+frequencies are not buffers, so `model.to(torch.bfloat16)` does not round them.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class LongRope:
             elif ratio > 1:
                 self.scale = math.sqrt(1 + math.log(ratio) / math.log(config.original_max_position_embeddings))
         powers = config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim)
-        # float32 order of the published code: 1 / (factor * theta^p)
+        # in float32 and in the order of the published code: 1 / (factor * theta^p)
         self.inv_freq = 1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * powers)  # [2, D/2]
 
-    def __call__(self, position: Tensor, long: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`position` [...] and `long` [...] (bool, broadcastable) -> cos, sin [..., 1, D] (1 for the heads)."""
+    def __call__(self, position: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+        """`position` [...] and `long` [...] (bool, broadcastable) -> cos, sin [..., 1, D] in float32 (1: the heads)."""
         if self.inv_freq.device != position.device:
             self.inv_freq = self.inv_freq.to(position.device)
         with torch.autocast(position.device.type, enabled=False):
             angle = position[..., None].float() * self.inv_freq[long.long()]
             angle = torch.cat([angle, angle], dim=-1)[..., None, :]
-            return (angle.cos() * self.scale).to(dtype), (angle.sin() * self.scale).to(dtype)
+            return angle.cos() * self.scale, angle.sin() * self.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """From crops to embeddings: the CLIP tower, the HD layout and the projector.
 
-Feature of a crop: the output of the second-to-last CLIP layer, class token dropped; 2x2 neighbours merged, 24x24x D
--> 12x12x 4D. An image becomes its local tiles laid out in space (a separator `sub_GN` after every row), then `glb_GN`,
-then the global view laid out alike; all of it goes through the projector. The sequence per image therefore has
-(ab + 1) 144 + 1 + (a + 1) 12 rows for a grid of a x b tiles.
+The features of a crop are the output of the second-to-last CLIP layer without the class token, with 2x2 neighbors
+merged, 24 x 24 x D -> 12 x 12 x 4D. An image becomes its local tiles arranged in space (a separator `sub_GN` after
+every row), then `glb_GN`, then its global view arranged in the same way; all of this passes through the projector. The
+sequence of an image with a grid of a x b tiles therefore has (ab + 1) 144 + 1 + (a + 1) 12 rows.
 
-Only what is needed is computed: never a zero crop, never the last CLIP layer, and one crop instead of two where the
-global view *is* the only tile. A frozen tower runs without a graph.
+Only what is needed is computed: no crops of padding, not the last CLIP layer, and one crop instead of two where the
+only tile *is* the global view. A frozen tower runs without an autograd graph.
 
 Shapes: C crops, P patches (577 with the class token), D CLIP width, H decoder width.
 """
@@ -14,6 +14,7 @@ Shapes: C crops, P patches (577 with the class token), D CLIP width, H decoder w
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ SIDE = 24  # patches along a crop
 PATCH = 14  # pixels along a patch
 PATCHES = SIDE * SIDE + 1  # of a crop, with the class token
 MERGED = 12  # rows and columns of a merged crop
-# Crops encoded at once by a frozen tower: enough to fill a device, and a bound on its memory.
+# A frozen tower encodes so many crops at once: enough to fill a device, with bounded memory.
 FROZEN_CROPS_PER_CALL = 64
 
 
@@ -36,10 +37,10 @@ class CLIPEmbeddings(nn.Module):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(dim))
         self.patch_embedding = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH, bias=False)
-        self.position_embedding = nn.Embedding(SIDE * SIDE + 1, dim)
+        self.position_embedding = nn.Embedding(PATCHES, dim)
 
     def forward(self, crops: Tensor) -> Tensor:
-        """[C, 3, 336, 336] -> [C, P, D]. The convolution does not overlap, so it is a matrix product over patches."""
+        """[C, 3, 336, 336] -> [C, P, D]. The convolution has no overlap, so it is computed as a matrix product."""
         count = crops.shape[0]
         weight = self.patch_embedding.weight
         patches = crops.to(weight.dtype).view(count, 3, SIDE, PATCH, SIDE, PATCH).permute(0, 2, 4, 1, 3, 5)
@@ -76,11 +77,12 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    def __init__(self, dim: int, hidden: int, heads: int, eps: float) -> None:
+    def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
-        self.self_attn = CLIPAttention(dim, heads)
+        dim, eps = sizes["hidden_size"], sizes["layer_norm_eps"]
+        self.self_attn = CLIPAttention(dim, sizes["num_attention_heads"])
         self.layer_norm1 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = CLIPMLP(dim, hidden)
+        self.mlp = CLIPMLP(dim, sizes["intermediate_size"])
         self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,20 +91,15 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    def __init__(self, sizes: dict) -> None:
+    def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            CLIPLayer(
-                sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"], sizes["layer_norm_eps"]
-            )
-            for _ in range(sizes["num_hidden_layers"])
-        )
+        self.layers = nn.ModuleList(CLIPLayer(sizes) for _ in range(sizes["num_hidden_layers"]))
 
 
 class CLIPVisionTransformer(nn.Module):
-    """CLIP ViT up to its second-to-last layer. The last layer and `post_layernorm` are kept for the checkpoint only."""
+    """CLIP ViT up to its second-to-last layer. The last layer and `post_layernorm` are only there for checkpoints."""
 
-    def __init__(self, sizes: dict) -> None:
+    def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
         dim = sizes["hidden_size"]
         self.embeddings = CLIPEmbeddings(dim)
@@ -110,11 +107,11 @@ class CLIPVisionTransformer(nn.Module):
         self.encoder = CLIPEncoder(sizes)
         self.post_layernorm = nn.LayerNorm(dim, eps=sizes["layer_norm_eps"])
         self.gradient_checkpointing = False
-        self.recomputed_layers = sizes["num_hidden_layers"] - 1  # with gradient checkpointing; the first ones
+        self.recomputed_layers = sizes["num_hidden_layers"] - 1  # with gradient checkpointing, the first so many
         self._gradient_checkpointing_func: Callable[..., Tensor] | None = None
 
     def forward(self, crops: Tensor) -> Tensor:
-        """[C, 3, 336, 336] normalised -> patch features [C, 576, D]."""
+        """Normalized crops [C, 3, 336, 336] -> patch features [C, 576, D]."""
         x = self.pre_layrnorm(self.embeddings(crops))
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.encoder.layers[:-1]):
@@ -127,9 +124,9 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class ImageProcessor(nn.Module):
-    """Only a name: the published keys say `img_processor.vision_model`."""
+    """A module for the name `img_processor.vision_model` of the published keys."""
 
-    def __init__(self, sizes: dict) -> None:
+    def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
         self.vision_model = CLIPVisionTransformer(sizes)
 
@@ -143,18 +140,18 @@ class ImageEmbedding(nn.Module):
         self.glb_GN = nn.Parameter(torch.empty(1, 1, merged))
         self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
         self.img_processor = ImageProcessor(config.clip)
-        self.frozen_crops_per_call = FROZEN_CROPS_PER_CALL
         self.img_projection = nn.Sequential(
             nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
 
     def forward(self, crops: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-        """Crops of all images in order, [C, 3, 336, 336]: per image its global view, then its a*b tiles, row by row.
+        """Crops of all images in order [C, 3, 336, 336], and their grids -> [rows of all images, H].
 
-        A 1x1 image has a single crop, which is both its global view and its tile. Returns [rows of all images, H].
+        The crops of an image are its global view and its a*b tiles, row by row. A 1x1 image has one crop, which is both
+        its global view and its tile.
         """
         features = self.encode(crops)
-        # 2x2 neighbours in the order (0,0) (0,1) (1,0) (1,1)
+        # 2x2 neighbors in the order (0,0) (0,1) (1,0) (1,1)
         features = features.view(-1, MERGED, 2, MERGED, 2, features.shape[-1]).transpose(2, 3)
         features = features.reshape(-1, MERGED, MERGED, 4 * features.shape[-1])
         sequences, at = [], 0
@@ -167,16 +164,15 @@ class ImageEmbedding(nn.Module):
         return self.img_projection(torch.cat(sequences))
 
     def encode(self, crops: Tensor) -> Tensor:
-        """Crops [C, 3, 336, 336] -> what CLIP makes of each alone, [C, 576, D]; without a graph if it is frozen."""
+        """Crops [C, 3, 336, 336] -> CLIP features [C, 576, D], without an autograd graph if CLIP is frozen."""
         tower = self.img_processor.vision_model
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
-        if learns:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()):
             return tower(crops)
         with torch.no_grad():
-            return torch.cat([tower(part) for part in crops.split(self.frozen_crops_per_call)])
+            return torch.cat([tower(part) for part in crops.split(FROZEN_CROPS_PER_CALL)])
 
     def _with_separators(self, grid: Tensor) -> Tensor:
-        """[rows, columns, 4D] -> [rows * (columns + 1), 4D], `sub_GN` after every row."""
+        """[rows, columns, 4D] -> [rows * (columns + 1), 4D], with `sub_GN` after every row."""
         separator = self.sub_GN[0].to(grid.dtype).expand(grid.shape[0], 1, -1)
         return torch.cat([grid, separator], dim=1).flatten(0, 1)
 
@@ -187,28 +183,26 @@ def grid_of(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def crops_needed(a: int, b: int) -> int:
-    """Crops CLIP must see for a x b tiles: these and the global view, which at 1x1 is the same picture."""
+    """Crops that CLIP encodes for a x b tiles: the tiles and the global view, which at 1x1 are the same image."""
     return 1 if (a, b) == (1, 1) else a * b + 1
 
 
 def crops_of_tiles(tiles: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-    """Raw uint8 tiles of all images in order [sum(ab), 3, 336, 336] -> the float32 crops `ImageEmbedding` wants."""
+    """Raw uint8 tiles of all images in order [sum(ab), 3, 336, 336] -> float32 crops [C, ...] for `ImageEmbedding`."""
     if not grids:
         return tiles.float()
+    crops: list[Tensor] = []
     with torch.no_grad():
-        x = normalize(tiles)
-        crops, at = [], 0
-        for a, b in grids:
-            own = x[at : at + a * b]
-            at += a * b
-            if (a, b) != (1, 1):
-                crops.append(global_view(own, a * CROP, b * CROP)[None])
-            crops.append(own)
+        for (a, b), own in zip(grids, normalize(tiles).split([a * b for a, b in grids]), strict=True):
+            crops += [own] if (a, b) == (1, 1) else [global_view(own, a * CROP, b * CROP)[None], own]
         return torch.cat(crops)
 
 
 def crops_of_pixel_values(pixel_values: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-    """The published batch [n_images, N + 1, 3, 336, 336], zero crops included -> the crops `ImageEmbedding` wants."""
+    """The published batch [images, N + 1, 3, 336, 336] with crops of padding -> crops [C, ...] for `ImageEmbedding`.
+
+    Raises InputError for another shape, and for an image with more tiles than the batch has room for.
+    """
     if pixel_values.ndim != 5 or pixel_values.shape[0] != len(grids):
         raise InputError(
             f"pixel_values has shape {tuple(pixel_values.shape)}, image_sizes has {len(grids)} images: "
@@ -216,8 +210,6 @@ def crops_of_pixel_values(pixel_values: Tensor, grids: list[tuple[int, int]]) ->
         )
     for image, (a, b) in enumerate(grids):
         if a * b + 1 > pixel_values.shape[1]:
-            raise InputError(
-                f"image {image + 1} has {a}x{b} tiles and a global view, "
-                f"pixel_values holds {pixel_values.shape[1]} crops"
-            )
+            room = pixel_values.shape[1]
+            raise InputError(f"image {image + 1} has {a}x{b} tiles and a global view, pixel_values holds {room} crops")
     return torch.cat([pixel_values[i, : crops_needed(a, b)] for i, (a, b) in enumerate(grids)])

@@ -1,28 +1,36 @@
-"""What safetensors files hold, from their headers alone: names and shapes, before a tensor is read or made room for."""
+"""Names and shapes of the tensors in safetensors files, read from their headers before any memory is allocated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import check_values, read_object
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILES = ("config.json", "generation_config.json", INDEX, "*.safetensors")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def checkpoint_shapes(folder: Path) -> Shapes:
-    """Of all tensors of a checkpoint, in one file or in those its index names. Raises InputError if there is none.
+def checkpoint_folder(name: str | Path, **hub: Any) -> Path:
+    """The folder of a checkpoint. A model on the Hub is downloaded to the cache first; `hub`: revision, token, ..."""
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=[*FILES], **hub))
 
-    So it does for what transformers would read as well, or instead: an adapter, a distributed checkpoint of PyTorch.
+
+def checkpoint_shapes(folder: Path) -> Shapes:
+    """The shapes of all tensors of a checkpoint, in one file or in the files of its index.
+
+    Raises InputError if there is neither, for an index that names anything but safetensors files beside it, and for an
+    adapter in the folder, which transformers would load as well.
     """
-    for other in ("adapter_config.json", "shard-*.safetensors"):
-        if stray := next(folder.glob(other), None):
-            raise InputError(f"{folder}: not a plain checkpoint, there is {stray.name}")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder}: not a plain checkpoint, there is adapter_config.json")
     if (folder / WHOLE).is_file():
         return file_shapes(folder / WHOLE)
     if not (folder / INDEX).is_file():
@@ -37,7 +45,7 @@ def checkpoint_shapes(folder: Path) -> Shapes:
 
 
 def file_shapes(file: Path) -> Shapes:
-    """Of all tensors of a file. Raises InputError, naming the file, if it is missing, damaged or something else."""
+    """The shapes of all tensors of a file. Raises InputError, naming the file, if it is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -45,8 +53,8 @@ def file_shapes(file: Path) -> Shapes:
         raise InputError(f"{file}: {error}") from error
 
 
-def refuse_other(place: str, found: Shapes, expected: Shapes) -> None:
-    """Raises InputError, naming the first few, unless every expected tensor is there in the expected shape."""
+def check_shapes(place: str, found: Shapes, expected: Shapes) -> None:
+    """Raises InputError, naming the first three tensors, unless all expected ones exist with the expected shapes."""
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [
         f"{name} has shape {list(found[name])}, expected {list(shape)}"

@@ -34,8 +34,8 @@ TABLE = Table(  # --mode takes the settings of its row; what you find to work be
     rows=(
         Row(mode="full", learning_rate=1e-5, epochs=3),
         Row(mode="frozen", learning_rate=2e-5, epochs=3),
-        Row(mode="lora", lora_rank=64, lora_alpha=128, learning_rate=2e-4, epochs=2),
-        Row(mode="qlora", lora_rank=64, lora_alpha=128, learning_rate=2e-4, epochs=2),
+        Row(mode="lora", lora_rank=64, learning_rate=2e-4, epochs=2),
+        Row(mode="qlora", lora_rank=64, learning_rate=2e-4, epochs=2),
     ),
 )
 

@@ -12,7 +12,6 @@ from phi3v.base.config import Run
 from phi3v.base.console import say
 from phi3v.base.hardware import has_bf16, name_of
 from phi3v.base.ranks import Ranks
-from phi3v.model.backend import name_attention
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import count_parameters
 from phi3v.packing.schedule import plan_epoch
@@ -49,8 +48,7 @@ def describe(
         optimizer=run.optim.optimizer,
     )
     _row("model", escape(run.base.model))
-    kernel, crops = name_attention(attention), data.reading.num_crops
-    _row("", f"{name_of(dtype)} on {ranks.device}, attention {kernel}, num_crops {crops}")
+    _row("", f"{name_of(dtype)} on {ranks.device}, attention {attention}, num_crops {data.reading.num_crops}")
     if run.base.fp8:
         _row("", "the decoder learns with products in fp8 (--fp8), which is approximate")
     if compiled:

@@ -26,7 +26,7 @@ def peak_tflops(card: str, dtype: torch.dtype) -> float | None:
     if dtype == torch.float32:
         return None
     found = card_of_device(card)
-    return None if found is None else float(found.tflops)
+    return None if found is None else found.tflops
 
 
 def device_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
