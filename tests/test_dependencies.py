@@ -18,7 +18,6 @@ NOT_IMPORTED = {
     "ninja": "DeepSpeed compiles its operators with it",
     "py-cpuinfo": "DeepSpeed compiles its operators with it",
 }
-NOT_DECLARED = {"flash-attn": "built by its user against the installed torch; without it PyTorch's kernel is used"}
 
 
 def normal(name: str) -> str:
@@ -61,7 +60,7 @@ OPTIONAL = set().union(
 
 
 def test_every_import_is_declared() -> None:
-    known = REQUIRED | OPTIONAL | NOT_DECLARED.keys()
+    known = REQUIRED | OPTIONAL
     assert not {(name, file) for name, _, file in FOUND if name not in known}
 
 
@@ -70,5 +69,5 @@ def test_every_declaration_is_imported() -> None:
 
 
 def test_optional_packages_are_imported_inside_functions() -> None:
-    optional = OPTIONAL - REQUIRED | NOT_DECLARED.keys()
+    optional = OPTIONAL - REQUIRED
     assert not {(name, file) for name, inside, file in FOUND if name in optional and not inside}

@@ -11,7 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from phi3v.base.errors import InputError, one_line
-from phi3v.base.hardware import available_memory, environment, pick_device
+from phi3v.base.hardware import environment, pick_device
 
 FOR_CONTRIBUTORS = ("dev", "docs", "fuzz")
 """Extras that no command needs."""
@@ -52,8 +52,7 @@ def collect() -> dict[str, dict[str, str]]:
 
 
 def _devices() -> dict[str, str]:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = f"{available_memory() / 2**30:.1f} of {total / 2**30:.1f} GiB available"
+    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     devices = {"cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {memory}"}
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
