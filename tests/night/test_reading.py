@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 LEFT = Callable[[Path], dict[str, Any]]
-STEP = "phi3v.train.loop:_seed"  # called once at the beginning of every step, before its packs are read
+STEP = "phi3v.train.loop:seed_step"  # called once at the beginning of every step, before its packs are read
 
 
 @pytest.mark.parametrize("busy_with", ["make_pack", "send_handle"])

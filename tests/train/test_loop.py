@@ -31,9 +31,9 @@ from phi3v.model.vision import ImageEmbedding
 from phi3v.packing.loss import weighted_cross_entropy
 from phi3v.packing.schedule import PlanSettings, plan_epoch
 from phi3v.packing.trees import Lengths, PackLimits
-from phi3v.train import checkpoint
+from phi3v.train import checkpoint, scoring
 from phi3v.train.engines import replicated
-from phi3v.train.loop import train
+from phi3v.train.loop import seed_step, train
 from phi3v.train.runlog import RunLog
 
 MAKE = Callable[..., Run]
@@ -391,7 +391,7 @@ def test_with_other_dropout_it_would_not(dropping: MAKE, tmp_path: Path, log_of:
     """The test above can fail: dropout matters, and it is the seed of the step that brings it back."""
     train(dropping(out=tmp_path / "whole", max_steps=4))
     train_until(dropping(out=tmp_path / "killed", max_steps=4), 4, monkeypatch)
-    monkeypatch.setattr(room, "_seed", lambda *unused: None)
+    monkeypatch.setattr(room, "seed_step", lambda *unused: None)
     train(dropping(out=tmp_path / "killed", max_steps=4, resume="auto"))
     assert log_of(tmp_path / "whole")[2]["loss"] == log_of(tmp_path / "killed")[2]["loss"]
     assert log_of(tmp_path / "whole")[3]["loss"] != log_of(tmp_path / "killed")[3]["loss"]
@@ -410,9 +410,9 @@ def test_the_seed_of_a_step_is_its_own() -> None:
     """Of every seed, step and rank another one, so that no two draw the same dropout."""
     drawn = set()
     for seed, step, rank in itertools.product((0, 1, 42, 43), (0, 1, 2, 1000, 1_000_002), (0, 1, 7)):
-        room._seed(seed, step, rank)
+        seed_step(seed, step, rank)
         drawn.add(float(torch.rand((), dtype=torch.float64)))
-        room._seed(seed, step, rank)
+        seed_step(seed, step, rank)
         assert float(torch.rand((), dtype=torch.float64)) in drawn
     assert len(drawn) == 4 * 5 * 3
 
@@ -431,7 +431,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(dropping: MAKE, tmp_path: Pat
     capsys.readouterr()
     train(dropping(out=tmp_path / "killed", resume="auto"))
     said = capsys.readouterr().out
-    assert f"damaged checkpoint passed over: {newest} has" in said
+    assert f"damaged checkpoint passed over: {newest} is damaged" in said
     assert f"resuming from {checkpoints / 'step-000003'}" in said
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
@@ -453,7 +453,7 @@ def test_a_run_killed_at_its_very_end_is_only_finished(
 ) -> None:
     run = dropping(max_steps=3, eval=tiny_data)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "baselines", lambda *unused: (_ for _ in ()).throw(Killed))
+        patch.setattr(scoring, "baselines", lambda *unused: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train(run)
     assert not (run.keeping.out / "metrics.json").exists()
@@ -469,6 +469,19 @@ def test_what_surrounds_the_loop_may_change(settings_for: MAKE, monkeypatch) -> 
     run = settings_for(max_steps=3, save_every_steps=2, keep_checkpoints=3, resume="auto")
     train(run)
     assert sorted(path.name for path in (run.keeping.out / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_a_run_of_an_earlier_version_resumes_with_its_own_decay(settings_for: MAKE, monkeypatch) -> None:
+    """Before there was `--decay`, matrices decayed."""
+    flags = {"max_steps": 2, "save_every_steps": 1}
+    train_until(settings_for(**flags, decay="matrices"), 2, monkeypatch)
+    file = settings_for().keeping.out / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["optim"]["decay"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"--resume: --decay was matrices in .*, now it is original"):
+        train(settings_for(**flags, resume="auto"))
+    train(settings_for(**flags, resume="auto", decay="matrices"))
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
@@ -608,7 +621,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
 def test_the_best_checkpoint_stays(settings_for: MAKE, tiny_data: Path, monkeypatch) -> None:
     """Scores 0.1, 0.6, 0.3, 0.6 at steps 2, 4, 6, 8: one is saved when it is better than all before, and kept."""
     scores = iter([0.0, 0.1, 0.6, 0.3, 0.6, 0.5])
-    monkeypatch.setattr(room, "score", lambda predictions: {"accuracy": next(scores), "questions": len(predictions)})
+    monkeypatch.setattr(scoring, "score", lambda predictions: {"accuracy": next(scores), "questions": len(predictions)})
     flags = {"max_steps": 10, "eval": tiny_data, "eval_limit": 1, "eval_every_steps": 2, "keep_checkpoints": 1}
     train(run := settings_for(**flags))
     found = {

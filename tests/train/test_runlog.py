@@ -12,6 +12,7 @@ import pytest
 
 from phi3v.base.console import console, progress_bar, say, speak
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 from phi3v.train import runlog
 from phi3v.train.runlog import RunLog
 from phi3v.train.screen import Screen
@@ -34,7 +35,7 @@ def lines(folder: Path) -> list[tuple[str, int]]:
 
 
 def opened(folder: Path, first_step: int = 0, **how: Any) -> RunLog:
-    return RunLog(folder, first_step=first_step, **{"screen": screen(), **how})
+    return RunLog(RunFolder(folder), first_step=first_step, **{"screen": screen(), **how})
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_a_tracker_that_fails_costs_no_run(tmp_path: Path, capsys: pytest.Captur
     assert [len(tracker.heard) for tracker in (weak, strong)] == [1, 4]
     assert lines(tmp_path) == [("step", 1), ("step", 2), ("complaint", 2), ("step", 3)]
     said = capsys.readouterr().out
-    assert said == "step 2: --track listener fails, it is told no more: no route to [it]\n"
+    assert said == "step 2: --track listener fails and is left out: no route to [it]\n"
 
 
 def test_a_rank_that_does_not_write_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

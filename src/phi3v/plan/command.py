@@ -45,10 +45,10 @@ from phi3v.plan.jobs import (
 from phi3v.plan.workload import Work, find_work
 from phi3v.recipes import find_recipe, forkme
 from phi3v.recipes.table import MODES, Mode, with_mode
-from phi3v.train.build import MEMORY_TO_USE, STEPS_LOOKED_AT, build_model
+from phi3v.train.build import build_model
 from phi3v.train.engines import Parallel
 from phi3v.train.flops import Flops, recomputing_flops, training_flops
-from phi3v.train.memory import CONTEXT_GB, estimate, layers_to_recompute
+from phi3v.train.memory import CONTEXT_GB, MEMORY_TO_USE, STEPS_LOOKED_AT, estimate, layers_to_recompute
 
 NF4_SPEED = 0.87
 """Of 4-bit weights, which must be widened before they are multiplied: what the guide's QLoRA reaches of its LoRA."""
