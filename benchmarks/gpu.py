@@ -40,7 +40,8 @@ from phi3v.model.parts import add_lora, freeze, recompute_layers
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
-from phi3v.train.engines import build_engine
+from phi3v.train.adamw import weight_dtype
+from phi3v.train.engines import EngineSettings, build_engine
 from phi3v.train.flops import achieved, device_peak_tflops, training_flops
 from phi3v.train.optim import build_optimizer
 
@@ -105,15 +106,12 @@ def measure(name: str, *, pages: int, steps: int, tiny: bool) -> dict[str, Any]:
     if compiled:
         compile_layers(model)
     optim = Optim(optimizer=how["optimizer"], learning_rate=1e-6)
-    engine = build_engine(
-        "ddp",
-        model,
-        ALONE,
+    settings = EngineSettings(
         make_optimizer=lambda model: build_optimizer(model, optim),
-        max_grad_norm=1.0,
         dtype=dtype,
-        optimizer=how["optimizer"],
+        learning=weight_dtype(how["optimizer"]),
     )
+    engine = build_engine("ddp", model, ALONE, settings)
     with tempfile.TemporaryDirectory() as folder:
         examples = make_examples(Path(folder), shape, pages, how["questions"])
         limits = PackLimits(max_tokens_per_pack=8192, max_crops_per_pack=64)

@@ -36,8 +36,9 @@ from phi3v.model.parts import add_lora, freeze, recompute_layers
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
-from phi3v.train.engines import build_engine
-from phi3v.train.engines.engine import bare
+from phi3v.train.adamw import weight_dtype
+from phi3v.train.engines import EngineSettings, build_engine
+from phi3v.train.engines.engine import unwrap
 from phi3v.train.memory import BUCKET, CONTEXT_GB, DEEPSPEED_BUFFERS, estimate
 from phi3v.train.optim import build_optimizer
 
@@ -83,15 +84,12 @@ def measure(name: str, layers: int = LAYERS) -> Measured:
     if how["recompute"]:
         recompute_layers(model, how["recompute"])
     optim = Optim(optimizer=how["optimizer"], learning_rate=1e-6)
-    engine = build_engine(
-        "ddp",
-        model.train(),
-        ALONE,
+    settings = EngineSettings(
         make_optimizer=lambda model: build_optimizer(model, optim),
-        max_grad_norm=1.0,
         dtype=dtype,
-        optimizer=how["optimizer"],
+        learning=weight_dtype(how["optimizer"]),
     )
+    engine = build_engine("ddp", model.train(), ALONE, settings)
     for number in range(2):
         if number:
             _held()
@@ -102,7 +100,7 @@ def measure(name: str, layers: int = LAYERS) -> Measured:
             engine.step()
     estimated = estimate(
         model,
-        bare(model).config,
+        unwrap(model).config,
         tokens=max(pack.tokens for pack in packs),
         crops=step.crops // len(packs),
         rows=step.rows // len(packs),

@@ -45,7 +45,7 @@ from phi3v.packing.loader import MicroBatch, Reading, training_packs
 from phi3v.packing.schedule import EpochPlan, PlanSettings
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.train.audit import ALWAYS_ZERO
-from phi3v.train.engines import Engine, build_engine
+from phi3v.train.engines import Engine, EngineSettings, build_engine
 from phi3v.train.optim import build_optimizer, reach
 
 IMAGE_TOKEN, NUM_CROPS, VOCABULARY = 431, 2, 432
@@ -193,9 +193,8 @@ def train(
     """The ten steps."""
     model = build_model(mode, dtype)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    engine: Engine = build_engine(
-        engine_name, model, ranks, make_optimizer=make_optimizer(optimizer, mode), max_grad_norm=1.0, dtype=dtype
-    )
+    settings = EngineSettings(make_optimizer=make_optimizer(optimizer, mode), dtype=dtype)
+    engine: Engine = build_engine(engine_name, model, ranks, settings)
     loss, losses, norms = 0.0, list[float](), list[float]()
     squares = dict.fromkeys(start, 0.0)
     for micro in data.packs(ranks, tokens):

@@ -26,7 +26,7 @@ from phi3v.packing.pack import Pack
 from phi3v.packing.schedule import Step
 from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
-from phi3v.train.engines.engine import bare
+from phi3v.train.engines.engine import unwrap
 from phi3v.train.flops import training_flops
 from phi3v.train.optim import build_optimizer
 
@@ -53,7 +53,7 @@ class Timed:
 def run_step(model: Any, optimizer: torch.optim.Optimizer, timed: Timed, num_crops: int, dtype: torch.dtype) -> None:
     """One optimizer step of a variant, timed. The learning rate is zero: all variants see the same weights."""
     device = next(model.parameters()).device
-    inner = bare(model)
+    inner = unwrap(model)
     savings = timed.variant.savings
     if "recompute" in savings:
         inner.gradient_checkpointing_disable()
@@ -117,7 +117,7 @@ def measure(
             packs, step = packs_of(
                 [encode(example, processor) for example in examples], processor, variant.savings, limits
             )
-            config = bare(model).config
+            config = unwrap(model).config
             flops = hardware_flops(model, config, step, variant.savings, shape)
             needed = training_flops(model, config).of(step)
             found.append(Timed(variant=variant, packs=packs, step=step, flops=flops, needed=needed))

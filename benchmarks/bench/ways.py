@@ -16,7 +16,7 @@ from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.packing.loss import weighted_cross_entropy
 from phi3v.packing.pack import Pack
 from phi3v.packing.schedule import Step
-from phi3v.train.engines.engine import bare
+from phi3v.train.engines.engine import unwrap
 from phi3v.train.flops import Products, training_flops
 
 SAVINGS = {
@@ -57,7 +57,7 @@ def variants(questions: int, *, ablation: bool) -> list[Variant]:
 
 def loss_of(model: Any, pack: Pack, savings: frozenset[str], num_crops: int) -> Tensor:
     """The pack's loss, a float32 scalar, the way `savings` say. `model` is plain or inside PEFT."""
-    inner: Phi3VForCausalLM = bare(model)
+    inner: Phi3VForCausalLM = unwrap(model)
     with nullcontext() if "crops" in savings else wasteful(inner, pack, num_crops):
         x = inner.model.embed_pack(pack)
     hidden = inner.model.decode_layout(x, pack.layout, pack.rows if "rows" in savings else None)

@@ -30,7 +30,7 @@ def test_a_run_comes_back_from_its_config_json(settings_for: MAKE, tmp_path: Pat
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("\xff", "not JSON"),
+        ("\xff", "not UTF-8"),
         ("[]", "must hold an object, not a list"),
         ('{"base": 3}', "[...]: must be an object, not an integer"),
         ('{"bases": {}}', "unknown group 'bases'"),

@@ -47,7 +47,7 @@ def test_versions_devices_and_extras(capsys: pytest.CaptureFixture[str]) -> None
     assert printed.err == ""
     assert facts["system"]["phi3v"] == __version__
     assert facts["packages"] == {"torch": torch.__version__, "transformers": transformers.__version__}
-    assert re.fullmatch(r"\w.*, \d+ cores, [\d.]+ of [\d.]+ GiB available", facts["devices"]["cpu"])
+    assert re.fullmatch(r"\w.*, \d+ cores, [\d.]+ GiB", facts["devices"]["cpu"])
     assert len(facts["devices"]) == 1 + torch.cuda.device_count()
     assert facts["extras"] == {
         "works": "phi3v_works 3.0",

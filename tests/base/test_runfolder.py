@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import phi3v.train.loop as training
+import phi3v.train.setup as setting_up
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError
 from phi3v.base.runfolder import LOCK, Claim, RunFolder, digests
@@ -193,13 +194,13 @@ def test_a_run_that_began_while_this_one_loaded_is_not_written_over(
     resume: str, settings_for: MAKE, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two are started; the other is faster, and has ended before this one comes to its folder."""
-    build = training.build_engine
+    build = setting_up.build_engine
 
     def slowly(*arguments: Any, **named: Any) -> Any:
         left("config.json", "environment.json", "log.jsonl")
         return build(*arguments, **named)
 
-    monkeypatch.setattr(training, "build_engine", slowly)
+    monkeypatch.setattr(setting_up, "build_engine", slowly)
     run = settings_for(resume=resume)
     with pytest.raises(InputError, match=r"another run has begun here|holds an unfinished run"):
         train(run)

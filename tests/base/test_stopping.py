@@ -21,7 +21,7 @@ from phi3v.base import stopping
 from phi3v.base.config import Run
 from phi3v.base.stopping import StopRequest
 from phi3v.cli import main
-from phi3v.train import loop as training
+from phi3v.train import scoring
 from phi3v.train.loop import train
 from phi3v.train.runlog import RunLog
 
@@ -116,15 +116,15 @@ def test_a_run_stops_in_an_evaluation_without_waiting_for_its_end(
     """Two packs of questions: the request comes before the second one. Resumed, all is as if it had not come."""
     flags = {"max_steps": 2, "eval": tiny_data, "eval_every_steps": 1, "max_tokens_per_pack": 700}
     at = {"before": 1, "during": 2, "final": 3}[split]
-    title, titles = training.predict, []
+    real, titles = scoring.predict, []
 
     def predict(*given: Any, **named: Any) -> Any:
         titles.append(named["title"])
         asked = iter([False, True])
         leave_off = (lambda: next(asked)) if len(titles) == at else lambda: False
-        return title(*given, **{**named, "leave_off": leave_off})
+        return real(*given, **{**named, "leave_off": leave_off})
 
-    monkeypatch.setattr(training, "predict", predict)
+    monkeypatch.setattr(scoring, "predict", predict)
     run = settings_for(resume="auto", **flags)
     assert train(run) == {}
     assert not (run.keeping.out / "metrics.json").exists()
@@ -167,7 +167,7 @@ def test_sigterm_ends_a_process_after_its_step_and_it_says_how_to_go_on(
     assert steps == list(range(1, len(steps) + 1))
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps[-1]:06d}"]
     *_, stopped, proposed = said.splitlines()
-    assert stopped == f"stopped after step {steps[-1]}, which is saved: SIGTERM was received. Go on with"
+    assert stopped == f"stopped after step {steps[-1]}, which is saved: SIGTERM was received. Resume with"
     assert shlex.split(proposed) == ["python", "-m", "phi3v", *given, "--resume", "auto"]
     assert main([*shlex.split(proposed)[3:], "--dry-run"]) == 0, "it is understood"
 

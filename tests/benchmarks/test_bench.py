@@ -25,7 +25,7 @@ from phi3v.model.vision import PATCHES
 from phi3v.packing.pack import Pack
 from phi3v.packing.schedule import Step
 from phi3v.packing.trees import PackLimits
-from phi3v.train.engines.engine import bare
+from phi3v.train.engines.engine import unwrap
 
 SHAPE = Shape(2, (200, 60), 4)
 """Two pictures of 3 tiles each, with room for 4."""
@@ -47,7 +47,7 @@ def laid_out(savings: frozenset[str], processor: Phi3VProcessor, folder: Path) -
 
 def learnt(model: Any, packs: list[Pack], savings: frozenset[str]) -> tuple[float, dict[str, Tensor]]:
     """The loss of a step and the gradients of all weights that got one."""
-    inner = bare(model)
+    inner = unwrap(model)
     inner.gradient_checkpointing_disable()
     if "recompute" not in savings:
         inner.gradient_checkpointing_enable({"use_reentrant": False})

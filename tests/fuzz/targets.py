@@ -42,6 +42,7 @@ from phi3v.model.loading import load_config, load_model
 from phi3v.model.phi3v import Phi3VForCausalLM
 from phi3v.publish.report import write_report
 from phi3v.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from phi3v.train.engines import EngineSettings
 from phi3v.train.engines.replicated import Replicated
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -217,21 +218,6 @@ def _adapter(place: Path) -> None:
 
 
 def _resume(place: Path) -> None:
-    _vouch(place / "checkpoints/step-000001")
-    newest, _ = newest_checkpoint(place / "checkpoints")
-    assert newest is not None
-    load_checkpoint(newest, **state())
-
-
-def _vouch(folder: Path) -> None:
-    """Makes the manifest true: whoever forges a file forges its checksum, too."""
-    from phi3v.train.checkpoint import MANIFEST, _entry
-
-    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
-    (folder / MANIFEST).write_text(json.dumps({file.name: _entry(file) for file in files}))
-
-
-def _manifest(place: Path) -> None:
     newest, _ = newest_checkpoint(place / "checkpoints")
     if newest is not None:
         load_checkpoint(newest, **state())
@@ -241,13 +227,9 @@ def _manifest(place: Path) -> None:
 def state() -> dict[str, Any]:
     """A small engine that has taken a step, and its schedule."""
     torch.manual_seed(0)
-    engine = Replicated(
-        nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)),
-        Ranks(device=torch.device("cpu")),
-        make_optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True),
-        max_grad_norm=1.0,
-        dtype=torch.float32,
-    )
+    settings = EngineSettings(make_optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    engine = Replicated(model, Ranks(device=torch.device("cpu")), settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1 / (step + 1))
     engine.model(torch.ones(1, 2)).sum().backward()
     engine.step()
@@ -301,7 +283,7 @@ TARGETS = {
     "adapter_config": Target("adapter/adapter_config.json", _adapter),
     "adapter_weights": Target("adapter/adapter_model.safetensors", _adapter, header_only=True),
     "quantization": Target("adapter/quantization.json", _adapter, seeds=lambda place: [b'{"bits": 4}']),
-    "manifest": Target("checkpoints/step-000001/manifest.json", _manifest),
+    "manifest": Target("checkpoints/step-000001/manifest.json", _resume),
     "state": Target("checkpoints/step-000001/state.json", _resume),
     "slices": Target("checkpoints/step-000001/rank-00000-of-00001.safetensors", _resume, header_only=True),
     "run": Target("begun/config.json", _claim),

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from phi3v.base.config import Base, Data, Keeping, Optim, Run, Tuning
@@ -33,6 +34,7 @@ from phi3v.packing.loss import weighted_cross_entropy
 from phi3v.packing.pack import Pack, make_pack
 from phi3v.packing.schedule import PlanSettings, plan_epoch
 from phi3v.packing.trees import Lengths, PackLimits
+from phi3v.train.determinism import deterministic
 from phi3v.train.loop import train
 
 CUDA = torch.device("cuda")
@@ -275,6 +277,44 @@ def test_training_in_half_precision_follows_float32(tiny_checkpoint_dir, tiny_da
         losses[name] = [entry["loss"] for entry in steps]
     assert losses[precision][0] == pytest.approx(losses["fp32"][0], rel=0.02)
     assert min(losses[precision][-3:]) < 0.9 * losses[precision][0], "it learns"
+
+
+@pytest.mark.parametrize("mode", [{}, {"lora": True, "lora_rank": 4}], ids=["full", "lora"])
+def test_a_deterministic_run_resumes_bitwise(tiny_checkpoint_dir, tiny_data, tmp_path, mode):
+    """Losses, gradient norms and the trained weights, in bf16, with the attention and the compiled layers of a GPU."""
+
+    def run(out: Path, **keeping: Any) -> Run:
+        return Run(
+            base=Base(model=str(tiny_checkpoint_dir), dtype="bf16", deterministic=True),
+            data=Data(train=tiny_data, batch_size=5, max_tokens_per_pack=700, num_workers=0),
+            tuning=Tuning(**mode),
+            optim=Optim(max_steps=6, learning_rate=3e-3, warmup_steps=2),
+            keeping=Keeping(out=out, progress=False, resume="auto", save_every_steps=2, **keeping),
+        )
+
+    def steps(out: Path) -> list[tuple[float, float]]:
+        entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [(entry["loss"], entry["grad_norm"]) for entry in entries if entry["kind"] == "step"]
+
+    train(run(tmp_path / "whole"))
+    while not train(run(tmp_path / "stopped", max_minutes=1e-9)):
+        assert len(steps(tmp_path / "stopped")) <= 6
+    assert steps(tmp_path / "stopped") == steps(tmp_path / "whole")
+    (file,) = (tmp_path / "whole/final").glob("*.safetensors")
+    whole, stopped = load_file(file), load_file(tmp_path / "stopped/final" / file.name)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_flash_attention_repeats_its_bits_in_deterministic_mode():
+    """With many blocks of keys for every query, which otherwise add up in any order."""
+    if flash.why_not(CUDA, torch.bfloat16):
+        pytest.skip("this PyTorch has no flash attention")
+    layout = Layout.of([Tree(2000, (600,) * 8, True)]).to(CUDA)
+    q, k, v = (x.repeat_interleave(4 // x.shape[1], 1) for x in qkv(layout, torch.bfloat16, 96))
+    with deterministic(True):
+        once, twice = (with_gradients(lambda *x: flash.attend(*x, flash.calls(layout)), q, k, v) for _ in range(2))
+    assert all(map(torch.equal, once, twice))
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from phi3v.model.parts import add_lora, freeze
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.model.vision import crops_needed
 from phi3v.packing.layout import Layout, Tree
-from phi3v.train.engines.engine import bare
+from phi3v.train.engines.engine import unwrap
 
 PACKS = [
     [Tree(20, (3, 4, 7), False)],
@@ -57,7 +57,7 @@ def make(mode="full", layers=3):
 
 def learn(model, pack, embeddings_learn, device="cpu"):
     """The gradients of a pack with and without row pruning, for embeddings that are the same each time."""
-    layout, network = Layout.of(pack).to(device), bare(model).model
+    layout, network = Layout.of(pack).to(device), unwrap(model).model
     model.zero_grad()
     for rows in (None, torch.arange(1, layout.tokens, 3, device=device)):
         x = torch.randn(layout.tokens, 64, generator=torch.Generator().manual_seed(0)).to(device)

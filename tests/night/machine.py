@@ -76,14 +76,14 @@ def places(record: str) -> None:
 
 
 PLACES = {
-    "phi3v.train.loop:_open_folder": "opening the folder",
-    "phi3v.train.loop:_learn": "training",
-    "phi3v.train.loop:_finish": "finishing",
-    "phi3v.train.loop:_score": "evaluation",
+    "phi3v.train.setup:open_folder": "opening the folder",
+    "phi3v.train.setup:resume": "resuming",
+    "phi3v.train.loop:learn": "training",
+    "phi3v.train.loop:finish": "finishing",
+    "phi3v.train.scoring:predict": "evaluation",
     "phi3v.train.loop:save_checkpoint": "checkpoint",
     "phi3v.train.loop:save_model": "final model",
     "phi3v.train.loop:write_report": "report",
-    "phi3v.train.loop:load_checkpoint": "resuming",
 }
 
 
@@ -146,8 +146,8 @@ def half_a_line(call: int) -> None:
 
     def half(write: Callable[..., Any], log: Any, entry: dict[str, Any]) -> None:
         if next(number) == call:
-            log._stream.write(json.dumps(entry)[:40])
-            log._stream.flush()
+            with open(log.file, "a") as stream:
+                stream.write(json.dumps(entry)[:40])
             DEEDS["die"]()
         write(log, entry)
 

@@ -50,7 +50,7 @@ def test_a_second_writer_is_kept_out_and_a_dead_one_is_not(night: Any, left_by: 
 def test_two_runs_that_begin_at_once(night: Any, tmp_path: Path) -> None:
     """The other one has begun while this one was still loading its model."""
     run, calm = tmp_path / "run", night.undisturbed()
-    other = ["when", "phi3v.train.loop:_open_folder", [1], "copy", calm, run]
+    other = ["when", "phi3v.train.setup:open_folder", [1], "copy", calm, run]
     status, said = night.run(run, other, resume="auto")
     assert (status, said.splitlines()[-1]) == (2, f"error: --out {run}: another run has begun here meanwhile")
     assert (run / "metrics.json").read_bytes() == (calm / "metrics.json").read_bytes()

@@ -24,8 +24,8 @@ SMALL_PACKS = {"max_tokens_per_pack": 400}  # several in an evaluation, which is
 
 def command_in(said: str) -> list[str]:
     """What the last line of a stopped run says to type."""
-    *_, go_on_with, line = said.splitlines()
-    assert go_on_with.endswith("Go on with")
+    *_, resume_with, line = said.splitlines()
+    assert resume_with.endswith("Resume with")
     return shlex.split(line)
 
 
@@ -45,7 +45,7 @@ def test_a_run_stopped_again_and_again(night: Any, left_by: LEFT, tmp_path: Path
         mischief = ["when", target, [1], "signal", number]
         status, said = night.run(run, mischief, arguments=arguments, **SMALL_PACKS)
         assert status == 0, said
-        assert f"stopped {where}: {number.name} was received. Go on with" in said
+        assert f"stopped {where}: {number.name} was received. Resume with" in said
         *program, train = command_in(said)[:4]
         assert [*program, train] == ["python", "-m", "phi3v", "train"]
         arguments = command_in(said)[3:]
@@ -67,7 +67,7 @@ def test_a_run_has_its_minutes(night: Any, tmp_path: Path) -> None:
     for step in (1, 2):
         status, said = night.run(tmp_path / "run", arguments=arguments, max_minutes=1e-6, eval_before=False)
         assert status == 0
-        assert f"stopped after step {step}, which is saved: the time of --max-minutes is up. Go on with" in said
+        assert f"stopped after step {step}, which is saved: the time of --max-minutes is up. Resume with" in said
         arguments = command_in(said)[3:]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from phi3v.base.errors import InputError
@@ -19,6 +18,7 @@ from phi3v.base.ranks import Ranks
 from phi3v.train import checkpoint
 from phi3v.train.adamw import AdamW8bit, AdamWBf16, weight_dtype
 from phi3v.train.checkpoint import damage, load_checkpoint, newest_checkpoint, save_checkpoint
+from phi3v.train.engines import EngineSettings
 from phi3v.train.engines.replicated import Replicated
 
 State = dict[str, Any]
@@ -30,14 +30,12 @@ def state_of(seed: int, kind: str = "adamw") -> State:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2), nn.Linear(2, 2))
     model[0].bias.requires_grad_(False)
-    engine = Replicated(
-        model,
-        Ranks(device=torch.device("cpu")),
+    settings = EngineSettings(
         make_optimizer=lambda model: optimizer_of([p for p in model.parameters() if p.requires_grad], kind),
-        max_grad_norm=1.0,
         dtype=weight_dtype(kind),
         learning=weight_dtype(kind),
     )
+    engine = Replicated(model, Ranks(device=torch.device("cpu")), settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1 / (step + 1))
     for number in range(2):
         step(engine, schedule, seed=number)
@@ -128,31 +126,13 @@ def test_a_checkpoint_of_other_weights_is_refused_by_name(saved: tuple[Path, Sta
     folder, state = saved
     bias = state["engine"].model[2].bias
     bias.requires_grad_(False)
-    with pytest.raises(InputError, match=r"step-000002: other weights learn in this run, 2\.bias for one"):
+    with pytest.raises(InputError, match=r"step-000002: other weights learn in this run, such as 2\.bias"):
         load_checkpoint(folder / "step-000002", **state)
     bias.requires_grad_(True)
     bias.data, bias.grad = torch.zeros(3), None
     state["engine"].optimizer.state.clear()
     with pytest.raises(InputError, match=r"2\.bias has shape \[2\], expected \[3\]"):
         load_checkpoint(folder / "step-000002", **state)
-
-
-def test_a_checkpoint_with_a_part_less_is_refused(saved: tuple[Path, State], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the file of a rank was lost together with its line in the manifest."""
-    folder, state = saved
-    slices = state["engine"].slices
-
-    def half() -> Any:
-        for part in slices():
-            first = part.weight.numel() // 2
-            state = {key: value[:first] for key, value in part.state.items()}
-            yield dataclasses.replace(part, weight=part.weight[:first], state=state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(state["engine"], "slices", half)
-        save_checkpoint(folder, 3, **state)
-    with pytest.raises(InputError, match=r"step-000003: 0\.weight is incomplete"):
-        load_checkpoint(folder / "step-000003", **state)
 
 
 # -- which are kept --------------------------------------------------------------------------------------------------
@@ -187,7 +167,7 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(saved: tuple[Path, Stat
 def truncate(path: Path) -> str:
     file = path / PART
     file.write_bytes(file.read_bytes()[:-1])
-    return f"{PART} has"
+    return f"{PART} is damaged: its size or SHA-256"
 
 
 def flip_a_bit(path: Path) -> str:
@@ -195,12 +175,12 @@ def flip_a_bit(path: Path) -> str:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    return f"{PART} is damaged: its SHA-256"
+    return f"{PART} is damaged: its size or SHA-256"
 
 
 def remove_a_file(path: Path) -> str:
     (path / "state.json").unlink()
-    return "state.json is missing"
+    return "state.json: No such file or directory"
 
 
 def cut_the_manifest(path: Path) -> str:
@@ -208,12 +188,7 @@ def cut_the_manifest(path: Path) -> str:
     return "manifest.json: not JSON"
 
 
-def empty_the_manifest(path: Path) -> str:
-    (path / "manifest.json").write_text("{}")
-    return "manifest.json: state.json is not listed"
-
-
-HARMS = [truncate, flip_a_bit, remove_a_file, cut_the_manifest, empty_the_manifest]
+HARMS = [truncate, flip_a_bit, remove_a_file, cut_the_manifest]
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
@@ -282,51 +257,3 @@ def test_a_full_disk_at_the_very_end_loses_nothing_either(
     with pytest.raises(InputError, match=r"cannot write .*step-000003: .*No space left"):
         save_checkpoint(folder, 3, **state, keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"step": "2"}, "state.json: step is '2', it must be an integer"),
-        ({"schedule": None}, "state.json: schedule is None"),
-        ({"schedule": {}}, "schedule.last_epoch is None"),
-        ({"scaler": 7}, "scaler is 7"),
-    ],
-)
-def test_a_state_under_a_forged_checksum_is_refused(
-    change: dict[str, Any], message: str, saved: tuple[Path, State]
-) -> None:
-    folder, state = saved
-    file = folder / "step-000002" / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(InputError, match=message):
-        load_checkpoint(file.parent, **state)
-
-
-def test_a_state_sets_nothing_but_what_a_schedule_has(saved: tuple[Path, State]) -> None:
-    folder, state = saved
-    file = folder / "step-000002" / "state.json"
-    content = json.loads(file.read_text())
-    content["schedule"] |= {"step": 7, "optimizer": None}
-    file.write_text(json.dumps(content))
-    load_checkpoint(file.parent, **state)
-    assert callable(state["schedule"].step)
-    assert state["schedule"].optimizer is state["engine"].optimizer
-
-
-@pytest.mark.parametrize(
-    "slices",
-    [None, "7", "{", '{"0.weight": 7}', '{"0.weight": {"shape": "x", "start": 0, "count": 1}}', '{"x/../y": {}}'],
-)
-def test_slices_under_a_forged_checksum_are_refused(slices: str | None, saved: tuple[Path, State]) -> None:
-    folder, state = saved
-    file = folder / "step-000002" / PART
-    save_file(load_file(file), file, metadata=None if slices is None else {"slices": slices})
-    with pytest.raises(InputError):
-        load_checkpoint(file.parent, **state)
-    tensors = load_file(folder / "step-000001" / PART)
-    with safe_open(folder / "step-000001" / PART, "pt") as opened:
-        about = opened.metadata()
-    save_file(tensors | {"weight/0.weight": torch.zeros(1, 1)}, file, metadata=about)
-    with pytest.raises(InputError, match=r"not what this program writes|is incomplete"):
-        load_checkpoint(file.parent, **state)

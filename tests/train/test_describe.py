@@ -16,6 +16,7 @@ from phi3v.base.ranks import ALONE, Ranks
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model.loading import load_config, load_model
 from phi3v.model.parts import freeze
+from phi3v.train.choices import Choices
 from phi3v.train.describe import describe, list_settings
 from phi3v.train.feed import read_data
 from phi3v.train.loop import train
@@ -34,14 +35,13 @@ def said(capsys: pytest.CaptureFixture) -> SAID:
 def described(said: SAID) -> Callable[..., list[str]]:
     """What is said about a run."""
 
-    def describe_run(run: Run, **about: Any) -> list[str]:
+    def describe_run(run: Run, ranks: Ranks = ALONE, **choices: Any) -> list[str]:
         processor, config = Phi3VProcessor.from_pretrained(run.base.model), load_config(run.base.model)
         model, _ = load_model(run.base.model)
         freeze(model, run.tuning.frozen)
         data = read_data(run, processor, config, check_first=False, ranks=ALONE)
-        chosen = {"dtype": torch.float32, "attention": "sdpa", "engine": "ddp", "ranks": ALONE, "recompute": 0}
         said()
-        describe(run, data, model, config, **{**chosen, "total_steps": data.total_steps(run), **about})
+        describe(run, data, model, config, ranks, Choices(**choices))
         return said()
 
     return describe_run
@@ -128,9 +128,9 @@ def test_every_flag_is_listed_and_what_was_chosen_stands_out(
 
 
 def test_several_processes_and_what_they_share_out(described: Callable[..., list[str]], settings_for: MAKE) -> None:
-    run = settings_for(batch_size=14)
+    run, two_ranks = settings_for(batch_size=14), Ranks(num=2, device=torch.device("cpu"))
     alone = described(run)
-    two = described(run, engine="zero2", ranks=Ranks(num=2, device=torch.device("cpu")))
+    two = described(run, two_ranks, engine="zero2")
     assert not any("process" in line for line in alone)
     assert "processes 2, zero2" in two
     assert any(re.fullmatch(r"[\d,]+ tokens and \d+ crops in 1 pack for each of 2 processes", line) for line in two)
@@ -156,6 +156,7 @@ def test_what_deserves_a_note(described: Callable[..., list[str]], settings_for:
     assert any(
         "3 layers recomputed (--activation-checkpointing)" in line for line in described(settings_for(), recompute=3)
     )
+    assert "note fsdp2 instead" in described(settings_for(), engine_note="fsdp2 instead")
     monkeypatch.setattr("phi3v.train.describe.has_bf16", lambda device: False)
     lines = described(settings_for(optimizer="adamw-bf16", dtype="auto"))
     assert "note this hardware has no bf16 arithmetic: adamw-bf16 will be slow" in lines

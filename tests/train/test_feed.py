@@ -24,10 +24,9 @@ from phi3v.data.schema import read_jsonl
 from phi3v.model.loading import load_config
 from phi3v.packing.loader import MicroBatch, training_packs
 from phi3v.packing.ondisk import OnDisk
-from phi3v.packing.schedule import plan_epoch
 from phi3v.packing.trees import Lengths
 from phi3v.train import feed
-from phi3v.train.feed import StepPacks, TrainingData, encode_all, examples_of, read_data, steps
+from phi3v.train.feed import StepPacks, TrainingData, encode_all, read_data, steps
 
 MAKE = Callable[..., Run]
 
@@ -42,9 +41,9 @@ def test_packs_are_as_long_as_suits_the_device(settings_for: MAKE) -> None:
     assert data_of(settings_for(max_tokens_per_pack=500)).settings.limits.max_tokens_per_pack == 500
 
 
-def fed(run: Run, data: TrainingData, first_step: int, total_steps: int) -> list[list[tuple[str, ...]]]:
+def fed(data: TrainingData, first_step: int, total_steps: int) -> list[list[tuple[str, ...]]]:
     """The ids of the packs of every step."""
-    found = steps(run, data, ALONE, first_step=first_step, total_steps=total_steps)
+    found = steps(replace(data, total_steps=total_steps), ALONE, first_step=first_step)
     return [[micro.pack.ids for micro in step.packs()] for step in found]
 
 
@@ -63,8 +62,7 @@ def test_examples_and_questions_are_read_and_counted(settings_for: MAKE, tiny_da
     [({}, 4), ({"epochs": 2.5}, 10), ({"epochs": 0.01}, 1), ({"max_steps": 7, "epochs": 99.0}, 7)],
 )
 def test_how_many_steps_a_run_has(flags: dict[str, Any], expected: int, settings_for: MAKE) -> None:
-    run = settings_for(**flags)
-    assert data_of(run).total_steps(run) == expected
+    assert data_of(settings_for(**flags)).total_steps == expected
 
 
 def test_the_first_problem_of_either_file_is_named_with_the_number_of_others(
@@ -216,40 +214,32 @@ def test_workers_where_there_are_cores_for_them(
 
 def test_a_run_that_goes_on_is_fed_what_it_would_have_been(settings_for: MAKE) -> None:
     """From every step, over the borders of two epochs, which differ."""
-    run = settings_for(max_tokens_per_pack=700)
-    data = data_of(run)
-    whole = fed(run, data, 0, 10)
+    data = data_of(settings_for(max_tokens_per_pack=700))
+    whole = fed(data, 0, 10)
     assert len(whole) == 10
     assert any(len(packs) > 1 for packs in whole)
     assert whole[:4] != whole[4:8]
     for first_step in range(1, 11):
-        assert fed(run, data, first_step, 10) == whole[first_step:]
+        assert fed(data, first_step, 10) == whole[first_step:]
 
 
 def test_the_examples_of_a_step_are_known_without_reading_them(settings_for: MAKE) -> None:
     """By rank, in any epoch: what an error names."""
-    run = settings_for(max_tokens_per_pack=700)
-    data = data_of(run)
-    for step, packs in enumerate(fed(run, data, 0, 6)):
-        assert examples_of(run, data, ALONE, step) == [[name for pack in packs for name in pack]]
-        by_rank = examples_of(run, data, Ranks(num=2), step)
+    data = data_of(settings_for(max_tokens_per_pack=700))
+    for step, packs in enumerate(fed(data, 0, 6)):
+        assert data.examples_of(step, 1) == [[name for pack in packs for name in pack]]
+        by_rank = data.examples_of(step, 2)
         assert len(by_rank) == 2
         assert sorted(name for names in by_rank for name in names) == sorted(name for pack in packs for name in pack)
 
 
 def test_a_step_tells_what_it_was(settings_for: MAKE) -> None:
-    run = settings_for(max_tokens_per_pack=700)
-    step = next(steps(run, data_of(run), ALONE, first_step=2, total_steps=3))
+    step = next(steps(data_of(settings_for(max_tokens_per_pack=700)), ALONE, first_step=2))
     packs = [micro.pack for micro in step.packs()]
     step.wait = 0.5
-    entry = step.entry(3, 1.25, 1e-4, 2.0, 4.0, 1.5, False)
     tokens = sum(pack.tokens for pack in packs)
-    assert entry == {
-        "step": 3,
+    assert step.counts(4.0) == {
         "epoch": 0.75,
-        "loss": 1.25,
-        "learning_rate": 1e-4,
-        "grad_norm": 2.0,
         "examples": 4,
         "pages": step.first.step.pages,
         "tokens": tokens,
@@ -260,23 +250,20 @@ def test_a_step_tells_what_it_was(settings_for: MAKE) -> None:
         "tokens_per_s": tokens / 4,
         "data_wait": 0.125,
         "seconds": 4.0,
-        "memory_gb": 1.5,
     }
-    assert step.entry(3, 1.25, 1e-4, 2.0, 4.0, 1.5, True) == {**entry, "skipped": True}
 
 
 # -- what cannot be read ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def broken(settings_for: MAKE, tiny_data: Path, tmp_path: Path) -> tuple[Run, TrainingData]:
+def broken(settings_for: MAKE, tiny_data: Path, tmp_path: Path) -> TrainingData:
     """One step of everything in several packs; the red picture was readable when the data was read."""
     shutil.copytree(tiny_data.parent, tmp_path / "data")
     flags = {"batch_size": 14, "max_tokens_per_pack": 350, "on_bad_example": "skip"}
-    run = settings_for(train=tmp_path / "data" / tiny_data.name, **flags)
-    data = data_of(run)
+    data = data_of(settings_for(train=tmp_path / "data" / tiny_data.name, **flags))
     (tmp_path / "data/images/red.png").write_bytes(b"gone")
-    return run, data
+    return data
 
 
 def red(data: TrainingData) -> set[str]:
@@ -287,9 +274,9 @@ def total_weight(packs: Sequence[MicroBatch]) -> float:
     return float(torch.cat([micro.pack.weights for micro in packs]).double().sum())
 
 
-def test_the_others_weigh_for_what_is_lost(broken: tuple[Run, TrainingData]) -> None:
-    run, data = broken
-    step = next(steps(run, data, ALONE, first_step=0, total_steps=1))
+def test_the_others_weigh_for_what_is_lost(broken: TrainingData) -> None:
+    data = broken
+    step = next(steps(data, ALONE, first_step=0))
     packs = list(step.packs())
     assert {lost.id for lost in step.lost} == red(data)
     assert {name for micro in packs for name in micro.pack.ids} == {example.id for example in data.encoded} - red(data)
@@ -299,18 +286,17 @@ def test_the_others_weigh_for_what_is_lost(broken: tuple[Run, TrainingData]) -> 
         for branch, weight in zip(micro.pack.branch.tolist(), micro.pack.weights.tolist(), strict=True):
             of[micro.pack.ids[branch]] += weight
     assert list(of.values()) == pytest.approx([1 / len(of)] * len(of)), "all alike"
-    assert step.entry(1, 0.0, 0.0, 0.0, 1.0, 0.0, False)["examples"] == 14 - len(red(data))
+    assert step.counts(1.0)["examples"] == 14 - len(red(data))
     assert [micro.last for micro in packs] == [False] * (len(packs) - 1) + [True]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_another_rank_has_lost_counts(rank: int, broken: tuple[Run, TrainingData]) -> None:
+def test_what_another_rank_has_lost_counts(rank: int, broken: TrainingData) -> None:
     """Both scale by what is left on both: together the weights are one."""
-    run, data = broken
-    plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=0)
+    data = broken
 
     def packs_of(rank: int) -> list[MicroBatch]:
-        return list(training_packs(data.encoded, plan, data.reading, rank=rank, num_ranks=2))
+        return list(training_packs(data.encoded, data.plan(0), data.reading, rank=rank, num_ranks=2))
 
     mine, others = packs_of(rank), packs_of(1 - rank)
     lost = [[lost for micro in packs for lost in micro.lost] for packs in (mine, others)]
@@ -327,8 +313,8 @@ def test_nothing_changes_where_nothing_is_lost(settings_for: MAKE) -> None:
     """Bit for bit, whether skipping is allowed or not."""
     found = []
     for what_then in ("stop", "skip"):
-        run = settings_for(max_tokens_per_pack=700, on_bad_example=what_then)
-        fed_steps = steps(run, data_of(run), ALONE, first_step=0, total_steps=4)
+        data = data_of(settings_for(max_tokens_per_pack=700, on_bad_example=what_then))
+        fed_steps = steps(data, ALONE, first_step=0)
         found.append([micro.pack for step in fed_steps for micro in step.packs()])
     assert len(found[0]) == len(found[1]) > 4
     for a, b in zip(*found, strict=True):
@@ -337,22 +323,21 @@ def test_nothing_changes_where_nothing_is_lost(settings_for: MAKE) -> None:
         assert torch.equal(a.tiles, b.tiles)
 
 
-def test_a_step_that_has_lost_all_its_images_has_none(broken: tuple[Run, TrainingData]) -> None:
+def test_a_step_that_has_lost_all_its_images_has_none(broken: TrainingData) -> None:
     """What only images reach sleeps through it, as through any other text."""
-    run, data = broken
+    data = broken
     for names, images in ({"e0", "e12"}, False), ({"e0", "e3", "e12"}, True):
         encoded = [example for example in data.encoded if example.id in names]
         settings = replace(data.settings, batch_size=len(encoded))
         some = replace(data, encoded=encoded, lengths=Lengths.of(encoded), settings=settings, steps_per_epoch=1)
-        (step,) = steps(run, some, ALONE, first_step=0, total_steps=1)
+        (step,) = steps(replace(some, total_steps=1), ALONE, first_step=0)
         assert [lost.id for lost in step.lost] == ["e0"]
         assert step.images is images
         assert step.first.step.crops > 0
 
 
-def test_with_stop_it_is_an_error_that_names_example_and_file(broken: tuple[Run, TrainingData]) -> None:
-    run, data = broken
-    data = replace(data, reading=replace(data.reading, on_bad_example="stop"))
-    found = steps(run, data, ALONE, first_step=0, total_steps=1)
+def test_with_stop_it_is_an_error_that_names_example_and_file(broken: TrainingData) -> None:
+    data = replace(broken, reading=replace(broken.reading, on_bad_example="stop"))
+    found = steps(data, ALONE, first_step=0)
     with pytest.raises(InputError, match=r"train\.jsonl:\d+: example e\d+: .*red\.png"):
         list(chain.from_iterable(step.packs() for step in found))

@@ -8,7 +8,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,9 @@ from phi3v.model.vision import ImageEmbedding
 from phi3v.packing.loss import weighted_cross_entropy
 from phi3v.packing.schedule import PlanSettings, plan_epoch
 from phi3v.packing.trees import Lengths, PackLimits
-from phi3v.train import checkpoint
+from phi3v.train import checkpoint, scoring
 from phi3v.train.engines import replicated
-from phi3v.train.engines.engine import StepResult
-from phi3v.train.loop import train
+from phi3v.train.loop import seed_step, train
 from phi3v.train.runlog import RunLog
 
 MAKE = Callable[..., Run]
@@ -393,7 +391,7 @@ def test_with_other_dropout_it_would_not(dropping: MAKE, tmp_path: Path, log_of:
     """The test above can fail: dropout matters, and it is the seed of the step that brings it back."""
     train(dropping(out=tmp_path / "whole", max_steps=4))
     train_until(dropping(out=tmp_path / "killed", max_steps=4), 4, monkeypatch)
-    monkeypatch.setattr(room, "_seed", lambda *unused: None)
+    monkeypatch.setattr(room, "seed_step", lambda *unused: None)
     train(dropping(out=tmp_path / "killed", max_steps=4, resume="auto"))
     assert log_of(tmp_path / "whole")[2]["loss"] == log_of(tmp_path / "killed")[2]["loss"]
     assert log_of(tmp_path / "whole")[3]["loss"] != log_of(tmp_path / "killed")[3]["loss"]
@@ -412,9 +410,9 @@ def test_the_seed_of_a_step_is_its_own() -> None:
     """Of every seed, step and rank another one, so that no two draw the same dropout."""
     drawn = set()
     for seed, step, rank in itertools.product((0, 1, 42, 43), (0, 1, 2, 1000, 1_000_002), (0, 1, 7)):
-        room._seed(seed, step, rank)
+        seed_step(seed, step, rank)
         drawn.add(float(torch.rand((), dtype=torch.float64)))
-        room._seed(seed, step, rank)
+        seed_step(seed, step, rank)
         assert float(torch.rand((), dtype=torch.float64)) in drawn
     assert len(drawn) == 4 * 5 * 3
 
@@ -433,7 +431,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(dropping: MAKE, tmp_path: Pat
     capsys.readouterr()
     train(dropping(out=tmp_path / "killed", resume="auto"))
     said = capsys.readouterr().out
-    assert f"damaged checkpoint passed over: {newest} has" in said
+    assert f"damaged checkpoint passed over: {newest} is damaged" in said
     assert f"resuming from {checkpoints / 'step-000003'}" in said
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
@@ -455,7 +453,7 @@ def test_a_run_killed_at_its_very_end_is_only_finished(
 ) -> None:
     run = dropping(max_steps=3, eval=tiny_data)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "baselines", lambda *unused: (_ for _ in ()).throw(Killed))
+        patch.setattr(scoring, "baselines", lambda *unused: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train(run)
     assert not (run.keeping.out / "metrics.json").exists()
@@ -471,6 +469,19 @@ def test_what_surrounds_the_loop_may_change(settings_for: MAKE, monkeypatch) -> 
     run = settings_for(max_steps=3, save_every_steps=2, keep_checkpoints=3, resume="auto")
     train(run)
     assert sorted(path.name for path in (run.keeping.out / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_a_run_of_an_earlier_version_resumes_with_its_own_decay(settings_for: MAKE, monkeypatch) -> None:
+    """Before there was `--decay`, matrices decayed."""
+    flags = {"max_steps": 2, "save_every_steps": 1}
+    train_until(settings_for(**flags, decay="matrices"), 2, monkeypatch)
+    file = settings_for().keeping.out / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["optim"]["decay"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"--resume: --decay was matrices in .*, now it is original"):
+        train(settings_for(**flags, resume="auto"))
+    train(settings_for(**flags, resume="auto", decay="matrices"))
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
@@ -506,72 +517,6 @@ def test_a_loss_that_is_not_finite_names_the_examples_of_the_step(
     with pytest.raises(InputError, match=r"step 1: the loss is not finite; its examples are (e\d+(, )?){4}$") as caught:
         train(run)
     assert set(str(caught.value).split(" are ")[1].split(", ")) == examples_of(run, 1)
-
-
-def test_a_run_rolls_back_and_passes_the_bad_step_without_learning_from_it(
-    dropping: MAKE, tmp_path: Path, log_of: LOG, monkeypatch, capsys
-) -> None:
-    """The third pack is not a number, once: back to step 2, and on with step 4. Dropout, moments and all."""
-    run = dropping(out=tmp_path / "run", max_steps=6, save_every_steps=2, on_nonfinite="rollback")
-    with monkeypatch.context() as patch:
-        disturb(patch, nan_at(3))
-        train(run)
-    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2, 4, 5, 6]
-    (complaint,) = log_of(tmp_path / "run", "complaint")
-    assert complaint["step"] == 3
-    assert complaint["what"] == "the loss is not finite: back to step 2, and later past this one"
-    assert set(complaint["examples"]) == examples_of(run, 3)
-    assert "step 3: the loss is not finite: back to step 2" in capsys.readouterr().out
-
-    take, count = replicated.Replicated.step, itertools.count(1)
-
-    def step(engine: Any) -> StepResult:
-        """As it should be: the gradients of step 3 are dropped, the rest is as ever."""
-        if next(count) != 3:
-            return take(engine)
-        engine.optimizer.zero_grad(set_to_none=True)
-        return StepResult(1.0, False)
-
-    monkeypatch.setattr(replicated.Replicated, "step", step)
-    train(dropping(out=tmp_path / "passed", max_steps=6, save_every_steps=2))
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "passed"))
-    assert lasting(log_of(tmp_path / "run"))[2:] == lasting(log_of(tmp_path / "passed"))[3:]
-
-
-def test_a_run_can_roll_back_to_its_very_start(settings_for: MAKE, tiny_data: Path, log_of: LOG, monkeypatch) -> None:
-    """There is a checkpoint of step 0 then, and the score before training is not forgotten."""
-    run = settings_for(max_steps=3, eval=tiny_data, eval_limit=3, on_nonfinite="rollback")
-    disturb(monkeypatch, nan_at(2))
-    result = train(run)
-    assert [entry["step"] for entry in log_of(run.keeping.out)] == [1, 3]
-    assert [entry["split"] for entry in log_of(run.keeping.out, "eval")] == ["before", "final"]
-    assert result["before"] == log_of(run.keeping.out, "eval")[0]["metrics"]
-
-
-def test_a_run_does_not_roll_back_for_ever(settings_for: MAKE, monkeypatch) -> None:
-    monkeypatch.setattr(room, "MAX_ROLLBACKS", 2)
-    disturb(monkeypatch, lambda number, loss: loss * float("inf"))
-    with pytest.raises(InputError, match=r"step 3: the loss is not finite; its examples are e"):
-        train(settings_for(max_steps=5, on_nonfinite="rollback"))
-
-
-def test_a_run_that_rolled_back_goes_on_bitwise(dropping: MAKE, tmp_path: Path, log_of: LOG, monkeypatch) -> None:
-    """A step that is never finite, killed after the way back: resumed, it is found, and passed, again."""
-    flags: dict[str, Any] = {"max_steps": 6, "save_every_steps": 2, "on_nonfinite": "rollback"}
-    bad = examples_of(dropping(), 4)
-    learn = replicated.Replicated.learn
-
-    def never_finite(engine: Any, pack: Any, *, last: bool) -> torch.Tensor:
-        factor = float("nan") if set(pack.ids) == bad else 1.0
-        return learn(engine, replace(pack, weights=pack.weights * factor), last=last)
-
-    monkeypatch.setattr(replicated.Replicated, "learn", never_finite)
-    train(dropping(out=tmp_path / "whole", **flags))
-    train_until(dropping(out=tmp_path / "killed", **flags), 5, monkeypatch)
-    assert max(entry["step"] for entry in log_of(tmp_path / "killed")) == 5
-    train(dropping(out=tmp_path / "killed", resume="auto", **flags))
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert lasting(log_of(tmp_path / "killed")) == lasting(log_of(tmp_path / "whole"))
 
 
 def test_a_loss_that_leaps_is_complained_of(settings_for: MAKE, log_of: LOG, monkeypatch) -> None:
@@ -635,8 +580,7 @@ def test_a_step_of_which_nothing_can_be_read_ends_the_run(settings_for: MAKE, br
         train(settings_for(train=everything, on_bad_example="skip", max_steps=8))
 
 
-@pytest.mark.parametrize("what_then", ["stop", "continue"])
-def test_a_full_disk_keeps_the_checkpoint_before(what_then: str, settings_for: MAKE, log_of: LOG, monkeypatch) -> None:
+def test_a_full_disk_keeps_the_checkpoint_before(settings_for: MAKE, monkeypatch) -> None:
     write = checkpoint.save_file
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
@@ -645,24 +589,15 @@ def test_a_full_disk_keeps_the_checkpoint_before(what_then: str, settings_for: M
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path, metadata)
 
-    flags = {"max_steps": 6, "save_every_steps": 2, "keep_checkpoints": 9, "on_full_disk": what_then}
+    flags = {"max_steps": 6, "save_every_steps": 2, "keep_checkpoints": 9}
     run = settings_for(**flags)
     checkpoints = run.keeping.out / "checkpoints"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        if what_then == "continue":
+        with pytest.raises(InputError, match=r"cannot write .*step-000004: .*No space left"):
             train(run)
-        else:
-            with pytest.raises(InputError, match=r"cannot write .*step-000004: .*No space left"):
-                train(run)
-    if what_then == "continue":
-        (complaint,) = log_of(run.keeping.out, "complaint")
-        assert complaint["step"] == 4
-        assert "step-000004: [Errno 28] No space left on device" in complaint["what"]
-        assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000002", "step-000006"]
-    else:
-        assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
-        train(settings_for(**flags, resume="auto"))
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
+    train(settings_for(**flags, resume="auto"))
     train(whole := settings_for(**flags, out=run.keeping.out.parent / "whole"))
     assert same(weights(run.keeping.out), weights(whole.keeping.out))
 
@@ -675,7 +610,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
     with monkeypatch.context() as patch:
         patch.setattr(Phi3VForCausalLM, "save_pretrained", full)
         with pytest.raises(InputError, match=r"cannot write .*final: .*No space left"):
-            train(run := settings_for(max_steps=2, on_full_disk="continue"))
+            train(run := settings_for(max_steps=2))
     assert {file.name for file in run.keeping.out.iterdir()} == {
         *("config.json", "environment.json", "images.json", "lengths.json", "log.jsonl", "checkpoints", ".lock")
     }
@@ -686,7 +621,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
 def test_the_best_checkpoint_stays(settings_for: MAKE, tiny_data: Path, monkeypatch) -> None:
     """Scores 0.1, 0.6, 0.3, 0.6 at steps 2, 4, 6, 8: one is saved when it is better than all before, and kept."""
     scores = iter([0.0, 0.1, 0.6, 0.3, 0.6, 0.5])
-    monkeypatch.setattr(room, "score", lambda predictions: {"accuracy": next(scores), "questions": len(predictions)})
+    monkeypatch.setattr(scoring, "score", lambda predictions: {"accuracy": next(scores), "questions": len(predictions)})
     flags = {"max_steps": 10, "eval": tiny_data, "eval_limit": 1, "eval_every_steps": 2, "keep_checkpoints": 1}
     train(run := settings_for(**flags))
     found = {

@@ -101,6 +101,24 @@ def test_golden_names(tiny_checkpoint_dir: Path, mode: str, refresh_golden: bool
     assert names == file.read_text().splitlines()
 
 
+@pytest.mark.parametrize("rule", ["original", "matrices"])
+def test_golden_decay(tiny_checkpoint_dir: Path, rule: Any, refresh_golden: bool) -> None:
+    """Which weights decay in full fine-tuning, in tests/golden/decay."""
+    model = built(tiny_checkpoint_dir, MODES["full"])
+    optimizer = build_optimizer(model, Optim(weight_decay=0.1, decay=rule))
+    decays = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    lines = [
+        f"{name} {'decay' if id(p) in decays else 'no-decay'}"
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    file = GOLDEN.with_name("decay") / f"{rule}.txt"
+    if refresh_golden:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(lines) + "\n")
+    assert lines == file.read_text().splitlines()
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("mode", MODES)
 def test_all_that_learns_is_reached_and_nothing_else(tiny_checkpoint_dir, data, mode, recompute):
@@ -139,8 +157,8 @@ def test_all_that_learns_is_reached_and_nothing_else(tiny_checkpoint_dir, data, 
     assert all(torch.equal(p, untouched[name]) for name, p in model.named_parameters() if name in untouched)
 
 
-# Ten losses of every kind, made with torch 2.13. With the oldest transformers they are the same, bit for bit; without
-# vector instructions, or with other matrix kernels, they differ by 3e-7 at most (relative).
+# Ten losses of every kind, with --decay matrices, made with torch 2.13. With the oldest transformers they are the same,
+# bit for bit; without vector instructions, or with other matrix kernels, they differ by 3e-7 at most (relative).
 PINNED = {
     "full": "6.992296 7.171901 5.640437 4.610682 3.713122 3.767716 3.004350 2.446205 1.993998 1.908923",
     "freeze-vision-projector-embeddings": (
@@ -149,11 +167,14 @@ PINNED = {
     "qlora": "6.926654 7.049092 6.019998 5.812761 5.165407 5.216805 4.741363 4.260404 4.081133 4.052980",
     "lora": "6.992296 7.171901 6.215675 5.907928 5.340577 5.375272 4.945509 4.469430 4.325186 4.312960",
 }
+# With the default, --decay original, and --weight-decay 1: such that it shows in ten steps.
+PINNED_DECAY = "6.992296 7.171901 5.639674 4.619708 3.731986 3.786175 3.051828 2.494239 2.063586 1.979894"
 TOLERANCE = 1e-5
+MATRICES = Optim(decay="matrices")
 
 
 def steps_of(
-    model: Path, data: Path, out: Path, tuning: Tuning, num_steps: int, **layout: Any
+    model: Path, data: Path, out: Path, tuning: Tuning, num_steps: int, *, optim: Any = MATRICES, **layout: Any
 ) -> list[dict[str, float]]:
     """The log of the whole training loop, three steps an epoch."""
     if tuning.qlora:
@@ -162,7 +183,7 @@ def steps_of(
         base=Base(model=str(model), dtype="fp32"),
         data=Data(train=data, batch_size=5, num_workers=0, **layout),
         tuning=tuning,
-        optim=Optim(max_steps=num_steps, learning_rate=3e-3, warmup_steps=2),
+        optim=replace(optim, max_steps=num_steps, learning_rate=3e-3, warmup_steps=2),
         keeping=Keeping(out=out, progress=False),
     )
     training.train(run)
@@ -182,6 +203,14 @@ def test_pinned_losses(tiny_checkpoint_dir, data, tmp_path, mode):
         pytest.skip("bitsandbytes 0.50 decodes rows that are no multiple of 64 otherwise with AVX512")
     steps = steps_of(tiny_checkpoint_dir, data, tmp_path / "run", MODES[mode], 10, max_tokens_per_pack=700)
     expected = [float(loss) for loss in PINNED[mode].split()]
+    assert [step["loss"] for step in steps] == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_pinned_losses_with_the_original_decay(tiny_checkpoint_dir, data, tmp_path):
+    how: dict[str, Any] = {"optim": Optim(weight_decay=1.0), "max_tokens_per_pack": 700}
+    steps = steps_of(tiny_checkpoint_dir, data, tmp_path / "run", MODES["full"], 10, **how)
+    expected = [float(loss) for loss in PINNED_DECAY.split()]
     assert [step["loss"] for step in steps] == pytest.approx(expected, rel=TOLERANCE)
 
 

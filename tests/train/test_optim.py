@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -30,8 +31,13 @@ def settings_by_name(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     }
 
 
-def test_every_trainable_parameter_is_in_one_group_with_its_own_settings(model: Phi3VForCausalLM) -> None:
-    optim = Optim(learning_rate=1.0, vision_learning_rate=2.0, projector_learning_rate=3.0, weight_decay=0.5)
+@pytest.mark.parametrize(("rule", "vectors"), [("original", 0.5), ("matrices", 0.0)])
+def test_every_trainable_parameter_is_in_one_group_with_its_own_settings(
+    rule: Literal["original", "matrices"], vectors: float, model: Phi3VForCausalLM
+) -> None:
+    """`vectors` is the decay of RMSNorm weights and of CLIP's class embedding."""
+    rates = {"learning_rate": 1.0, "vision_learning_rate": 2.0, "projector_learning_rate": 3.0}
+    optim = Optim(weight_decay=0.5, decay=rule, **rates)
     found = settings_by_name(model, build_optimizer(model, optim))
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     embedder = "model.vision_embed_tokens."
@@ -40,8 +46,8 @@ def test_every_trainable_parameter_is_in_one_group_with_its_own_settings(model: 
         "model.embed_tokens.weight": (1.0, 0.5),
         "lm_head.weight": (1.0, 0.5),
         "model.layers.0.self_attn.qkv_proj.weight": (1.0, 0.5),
-        "model.layers.0.input_layernorm.weight": (1.0, 0.0),
-        "model.norm.weight": (1.0, 0.0),
+        "model.layers.0.input_layernorm.weight": (1.0, vectors),
+        "model.norm.weight": (1.0, vectors),
         f"{embedder}glb_GN": (3.0, 0.5),
         f"{embedder}sub_GN": (3.0, 0.5),
         f"{embedder}img_projection.0.weight": (3.0, 0.5),
@@ -49,9 +55,20 @@ def test_every_trainable_parameter_is_in_one_group_with_its_own_settings(model: 
         f"{layer}self_attn.q_proj.weight": (2.0, 0.5),
         f"{layer}self_attn.q_proj.bias": (2.0, 0.0),
         f"{layer}layer_norm1.weight": (2.0, 0.0),
+        f"{embedder}img_processor.vision_model.embeddings.class_embedding": (2.0, vectors),
         f"{embedder}img_processor.vision_model.embeddings.patch_embedding.weight": (2.0, 0.5),
     }
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("rule", "magnitudes"), [("original", 0.5), ("matrices", 0.0)])
+def test_adapters_decay_by_either_rule_and_magnitudes_by_the_original_one(
+    rule: Literal["original", "matrices"], magnitudes: float, model: Phi3VForCausalLM
+) -> None:
+    adapted = add_lora(model, frozen=(), rank=2, alpha=4, dropout=0.0, init="gaussian", dora=True, rslora=False)
+    found = settings_by_name(adapted, build_optimizer(adapted, Optim(weight_decay=0.5, decay=rule)))
+    assert {decay for name, (_, decay) in found.items() if "magnitude" in name} == {magnitudes}
+    assert {decay for name, (_, decay) in found.items() if "magnitude" not in name} == {0.5}
 
 
 def test_without_rates_of_their_own_all_parts_learn_alike(model: Phi3VForCausalLM) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from phi3v.base.console import console, progress_bar, say, speak
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 from phi3v.train import runlog
 from phi3v.train.runlog import RunLog
 from phi3v.train.screen import Screen
@@ -34,7 +35,7 @@ def lines(folder: Path) -> list[tuple[str, int]]:
 
 
 def opened(folder: Path, first_step: int = 0, **how: Any) -> RunLog:
-    return RunLog(folder, first_step=first_step, **{"screen": screen(), **how})
+    return RunLog(RunFolder(folder), first_step=first_step, **{"screen": screen(), **how})
 
 
 @pytest.fixture
@@ -119,13 +120,12 @@ def test_a_tracker_that_fails_costs_no_run(tmp_path: Path, capsys: pytest.Captur
     assert [len(tracker.heard) for tracker in (weak, strong)] == [1, 4]
     assert lines(tmp_path) == [("step", 1), ("step", 2), ("complaint", 2), ("step", 3)]
     said = capsys.readouterr().out
-    assert said == "step 2: --track listener fails, it is told no more: no route to [it]\n"
+    assert said == "step 2: --track listener fails and is left out: no route to [it]\n"
 
 
 def test_a_rank_that_does_not_write_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with RunLog(None, first_step=0, screen=screen()) as log:
         log.step(entry(1, skipped=True))
-        log.back_to(0)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
 
@@ -159,24 +159,12 @@ def test_half_a_line_of_a_run_that_was_killed_goes(told: Path) -> None:
     assert lines(told) == [*ALL[:-1], ("step", 7)]
 
 
-def test_going_back_keeps_what_will_not_be_said_again(told: Path) -> None:
-    """Also the score from before, if it is all the way back: it is not taken again."""
-    with opened(told, 6) as log:
-        log.back_to(2)
-        log.step(entry(3))
-        assert lines(told) == [*ALL[:3], ("complaint", 5), ("step", 3)]
-        log.back_to(0)
-        assert lines(told) == [("before", 0), ("complaint", 5)]
-
-
 @pytest.mark.parametrize(("first_step", "skipped"), [(0, 0), (4, 1), (6, 2)])
 def test_skipped_steps_are_counted_over_all_sittings(first_step: int, skipped: int, told: Path) -> None:
     with opened(told, first_step) as log:
         assert log.screen.skipped == skipped
         log.step(entry(first_step + 1, skipped=True))
         assert log.screen.skipped == skipped + 1
-        log.back_to(first_step)
-        assert log.screen.skipped == skipped
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------
@@ -221,19 +209,6 @@ def test_a_full_disk_ends_the_run(disk: dict[str, int], tmp_path: Path) -> None:
         disk["room"] = 20
         with pytest.raises(InputError, match=r"cannot write .*log\.jsonl: \[Errno 28\] No space left on device"):
             log.step(entry(2))
-
-
-def test_a_full_disk_costs_only_the_lines_that_it_refuses(disk: dict[str, int], tmp_path: Path) -> None:
-    """With `--on-full-disk continue`; no half of one stays, which would spoil the next, and the report."""
-    with opened(tmp_path, drop_lines=True) as log:
-        log.step(entry(1))
-        disk["room"] = 20
-        log.step(entry(2))
-        log.complain(3, "full")
-        disk["room"] = 10**9
-        log.step(entry(4))
-        log.step(entry(5))
-    assert lines(tmp_path) == [("step", 1), ("step", 4), ("step", 5)]
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
 from phi3v.train import trackers as room
 from phi3v.train.trackers import start_trackers
 
@@ -43,7 +44,7 @@ def needs(package: str) -> Any:
 def tell(name: str, folder: Path, first_step: int, entries: list[Any], *, failed: bool = False) -> str:
     """What a run does with a tracker; gives what it says of where to look."""
     folder.mkdir(exist_ok=True)
-    (tracker,) = start_trackers([name], folder, SETTINGS, first_step)
+    (tracker,) = start_trackers([name], RunFolder(folder), SETTINGS, first_step)
     for step, numbers in entries:
         tracker.log(numbers, step)
     tracker.finish(failed=failed)
@@ -223,9 +224,9 @@ def test_an_error_names_the_flag(error: Exception, message: str, tmp_path: Path,
     def broken(*unused: Any) -> None:
         raise error
 
-    monkeypatch.setitem(room.KINDS, "wandb", broken)
+    monkeypatch.setitem(room.TRACKERS, "wandb", broken)
     with pytest.raises(InputError) as caught:
-        start_trackers(["wandb"], tmp_path, SETTINGS, 0)
+        start_trackers(["wandb"], RunFolder(tmp_path), SETTINGS, 0)
     assert str(caught.value) == f"--track wandb: {message}"
 
 
@@ -235,4 +236,4 @@ def test_each_name_of_the_flag_is_a_tracker() -> None:
     from phi3v.base.config import Keeping
 
     (names,) = {typing.get_args(kind) for kind in typing.get_args(typing.get_type_hints(Keeping)["track"])} - {()}
-    assert set(names) == set(room.KINDS)
+    assert set(names) == set(room.TRACKERS)

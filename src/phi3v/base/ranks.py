@@ -1,8 +1,8 @@
-"""The processes of a job: who they are, and the few things they tell each other.
+"""The processes of a job, and the small messages between them.
 
-Started alone there is one rank and every function here returns at once. Under `torchrun` the ranks find each other
-through the environment it sets. Small messages (names, counts, predictions) go over gloo; gradients and weights over
-the devices' own network.
+A process started alone is the only rank, and every function here returns at once. Under `torchrun` the ranks find each
+other through the environment it sets. Small messages (names, counts, predictions) go over gloo; gradients and weights
+over the devices' own network.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,8 @@ from phi3v.base.hardware import pick_device, quiet_deepspeed
 
 T = TypeVar("T")
 
-GATHERED_AT_ONCE = 4096  # objects: a bound on the memory of one message
+GATHERED_AT_ONCE = 4096
+"""Objects of one message, which bounds its memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +40,23 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """The rank that writes and speaks."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
-    # -- messages: every one is a meeting --------------------------------------------------------------------------
+    # -- messages: every one begins with a meeting -------------------------------------------------------------------
 
-    def total(self, *values: float) -> list[float]:
-        """Sums over all ranks, in float64."""
+    def total(self, *values: float, meet: bool = True) -> list[float]:
+        """Sums over all ranks, in float64. `meet=False` saves the meeting after a collective that all ranks passed."""
         if self.num == 1:
             return list(values)
-        self.meet()
+        if meet:
+            self.meet()
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums, group=_small())
         return sums.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
+        """Whether `flag` is true on any rank."""
         return self.total(flag)[0] > 0
 
     def gather(self, items: Sequence[T]) -> list[list[T]]:
@@ -75,7 +77,7 @@ class Ranks:
         return items
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; an InputError there is raised here too."""
+        """Runs `work` on rank 0; returns its result, or raises its InputError, on every rank."""
         if self.num == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -86,12 +88,13 @@ class Ranks:
                 outcome[1] = str(error)
         self.meet()
         dist.broadcast_object_list(outcome, src=0, group=_small())
-        if outcome[1] is not None:
-            raise InputError(outcome[1])
-        return outcome[0]
+        result, problem = outcome
+        if problem is not None:
+            raise InputError(problem)
+        return cast(T, result)
 
     def all_do(self, work: Callable[[], T]) -> T:
-        """`work` on every rank; if it fails on any with an InputError, all raise the first one."""
+        """Runs `work` on every rank; if any raises an InputError, all raise the first one."""
         result, failed = None, None
         try:
             result = work()
@@ -103,9 +106,9 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def meet(self) -> None:
-        """Waits for all ranks. When some do not come within `timeout_s`, one rank raises a MissingRank that names them.
+        """Waits for all ranks. If some do not come within `timeout_s`, one rank raises a MissingRank that names them.
 
-        The others raise an InputError: only one is to speak.
+        The others raise an InputError, so that the error is printed once.
         """
         if self.num == 1:
             return
@@ -115,17 +118,17 @@ class Ranks:
         except RuntimeError as error:
             if found := re.search(r"Ranks ([\d, ]+) failed to pass", str(error)):
                 missing, gone = [int(rank) for rank in found[1].split(",")], time.monotonic() - started < self.timeout_s
-            else:  # rank 0 asks the others, they only know whether it does
+            else:  # rank 0 waits for the others, they only know about it
                 missing, gone = [0], "Timed out" not in str(error)
             what = "is gone" if gone else f"hangs: it has not come for {self.timeout_s / 60:g} minutes"
             message = f"rank {', '.join(map(str, missing))} {what}"
-            # A rank 0 that is gone has said why, or torchrun does: it ends as well when it has found somebody missing.
+            # A rank 0 that is gone has printed why, or torchrun does: it also ends when it finds another one missing.
             if self.rank == (1 if missing == [0] and not gone else 0):
                 raise MissingRank(message, missing) from error
             raise InputError(message) from error
 
     def own(self, items: Iterator[T]) -> Iterator[T]:
-        """Items that this rank makes by itself: what goes wrong with them is said by this rank."""
+        """Items that this rank makes by itself: it alone reports what goes wrong with them."""
         try:
             yield from items
         except InputError as error:
@@ -136,7 +139,7 @@ ALONE = Ranks()
 
 
 class MissingRank(RankError):
-    """Ranks did not come to a meeting: they are gone, or they hang."""
+    """Some ranks did not come to a meeting: they are gone, or they hang."""
 
     def __init__(self, message: str, ranks: list[int]) -> None:
         super().__init__(message)
@@ -144,12 +147,12 @@ class MissingRank(RankError):
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether an error, in the middle of the ranks' common work, says no more than that one of them is gone."""
+    """Whether an error in a collective means no more than that another rank is gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def join(timeout_s: float = 1800.0) -> Ranks:
-    """This process's place in the job that `torchrun` started, or alone. Can be called again; `leave` undoes it."""
+    """This process's rank in the job that `torchrun` started, or alone. Can be called again; `leave` undoes it."""
     num = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device()
     quiet_deepspeed()
@@ -172,7 +175,7 @@ def join(timeout_s: float = 1800.0) -> Ranks:
 
 
 def leave() -> None:
-    """Ends this process's part in the job, if there is one."""
+    """Leaves the job, if there is one."""
     global _group
     if dist.is_initialized():
         dist.destroy_process_group()

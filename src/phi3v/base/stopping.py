@@ -1,19 +1,23 @@
-"""Ends a run after the step it is in: on SIGTERM (a spot machine is taken away), Ctrl-C, or when its time is up."""
+"""Stopping a run after the step it is in: on SIGTERM (a spot machine is taken away), Ctrl-C, or when its time is up."""
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# torchrun passes on a Ctrl-C that the terminal has sent to every process already: one press, two signals.
 SAME_PRESS_S = 2.0
+"""torchrun passes on a Ctrl-C that the terminal has sent to every process already: one press, two signals."""
 
 
 class StopRequest:
-    """A context manager that catches the signals; `reason` says what has asked for the end, if anything has."""
+    """A context manager that catches the signals; `reason` names the request to stop, or is None."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -40,10 +44,21 @@ class StopRequest:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         again = self._caught is not None and time.monotonic() - self._caught_at > SAME_PRESS_S
         if again and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C: at once
+            raise KeyboardInterrupt  # the second Ctrl-C stops at once
         if self._caught is None:
             self._caught, self._caught_at = f"{signal.Signals(number).name} was received", time.monotonic()
 
 
 class Stopped(Exception):
-    """Work that can be done again later was left because a stop was requested."""
+    """Work that can be done later was left because a stop was requested."""
+
+
+def resume_command(*, add_resume: bool) -> str:
+    """The command line of this process, or of the torchrun that started it, with `--resume auto` added if wanted."""
+    script = sys.argv[0]
+    program = ["-m", "phi3v"] if Path(script).name == "__main__.py" else [script]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *program]
+    else:
+        program = ["python", *program] if script.endswith(".py") else [Path(script).name]
+    return shlex.join([*program, *sys.argv[1:], *(["--resume", "auto"] if add_resume else [])])

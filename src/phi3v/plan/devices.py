@@ -8,8 +8,7 @@ import torch
 
 from phi3v.base.cards import Card, card_of_device, find_card, load_cards
 from phi3v.base.errors import InputError
-from phi3v.train.build import MEMORY_TO_USE
-from phi3v.train.memory import CONTEXT_GB
+from phi3v.train.memory import CONTEXT_GB, MEMORY_TO_USE
 
 UTILIZATION = {"flash_attention_2": 0.4, "sdpa": 0.25}
 """Fraction of the peak that training is assumed to reach, by attention backend. Good trainers of models of this size

@@ -25,10 +25,10 @@ from phi3v.plan.devices import Hardware
 from phi3v.plan.workload import Work
 from phi3v.recipes import forkme
 from phi3v.recipes.table import MODES, Mode, with_mode
-from phi3v.train.build import STEPS_LOOKED_AT, build_model
+from phi3v.train.build import build_model
 from phi3v.train.engines import Parallel
 from phi3v.train.flops import recomputing_flops, training_flops
-from phi3v.train.memory import estimate, layers_to_recompute
+from phi3v.train.memory import STEPS_LOOKED_AT, estimate, layers_to_recompute
 
 NF4_SPEED = 0.87
 """Speed of 4-bit weights, which are dequantized before every product, relative to LoRA's: as in the guide's runs."""

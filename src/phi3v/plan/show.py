@@ -13,8 +13,7 @@ from phi3v.base.hardware import name_of
 from phi3v.plan.devices import Hardware
 from phi3v.plan.rows import Row
 from phi3v.plan.workload import Work
-from phi3v.train.build import MEMORY_TO_USE
-from phi3v.train.memory import CONTEXT_GB
+from phi3v.train.memory import CONTEXT_GB, MEMORY_TO_USE
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 

@@ -1,10 +1,9 @@
-"""What a run will do, said before it does it: settings, who learns, what a step holds, how much memory it takes."""
+"""The description of a run before it starts: settings, what learns, what a step holds, memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.text import Text
 
@@ -14,47 +13,37 @@ from phi3v.base.hardware import has_bf16, name_of
 from phi3v.base.ranks import Ranks
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import count_parameters
-from phi3v.packing.schedule import plan_epoch
-from phi3v.train.engines import Parallel
+from phi3v.train.choices import Choices
 from phi3v.train.feed import TrainingData
 from phi3v.train.memory import estimate
 
 
-def describe(
-    run: Run,
-    data: TrainingData,
-    model: Any,
-    config: Phi3VConfig,
-    *,
-    dtype: torch.dtype,
-    attention: str,
-    engine: Parallel,
-    ranks: Ranks,
-    recompute: int,
-    total_steps: int,
-    compiled: bool = False,
-) -> None:
+def describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, ranks: Ranks, choices: Choices) -> None:
     """Prints the resolved run. `model` may be on the meta device."""
     lengths, limits = data.lengths, data.settings.limits
-    first, packs = plan_epoch(lengths, data.settings, seed=run.keeping.seed, epoch=0).packs(0, ranks.num)
+    first, packs = data.plan(0).packs(0, ranks.num)
     memory = estimate(
         model,
         config,
         **data.largest_pack(packs),
-        bytes_per_value=dtype.itemsize,
-        recompute=recompute,
-        engine=engine,
+        bytes_per_value=choices.dtype.itemsize,
+        recompute=choices.recompute,
+        engine=choices.engine,
         num_ranks=ranks.num,
         optimizer=run.optim.optimizer,
     )
     _row("model", escape(run.base.model))
-    _row("", f"{name_of(dtype)} on {ranks.device}, attention {attention}, num_crops {data.reading.num_crops}")
+    _row(
+        "",
+        f"{name_of(choices.dtype)} on {ranks.device}, attention {choices.attention}, "
+        f"num_crops {data.reading.num_crops}",
+    )
     if run.base.fp8:
         _row("", "the decoder learns with products in fp8 (--fp8), which is approximate")
-    if compiled:
-        _row("", "layers compiled (--compile off computes them as they are)")
+    if choices.compiled:
+        _row("", "layers compiled (--compile off runs them as they are)")
     if ranks.num > 1:
-        _row("processes", f"{ranks.num}, {engine}")
+        _row("processes", f"{ranks.num}, {choices.engine}")
     for number, (part, (learn, every)) in enumerate(count_parameters(model).items()):
         _row("" if number else "learns", f"{part:<11}{learn:>14,} of {every:>14,} parameters")
     if (quantization := getattr(model, "quantization", None)) is not None:
@@ -63,7 +52,7 @@ def describe(
     _row("", f"{lengths.tokens.mean():,.0f} tokens an example on average, {lengths.tokens.max():,} at most")
     if data.questions:
         _row("evaluation", f"{len(data.questions):,} questions")
-    _row("steps", f"{total_steps:,} ({data.steps_per_epoch:,} an epoch)")
+    _row("steps", f"{data.total_steps:,} ({data.steps_per_epoch:,} an epoch)")
     _row("first step", f"{first.examples} examples on {first.pages} pages")
     each = f" for each of {ranks.num} processes" if ranks.num > 1 else ""
     pack = "pack" if first.packs == 1 else "packs"
@@ -71,20 +60,22 @@ def describe(
     unit, scale = ("GB", 1) if memory["total"] >= 1 else ("MB", 1000)
     parts = [f"{name} {size * scale:.1f}" for name, size in memory.items() if name != "total"]
     each = " a process" if ranks.num > 1 else ""
-    recomputing = f", {recompute} layers recomputed (--activation-checkpointing)" if recompute else ""
-    _row("memory", f"about {memory['total'] * scale:.1f} {unit}{each}{recomputing}")
+    layers = f", {choices.recompute} layers recomputed (--activation-checkpointing)" if choices.recompute else ""
+    _row("memory", f"about {memory['total'] * scale:.1f} {unit}{each}{layers}")
     _row("", ", ".join(parts[:3]) + ",")
     _row("", ", ".join(parts[3:]))
-    if run.optim.warmup_steps * 2 > total_steps:
-        _row("[yellow]note[/]", f"{run.optim.warmup_steps} of {total_steps} steps are warm-up (--warmup-steps)")
+    if run.optim.warmup_steps * 2 > data.total_steps:
+        _note(f"{run.optim.warmup_steps} of {data.total_steps} steps are warm-up (--warmup-steps)")
     if run.optim.optimizer == "adamw-bf16" and not has_bf16(ranks.device):
-        _row("[yellow]note[/]", "this hardware has no bf16 arithmetic: adamw-bf16 will be slow")
+        _note("this hardware has no bf16 arithmetic: adamw-bf16 will be slow")
     if len(oversized := lengths.oversized(limits)):
-        _row("[yellow]note[/]", f"{len(oversized)} examples exceed a pack's limits; their pages get packs of their own")
+        _note(f"{len(oversized)} examples exceed a pack's limits; their pages get packs of their own")
+    if choices.engine_note:
+        _note(escape(choices.engine_note))
 
 
 def list_settings(run: Run) -> None:
-    """Every flag with its value; in bold what is not the default."""
+    """Prints every flag with its value, in bold where it is not the default."""
     defaults = Run().to_dict()
     for group, values in run.to_dict().items():
         say(f"[bold]{group}[/]")
@@ -96,3 +87,7 @@ def list_settings(run: Run) -> None:
 
 def _row(label: str, text: str) -> None:
     say(f"[bold]{label}[/]{' ' * (12 - len(Text.from_markup(label)))}{text}")
+
+
+def _note(text: str) -> None:
+    _row("[yellow]note[/]", text)

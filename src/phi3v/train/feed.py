@@ -1,4 +1,4 @@
-"""What the loop is fed: the examples of a run, and step after step its packs."""
+"""The data of the loop: the examples of a run, and step after step its packs."""
 
 from __future__ import annotations
 
@@ -25,30 +25,43 @@ from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.data.statistics import Statistics
-from phi3v.infer.answering import read_questions
+from phi3v.infer.answering import Scoring, read_questions
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
 from phi3v.packing.ondisk import OnDisk
 from phi3v.packing.pack import Lost
-from phi3v.packing.schedule import PackPlan, PlanSettings, plan_epoch
+from phi3v.packing.schedule import EpochPlan, PackPlan, PlanSettings, plan_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """The examples of a run, what a plan must know of them, and the questions it is evaluated on."""
+    """The examples of a run, their schedule, and the questions it is evaluated on."""
 
     examples: Sequence[Example]
     encoded: Sequence[Encoded]
     lengths: Lengths
     settings: PlanSettings
     reading: Reading
+    seed: int
     steps_per_epoch: int
+    total_steps: int
     questions: list[Example]
+    scoring: Scoring
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The optimizer steps of an epoch."""
+        return plan_epoch(self.lengths, self.settings, seed=self.seed, epoch=epoch)
+
+    def examples_of(self, step: int, num_ranks: int) -> list[list[str]]:
+        """Ids of the examples of a step, the first being 0, by rank."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        _, packs = self.plan(epoch).packs(within, num_ranks)
+        return [[self.encoded[i].id for pack in of_rank for tree in pack for i in tree.examples] for of_rank in packs]
 
     def largest_pack(self, packs: list[list[PackPlan]]) -> dict[str, int]:
-        """Most tokens, crops and supervised rows of any pack of a step."""
-        every = [pack for rank in packs for pack in rank]
+        """Most tokens, crops and supervised rows of any pack of a step, whose packs are given by rank."""
+        every = [pack for of_rank in packs for pack in of_rank]
         return {
             "tokens": max(sum(tree.tokens for tree in pack) for pack in every),
             "crops": max(sum(tree.crops for tree in pack) for pack in every),
@@ -70,18 +83,14 @@ class TrainingData:
         columns = {"tokens": lengths.tokens, "answer tokens": lengths.supervised, "crops": lengths.crops}
         return {name: asdict(Statistics.of(column)) for name, column in columns.items()}
 
-    def total_steps(self, run: Run) -> int:
-        """Optimizer steps of the whole run."""
-        if run.optim.max_steps is not None:
-            return run.optim.max_steps
-        return max(1, round(run.optim.epochs * self.steps_per_epoch))
-
 
 def read_data(
     run: Run, processor: Phi3VProcessor, config: Phi3VConfig, *, check_first: bool, ranks: Ranks
 ) -> TrainingData:
-    """Reads and encodes `--train` and `--eval`. With `check_first`, the first problem in either is an InputError;
-    without, the run goes on, and its images count as large as they were when it began.
+    """Reads and encodes `--train` and `--eval`.
+
+    `check_first`, for a new run, raises InputError for the first problem in either file. A resumed run takes the image
+    sizes it began with from its folder instead, so that its schedule is the same whatever has become of the files.
     """
     assert run.data.train is not None
     if check_first:
@@ -89,7 +98,7 @@ def read_data(
     # A run that resumes plans with the image sizes it began with, whatever has become of the files; padded images are
     # padded no further.
     known = {} if check_first else RunFolder(run.keeping.out).image_sizes
-    sizes = {image: (w, h) for image, (h, w) in known.items()}
+    sizes = {image: (w, h) for image, (h, w) in known.items()}  # padded sizes, which are padded no further
     examples, encoded = encode_all(iter_jsonl(run.data.train, run.data.image_root), processor, ranks, sizes)
     lengths = Lengths.of(encoded)
     settings = PlanSettings(
@@ -111,14 +120,18 @@ def read_data(
         pin_memory=torch.cuda.is_available(),
         on_bad_example=run.data.on_bad_example,
     )
+    steps_per_epoch = len(plan_epoch(lengths, settings, seed=run.keeping.seed, epoch=0))
     return TrainingData(
         examples=examples,
         encoded=encoded,
         lengths=lengths,
         settings=settings,
         reading=reading,
-        steps_per_epoch=len(plan_epoch(lengths, settings, seed=run.keeping.seed, epoch=0)),
+        seed=run.keeping.seed,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=run.optim.max_steps or max(1, round(run.optim.epochs * steps_per_epoch)),
         questions=read_questions(run.data.eval, run.data.image_root) if run.data.eval else [],
+        scoring=Scoring.of(run.evaluation.score, run.evaluation.labels, examples),
     )
 
 
@@ -139,7 +152,7 @@ def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Rank
 
 
 ENCODED_AT_ONCE = 512
-"""Examples of a rank between two meetings; those of all ranks are in memory, however many there are on disk."""
+"""Examples of a rank between two exchanges; those of all ranks are in memory, however many there are on disk."""
 
 
 def encode_all(
@@ -148,10 +161,10 @@ def encode_all(
     ranks: Ranks,
     known: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> tuple[OnDisk[Example], OnDisk[Encoded]]:
-    """The examples, as they are and encoded. Each rank encodes its share, headers of the pictures included, and hears
-    of the others'. `known` are (width, height) of images that need not be looked at.
+    """The examples, as they are and encoded. Each rank encodes its share, which includes reading the headers of the
+    images, and receives the others'. `known` holds (width, height) of images whose headers need not be read.
 
-    Raises InputError, on all ranks, for what cannot be read or kept on any, and when they do not read the same.
+    Raises InputError, on all ranks, for what any of them cannot read or keep, and when they do not read the same.
     """
 
     @functools.lru_cache(NAMES_KEPT)  # a page has many questions
@@ -191,14 +204,14 @@ def _num_workers(wanted: int | None) -> int:
 
 @dataclass(kw_only=True)
 class StepPacks:
-    """The packs of one optimizer step on this rank, how long was waited for them, and what could not be read."""
+    """The packs of one optimizer step on this rank, the time spent waiting for them, and what could not be read."""
 
     first: MicroBatch
     rest: Iterator[tuple[float, MicroBatch]]
     first_wait: float
     epoch: float
     images: bool
-    """Whether the step has any, on any rank."""
+    """Whether any example of the step, on any rank, has an image."""
     wait: float = 0.0
     lost: list[Lost] = field(default_factory=list)
     """Examples of the step, on all ranks, that are skipped; the others' weights make up for them."""
@@ -227,42 +240,42 @@ class StepPacks:
         self.rest = ((0.0, micro) for micro in rest[1:])
         return self
 
-    def entry(
-        self, step: int, loss: float, rate: float, norm: float, seconds: float, memory: float, skipped: bool
-    ) -> dict[str, Any]:
-        """The step's line in `log.jsonl`. `data_wait` is the share of the time spent waiting for data."""
-        counts = self.first.step
-        examples = counts.examples - len(self.lost)
+    def counts(self, seconds: float) -> dict[str, Any]:
+        """What a step of so many seconds has processed, for its line in `log.jsonl`.
+
+        `data_wait` is the share of the time spent waiting for data.
+        """
+        step = self.first.step
+        examples = step.examples - len(self.lost)
         return {
-            "step": step,
             "epoch": round(self.epoch, 4),
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": norm,
             "examples": examples,
-            "pages": counts.pages,
-            "tokens": counts.tokens,
-            "crops": counts.crops,
-            "packs": counts.packs,
+            "pages": step.pages,
+            "tokens": step.tokens,
+            "crops": step.crops,
+            "packs": step.packs,
             "examples_per_s": examples / seconds,
-            "pages_per_s": counts.pages / seconds,
-            "tokens_per_s": counts.tokens / seconds,
+            "pages_per_s": step.pages / seconds,
+            "tokens_per_s": step.tokens / seconds,
             "data_wait": self.wait / seconds,
             "seconds": seconds,
-            "memory_gb": memory,
-            **({"skipped": True} if skipped else {}),
         }
 
 
-def steps(run: Run, data: TrainingData, ranks: Ranks, *, first_step: int, total_steps: int) -> Iterator[StepPacks]:
-    """The optimizer steps still to do, over as many epochs as it takes."""
+def steps(data: TrainingData, ranks: Ranks, *, first_step: int) -> Iterator[StepPacks]:
+    """The optimizer steps from `first_step` (from 0) to the last, over as many epochs as it takes."""
 
     def timed() -> Iterator[tuple[float, MicroBatch]]:
         epoch, within = divmod(first_step, data.steps_per_epoch)
         while True:
-            plan = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch)
             packs = training_packs(
-                data.encoded, plan, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, log=say
+                data.encoded,
+                data.plan(epoch),
+                data.reading,
+                first_step=within,
+                rank=ranks.rank,
+                num_ranks=ranks.num,
+                log=say,
             )
             before = time.monotonic()
             for micro in packs:
@@ -271,15 +284,8 @@ def steps(run: Run, data: TrainingData, ranks: Ranks, *, first_step: int, total_
             epoch, within = epoch + 1, 0
 
     stream = ranks.own(timed())
-    for step in range(first_step, total_steps):
+    for step in range(first_step, data.total_steps):
         wait, first = next(stream)
         epoch, images = (step + 1) / data.steps_per_epoch, first.step.crops > 0
         packs = StepPacks(first=first, rest=stream, first_wait=wait, epoch=epoch, images=images)
         yield packs.without_lost(ranks) if data.reading.on_bad_example == "skip" else packs
-
-
-def examples_of(run: Run, data: TrainingData, ranks: Ranks, step: int) -> list[list[str]]:
-    """Ids of the examples of a step, by rank."""
-    epoch, within = divmod(step, data.steps_per_epoch)
-    _, packs = plan_epoch(data.lengths, data.settings, seed=run.keeping.seed, epoch=epoch).packs(within, ranks.num)
-    return [[data.encoded[i].id for pack in of_rank for tree in pack for i in tree.examples] for of_rank in packs]

@@ -19,7 +19,10 @@ BUCKET, DEEPSPEED_BUFFERS = 5e8, 9
 overlapping communication, 4.5 times for gradients and 4.5 for weights."""
 
 CONTEXT_GB = 1.0
-"""Of a GPU that is gone before the first weight comes: CUDA's context, cuBLAS, NCCL. It is in no estimate."""
+"""Memory of a GPU that CUDA's context, cuBLAS and NCCL take before the first weight. It is in no estimate."""
+
+MEMORY_TO_USE, STEPS_LOOKED_AT = 0.9, 100
+"""`--activation-checkpointing auto` plans with this share of the free memory, for the packs of this many steps."""
 
 # What the ranks of an engine share out.
 SHARED: dict[Parallel, tuple[str, ...]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,23 +15,36 @@ from phi3v.train.adamw import AdamW8bit, AdamWBf16
 IMAGE_PARTS = ("vision", "projector")  # reached by examples with images only
 
 
+def decaying(model: nn.Module, rule: Literal["original", "matrices"]) -> set[str]:
+    """Names of the parameters with weight decay.
+
+    original: all but those with "bias" in their name and those of `nn.LayerNorm` modules (CLIP's), which is how the
+    trainer of the original recipe grouped them. RMSNorm weights, CLIP's class embedding and the separators decay.
+    matrices: parameters of two dimensions or more.
+    """
+    named = dict(model.named_parameters())
+    if rule == "matrices":
+        return {name for name, parameter in named.items() if parameter.ndim > 1 and not name.endswith("bias")}
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    return {name for name, parameter in named.items() if "bias" not in name and id(parameter) not in norms}
+
+
 def build_optimizer(model: nn.Module, optim: Optim, *, seed: int = 0) -> torch.optim.Optimizer:
     """AdamW (fused, in float32) over the trainable parameters, grouped by learning rate and weight decay.
 
-    Biases and norm weights do not decay, as in the original recipe's trainer. What only images reach has groups of its
-    own, which `reach` puts to sleep. `seed` is stochastic rounding's.
+    Parameters that only images reach have groups of their own, which `reach` puts to sleep. `seed` is the seed of
+    stochastic rounding.
     """
     rates = {"vision": optim.vision_learning_rate, "projector": optim.projector_learning_rate}
-    # The decoder's group comes first: its learning rate is the one that is shown.
+    decays = decaying(model, optim.decay)
+    # The decoder's group comes first: its learning rate is the one that is logged.
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {(False, optim.learning_rate, optim.weight_decay): []}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = part_of(name)
-        rate = optim.learning_rate if (own := rates.get(part)) is None else own
-        decays = parameter.ndim > 1 and not name.endswith("bias")
-        key = (part in IMAGE_PARTS, rate, optim.weight_decay if decays else 0.0)
-        groups.setdefault(key, []).append(parameter)
+        if parameter.requires_grad:
+            part = part_of(name)
+            rate = optim.learning_rate if (own := rates.get(part)) is None else own
+            key = (part in IMAGE_PARTS, rate, optim.weight_decay if name in decays else 0.0)
+            groups.setdefault(key, []).append(parameter)
     described: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "weight_decay": decay, "needs_images": needs_images, "asleep": False}
         for (needs_images, rate, decay), parameters in groups.items()
@@ -51,10 +64,10 @@ def build_optimizer(model: nn.Module, optim: Optim, *, seed: int = 0) -> torch.o
 
 
 def reach(optimizer: torch.optim.Optimizer, *, images: bool) -> None:
-    """Says what the examples of this step, on all ranks, have reached; the rest sleeps through it.
+    """Puts the image parts to sleep for a step whose examples, on all ranks, have no images.
 
     A sleeping parameter is not updated, does not decay, and keeps its moments, whether its gradient is missing or, as
-    engines with several ranks have it, zero.
+    in engines with several ranks, zero.
     """
     for group in optimizer.param_groups:
         group["asleep"] = group["needs_images"] and not images

@@ -1,4 +1,4 @@
-"""What the person watching a run sees: in a terminal one calm screen below what is said, elsewhere a line at times.
+"""What the person watching a run sees: in a terminal one screen below the other output, elsewhere a line at times.
 
 The screen shows what `log.jsonl` holds, and nothing else. It is as wide as the terminal, every number keeps its place,
 and it is drawn a few times a second, however fast the steps are.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -22,28 +22,23 @@ from rich.text import Text
 from phi3v.base.console import SECONDS_BETWEEN_LINES
 
 DRAWN_PER_SECOND = 4
-STEPS_LOOKED_AT = 50  # for how long a step takes
-WIDEST = 100
+STEPS_TIMED = 50
+"""The time of a step is the mean over so many."""
+MAX_WIDTH = 100
 NAME, CELL = 16, 25
 """Characters of a name in front of its value, and of the two together."""
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 
 
 class Screen:
-    """Hears the lines of the log, and shows their essence. A context manager: the screen is there while it is open.
+    """Shows the essence of the log while its context is open.
 
     `evaluates` and `saves` are the steps between two evaluations (None: there are none) and two checkpoints; after the
     last step there is one of each. Nothing is shown unless `show`.
     """
 
     def __init__(
-        self,
-        console: Console,
-        *,
-        total_steps: int,
-        evaluates: int | None = None,
-        saves: int,
-        show: bool = True,
+        self, console: Console, *, total_steps: int, evaluates: int | None = None, saves: int, show: bool = True
     ) -> None:
         self.console, self.total, self.evaluates, self.saves = console, total_steps, evaluates, saves
         self.lines = show and not console.is_interactive
@@ -52,30 +47,29 @@ class Screen:
         self._last_line = 0.0
         self.start_at(0, ())
 
-    def start_at(self, step: int, kept: Iterable[Mapping[str, Any]]) -> None:
-        """The run goes on after `step`, and `kept` is what the log holds of it."""
+    def start_at(self, step: int, entries: Iterable[Mapping[str, Any]]) -> None:
+        """The run continues after `step`, and `entries` are the lines of its log up to there."""
         self.step, self.last = step, dict[str, Any]()
-        self.losses, self.seconds, self.scores = list[float](), list[float](), list[tuple[int, float, float]]()
+        self.losses, self.scores = list[float](), list[tuple[int, float, float]]()
+        self.seconds = deque[float](maxlen=STEPS_TIMED)
         self.skipped = self.lost = 0
-        for entry in kept:
-            with suppress(KeyError, TypeError):  # a line that somebody has changed must not keep a run from going on
-                self._take(entry)
+        for entry in entries:
+            self._add(entry)
 
-    def hear(self, entry: Mapping[str, Any]) -> None:
-        """Of a line of the log."""
-        self._take(entry)
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Takes a line of the log."""
+        self._add(entry)
         now = time.monotonic()
         due = now - self._last_line > SECONDS_BETWEEN_LINES or self.step == self.total
         if self.lines and entry["kind"] == "step" and due:
             self._last_line = now
             self.console.print(self._line(), soft_wrap=True)
 
-    def _take(self, entry: Mapping[str, Any]) -> None:
+    def _add(self, entry: Mapping[str, Any]) -> None:
         if entry["kind"] == "step":
-            loss, seconds = entry["loss"], entry["seconds"]
             self.step, self.last = entry["step"], dict(entry)
-            self.seconds = [*self.seconds[-STEPS_LOOKED_AT + 1 :], seconds]
-            if loss is not None and math.isfinite(loss):
+            self.seconds.append(entry["seconds"])
+            if (loss := entry["loss"]) is not None and math.isfinite(loss):
                 self.losses.append(loss)
             self.skipped += entry.get("skipped", False)
         elif entry["kind"] == "eval" and "accuracy" in entry["metrics"]:
@@ -92,11 +86,9 @@ class Screen:
             self._live.stop()
 
     def _line(self) -> str:
-        """What a step comes to, in one line."""
+        """A step in one line."""
         e = self.last
         numbers = {
-            "loss": f"{e['loss']:.3f}",
-            "lr": f"{e['learning_rate']:.1e}",
             "ex/s": per_second(e["examples_per_s"]),
             "pages/s": per_second(e["pages_per_s"]),
             "tok/s": thousands(e["tokens_per_s"]),
@@ -106,14 +98,13 @@ class Screen:
             "wait": f"{e['data_wait']:.0%}",
             **({"skipped": str(self.skipped)} if self.skipped else {}),
         }
-        named_first = ("loss", "lr")
-        words = (f"{name} {value}" if name in named_first else f"{value} {name}" for name, value in numbers.items())
-        return f"step {self.step}/{self.total}  {' '.join(words)}"
+        first = f"step {self.step}/{self.total}  loss {e['loss']:.3f} lr {e['learning_rate']:.1e}"
+        return " ".join([first, *(f"{value} {name}" for name, value in numbers.items())])
 
     # -- the screen --------------------------------------------------------------------------------------------------
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = min(options.max_width, WIDEST)
+        width = min(options.max_width, MAX_WIDTH)
         yield Group(
             self._progress(width),
             self._curve(width, ASCII_BLOCKS if options.ascii_only else BLOCKS),
@@ -155,11 +146,11 @@ class Screen:
             ("waits for data", "data_wait", "{:.0%}".format),
         ]
         shown = [(name, form(e[key]) if key in e else "–") for name, key, form in numbers]
-        lacking = ("skipped steps", self.skipped), ("lost examples", self.lost)
-        return shown + [(name, f"{count:,}") for name, count in lacking if count]
+        counts = ("skipped steps", self.skipped), ("lost examples", self.lost)
+        return shown + [(name, f"{count:,}") for name, count in counts if count]
 
     def _prospects(self) -> list[tuple[str, str]]:
-        """What comes next, and what the last evaluation found."""
+        """What comes next, and the result of the last evaluation."""
         found = [("next checkpoint", self._until(self.saves))]
         if self.evaluates is not None:
             found.insert(0, ("next evaluation", self._until(self.evaluates)))
@@ -179,7 +170,7 @@ class Screen:
 
     @property
     def eta(self) -> float | None:
-        """Seconds until the last step, as fast as it goes now, with the evaluations on the way; None if unknown."""
+        """Seconds until the last step at the present speed, with the evaluations on the way; None if unknown."""
         seconds = self._time(self.total - self.step)
         if seconds is None or self.evaluates is None or not self.scores:
             return seconds
@@ -191,9 +182,9 @@ class Screen:
 
 
 def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
-    """All values in at most `width` characters, each the mean of its share of them, the lowest to the highest mean.
+    """All values in at most `width` characters, each the mean of its share, from lowest to highest.
 
-    Positive values stand on a logarithmic scale: a loss falls fast, then slowly, and the slow part is to be seen.
+    Positive values stand on a logarithmic scale: a loss falls fast, then slowly, and the slow part should show.
     """
     if not values or width < 1:
         return ""
@@ -209,7 +200,7 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """Hours, minutes and seconds; days in front, if it takes some."""
+    """Hours, minutes and seconds, with days in front where there are any."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -235,9 +226,8 @@ def _row(name: str, value: str) -> Text:
 def _grid(numbers: Sequence[tuple[str, str]], width: int) -> Text:
     """Names and values in as many columns as there is room for."""
     columns = max(1, width // CELL)
-    text = Text(no_wrap=True, overflow="ellipsis")
-    for at, (name, value) in enumerate(numbers):
-        ends_row = at % columns == columns - 1 or at == len(numbers) - 1
-        text.append_text(_row(name, value if ends_row else f"{value:<{CELL - NAME}}"))
-        text.append("\n" if ends_row and at < len(numbers) - 1 else "")
-    return text
+    cells = [_row(name, f"{value:<{CELL - NAME}}") for name, value in numbers]
+    lines = [Text.assemble(*cells[at : at + columns]) for at in range(0, len(cells), columns)]
+    for line in lines:
+        line.rstrip()
+    return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)

@@ -1,7 +1,10 @@
-"""Trackers that hear the numbers of `log.jsonl` as well: TensorBoard, Weights & Biases, MLflow, trackio.
+"""Trackers that receive the numbers of `log.jsonl` too: TensorBoard, Weights & Biases, MLflow, trackio.
 
 Each keeps a run under the name of its folder, and in that folder, unless the user's environment names another place: no
-network is used unasked. What is resumed goes on in the tracked run that it began: `trackers.json` knows which.
+network is used unasked. A resumed run continues the tracked run that it began, whose id is in `trackers.json`.
+
+accelerate's trackers do not replace these: MLflow's ends a failed run as finished, TensorBoard's puts the settings into
+a run of their own, wandb's counts steps that cannot go back, and each needs the same code to find its run again.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from phi3v.base.errors import InputError
 from phi3v.base.runfolder import RunFolder
@@ -23,30 +26,47 @@ from phi3v.model.loading import first_line
 PROJECT = "phi3v"
 
 
-class Tracker(Protocol):
-    """What a log needs of a tracker."""
+class Tracker(ABC):
+    """Starts or continues a tracked run; `settings` are the run's, flat, and it resumes after `first_step`."""
 
     name: str
     where: str
-    """How to look at it, for the person watching."""
+    """How to look at it."""
 
+    def __init__(self, folder: RunFolder, settings: dict[str, Any], first_step: int) -> None:
+        self.folder, self.title = folder, folder.path.resolve().name
+        self.start(settings, first_step)
+
+    @abstractmethod
+    def start(self, settings: dict[str, Any], first_step: int) -> None: ...
+
+    @abstractmethod
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Keeps the numbers of a line of the log."""
 
+    @abstractmethod
     def finish(self, *, failed: bool) -> None:
         """The run has ended, or has been stopped."""
 
+    def tracked_id(self, new: Callable[[], str]) -> str:
+        """The id of the tracked run: the one in trackers.json, or a new one that is put there."""
+        known = self.folder.trackers
+        if self.name not in known:
+            known[self.name] = new()
+            self.folder.save(trackers=known)
+        return known[self.name]
 
-class TensorBoard:
-    """Event files in `tensorboard/`. A resumed run withdraws what it will say again."""
+
+class TensorBoard(Tracker):
+    """Event files in `tensorboard/`. A resumed run withdraws what it will write again."""
 
     name = "tensorboard"
 
-    def __init__(self, folder: Path, settings: dict[str, Any], first_step: int) -> None:
+    def start(self, settings: dict[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        target = folder / "tensorboard"
+        target = self.folder.path / "tensorboard"
         self.where = f"tensorboard --logdir {target}"
         self.writer = SummaryWriter(str(target), purge_step=first_step + 1 if first_step else 0)
         assert self.writer.file_writer is not None
@@ -62,12 +82,12 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
+class Wandb(Tracker):
     """As the user's environment says (WANDB_MODE, WANDB_PROJECT, ...), and offline where nobody is logged in."""
 
     name = "wandb"
 
-    def __init__(self, folder: Path, settings: dict[str, Any], first_step: int) -> None:
+    def start(self, settings: dict[str, Any], first_step: int) -> None:
         import wandb
 
         mode = wandb.setup().settings.mode
@@ -76,9 +96,9 @@ class Wandb:
         offline = alone or mode == "offline"
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.resolve().name,
-            dir=folder,
-            id=_remembered(folder, self.name) or _remember(folder, self.name, uuid.uuid4().hex[:8]),
+            name=self.title,
+            dir=self.folder.path,
+            id=self.tracked_id(lambda: uuid.uuid4().hex[:8]),
             mode="offline" if alone else None,
             resume=None if offline else "allow",
             settings=wandb.Settings(console="off", silent=True),
@@ -86,7 +106,8 @@ class Wandb:
         self.run.config.update(settings, allow_val_change=True)
         # wandb's own count of steps cannot go back, as a resumed run does.
         self.run.define_metric("*", step_metric="step")
-        kept = f"kept in {folder / 'wandb'}; wandb sync {folder / 'wandb'}/offline-run-* sends it"
+        files = self.folder.path / "wandb"
+        kept = f"kept in {files}; wandb sync {files}/offline-run-* sends it"
         self.where = f"{'not logged in, ' if alone else ''}{kept}" if offline else self.run.url or mode
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -96,56 +117,59 @@ class Wandb:
         self.run.finish(exit_code=int(failed))
 
 
-class MLflow:
+class MLflow(Tracker):
     """Where MLFLOW_TRACKING_URI says, else in `mlflow.db`."""
 
     name = "mlflow"
 
-    def __init__(self, folder: Path, settings: dict[str, Any], first_step: int) -> None:
+    def start(self, settings: dict[str, Any], first_step: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
         for chatty in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        own = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        own = f"sqlite:///{(self.folder.path / 'mlflow.db').resolve()}"
         uri = os.environ.get("MLFLOW_TRACKING_URI", own)
         self.where = f"mlflow ui --backend-store-uri {uri}" if uri == own else uri
         self._metric, self.client = Metric, MlflowClient(tracking_uri=uri)
-        if (known := _remembered(folder, self.name)) is not None:
-            self.id = known
-            self.client.update_run(self.id, "RUNNING")
-            return  # what MLflow calls a run's parameters cannot be changed: they are those it began with
-        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self.client.get_experiment_by_name(title)
-        files = str((folder / "mlartifacts").resolve()) if uri == own else None
-        experiment = self.client.create_experiment(title, files) if found is None else found.experiment_id
-        run = self.client.create_run(experiment, run_name=folder.resolve().name)
-        self.id = _remember(folder, self.name, run.info.run_id)
-        self.client.log_batch(self.id, params=[Param(key, str(value)) for key, value in settings.items()])
+
+        def new() -> str:
+            title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            found = self.client.get_experiment_by_name(title)
+            files = str((self.folder.path / "mlartifacts").resolve()) if uri == own else None
+            experiment = self.client.create_experiment(title, files) if found is None else found.experiment_id
+            run = self.client.create_run(experiment, run_name=self.title).info.run_id
+            # MLflow's parameters cannot be changed: a resumed run keeps those it began with.
+            self.client.log_batch(run, params=[Param(key, str(value)) for key, value in settings.items()])
+            return run
+
+        self.run_id = self.tracked_id(new)
+        self.client.update_run(self.run_id, "RUNNING")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[self._metric(key, value, now, step) for key, value in numbers.items()])
+        metrics = [self._metric(key, value, now, step) for key, value in numbers.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
 
     def finish(self, *, failed: bool) -> None:
-        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
-class Trackio:
+class Trackio(Tracker):
     """Where TRACKIO_DIR says (it counts when trackio is first imported), else in `trackio/`."""
 
     name = "trackio"
 
-    def __init__(self, folder: Path, settings: dict[str, Any], first_step: int) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").resolve()))
+    def start(self, settings: dict[str, Any], first_step: int) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str((self.folder.path / "trackio").resolve()))
         import trackio
         from trackio.utils import TRACKIO_DIR
 
         self.where = f"TRACKIO_DIR={TRACKIO_DIR} trackio show --project {PROJECT}"
         how: dict[str, Any] = {"resume": "allow", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         with contextlib.redirect_stdout(io.StringIO()):  # it advertises itself
-            self.run = trackio.init(project=PROJECT, name=folder.resolve().name, config=settings, **how)
+            self.run = trackio.init(project=PROJECT, name=self.title, config=settings, **how)
         self._finish = trackio.finish
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -156,36 +180,24 @@ class Trackio:
             self._finish()  # the run's own would leave it to be finished again at exit, aloud
 
 
-KINDS = {kind.name: kind for kind in (TensorBoard, Wandb, MLflow, Trackio)}
+TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (TensorBoard, Wandb, MLflow, Trackio)}
 
 
 def start_trackers(
-    names: Sequence[str], folder: Path, settings: Mapping[str, Mapping[str, Any]], first_step: int
+    names: Sequence[str], folder: RunFolder, settings: Mapping[str, Mapping[str, Any]], first_step: int
 ) -> list[Tracker]:
-    """The trackers that `--track` names, told the run's settings, flattened to `group/name`.
+    """The trackers that `--track` names, with the run's settings, flattened to `group/name`.
 
-    A run begins or goes on after `first_step`. Raises InputError, naming the flag, for one that cannot be had.
+    Raises InputError, naming the flag, for one that cannot start.
     """
     flat = {f"{group}/{name}": value for group, values in settings.items() for name, value in values.items()}
     plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
     trackers: list[Tracker] = []
     for name in names:
         try:
-            trackers.append(KINDS[name](folder, plain, first_step))
-        except InputError:
-            raise
+            trackers.append(TRACKERS[name](folder, plain, first_step))
         except ImportError as error:
             raise InputError(f"--track {name}: {error}; install it with pip install 'phi3v[track]'") from error
         except Exception as error:  # a library with a service of its own behind it raises anything
             raise InputError(f"--track {name}: {first_line(error)}") from error
     return trackers
-
-
-def _remembered(folder: Path, name: str) -> str | None:
-    return RunFolder(folder).trackers.get(name)
-
-
-def _remember(folder: Path, name: str, key: str) -> str:
-    run = RunFolder(folder)
-    run.save(trackers={**run.trackers, name: key})
-    return key

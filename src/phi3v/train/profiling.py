@@ -1,0 +1,69 @@
+"""A trace of some optimizer steps (`--profile-steps FIRST:LAST`), by PyTorch's profiler."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+
+from phi3v.base.console import say
+from phi3v.base.errors import InputError
+from phi3v.base.files import disk_errors, make_folder
+
+
+def parse_steps(text: str | None) -> range:
+    """The steps of `--profile-steps`, "FIRST:LAST", counted from 1, both included; none for None. Raises InputError."""
+    if text is None:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--profile-steps {text}: must be FIRST:LAST, such as 10:13, with 1 <= FIRST <= LAST")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+class Profiler:
+    """Traces `steps` into one file a rank in `folder`. A context manager: a run that ends before the last of them has a
+    trace of those it has done."""
+
+    def __init__(self, steps: range, folder: Path, rank: int) -> None:
+        self.steps, self.folder, self.rank = steps, folder, rank
+        self._profile: torch.profiler.profile | None = None
+        self._traced = list[int]()
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the work of a step."""
+        if number not in self.steps:
+            yield
+            return
+        if self._profile is None:
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        with torch.profiler.record_function(f"step {number}"):
+            yield
+        self._traced.append(number)
+        if number == self.steps[-1]:
+            self._end()
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._profile is None:
+            return
+        self._profile.stop()
+        if self._traced:
+            file = self.folder / f"steps-{self._traced[0]}-{self._traced[-1]}.rank-{self.rank}.json.gz"
+            make_folder(self.folder)
+            with disk_errors(file):
+                self._profile.export_chrome_trace(str(file))
+            say(escape(f"profile     {file}"))
+        self._profile = None
