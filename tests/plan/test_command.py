@@ -269,5 +269,5 @@ def test_the_tiny_model_is_planned_for_ones_own_data_only(
     tiny_data: Path, planned: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "tiny", "--gpu", "T4"]) == 2
-    assert "tiny learns from data of your own: give it with --train" in capsys.readouterr().err
+    assert "tiny has no data set: give your own data with --train" in capsys.readouterr().err
     assert planned("tiny", "--train", tiny_data, "--gpu", "T4")["rows"][0]["fits"]

@@ -13,7 +13,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import check_values, read_object
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ("config.json", "generation_config.json", INDEX, "*.safetensors")
+FILES = ("config.json", "generation_config.json", INDEX, "model*.safetensors")
 
 Shapes = Mapping[str, tuple[int, ...]]
 

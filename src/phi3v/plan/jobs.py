@@ -214,4 +214,4 @@ def _minutes(row: Row) -> int:
 
 
 def _yaml(content: dict[str, Any]) -> str:
-    return yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True)
+    return str(yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True))

@@ -1,4 +1,4 @@
-"""What a run learns from and with: the lengths of the examples and the sizes of the model, without loading either."""
+"""The data and the model of a plan: lengths of the examples and sizes of the model, without loading either."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def find_work(
     model, num_crops = base.base.model, num_crops or base.base.num_crops
     if train is None:
         if (known := KNOWN.get(name)) is None:
-            raise InputError(f"{name} learns from data of your own: give it with --train")
+            raise InputError(f"{name} has no data set: give your own data with --train")
         num_crops = num_crops or easy_vqa.NUM_CROPS
         lengths, source = known_lengths(known, num_crops), known.source
     else:

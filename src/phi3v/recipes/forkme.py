@@ -1,13 +1,13 @@
-"""MY TASK in a line: the template of a recipe of your own.
+"""MY TASK in one line: a template for your own recipe.
 
     phi3v recipes forkme > my_task.py
     phi3v train --recipe my_task.py --data-dir my_data --mode lora
 
-Task      what is shown and asked, and what the answers look like
-Source    where the data comes from, and under which licence; here a folder with train.csv and test.csv, whose lines are
-          image,question,answer (images relative to it)
-Split     what is trained on, and what evaluated on
-Scores    what was reached, with which settings
+Task      what the model sees, what it is asked, and what the answers look like
+Source    where the data comes from, and its license; here a folder with train.csv and test.csv, whose lines are
+          image,question,answer (images relative to the folder)
+Split     the data to train on and to evaluate on
+Scores    the scores reached, and with which settings
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 NAME = "my-task"
 COLUMNS = {"image": str, "question": str, "answer": str}
 
-TABLE = Table(  # --mode takes the settings of its row; what you find to work belongs here, with its score
+TABLE = Table(  # --mode takes the settings of its row; record what works for you here, with its score
     command="phi3v train --recipe my_task.py",
     metric="accuracy",
     model="Phi-3.5-vision",
@@ -42,14 +42,14 @@ TABLE = Table(  # --mode takes the settings of its row; what you find to work be
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TaskOptions):
-    """What the task can be asked for: a field is a flag, its docstring the help."""
+    """The options of the task: each field is a flag, and its docstring the help text."""
 
     hint: str = "Answer briefly."
-    """What follows every question."""
+    """Text that follows every question."""
 
 
 def settings(options: Options = Options()) -> Run:
-    """The run that learns the task; every value can be overridden by its flag."""
+    """The run that trains on the task; a flag overrides each value."""
     run = Run(
         base=Base(model="microsoft/Phi-3.5-vision-instruct", num_crops=16),
         data=Data(batch_size=16),
@@ -59,7 +59,7 @@ def settings(options: Options = Options()) -> Run:
 
 
 def prepare(run: Run, options: Options = Options()) -> Run:
-    """The run on the data in the guide's format, which is converted once. All that decides what is written is named."""
+    """The run on the data in the guide's format. It is converted once for each set of the options given by name."""
     return with_converted(run, options, NAME, partial(find, hint=options.hint), hint=options.hint)
 
 
@@ -67,8 +67,8 @@ def prepare(run: Run, options: Options = Options()) -> Run:
 
 
 def find(folder: Path | None, hint: str) -> list[Source]:
-    """The data in a folder. Raises InputError, saying what is missing."""
-    place = folder or Path("my_data")  # without --data-dir; `sources.download` brings a data set from the Hub
+    """The data in a folder. Raises InputError, naming what is missing."""
+    place = folder or Path("my_data")  # without --data-dir; `sources.download` fetches a data set from the Hub
     found = {split: file for split in ("train", "test") if (file := find_file(place, f"{split}.csv"))}
     if not found:
         raise nothing_found(place, NAME, ["train.csv and test.csv"])
@@ -76,7 +76,7 @@ def find(folder: Path | None, hint: str) -> list[Source]:
 
 
 def table(split: str, file: Path, hint: str) -> Source:
-    """A split: every line is a question about an image."""
+    """A split, each line of which is a question about an image."""
 
     def rows() -> Rows:
         with open(file, newline="", encoding="utf-8") as stream:

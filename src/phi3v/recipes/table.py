@@ -1,7 +1,7 @@
-"""The guide's tables as data: how each mode is trained, and what was published for it.
+"""The guide's tables as data: the settings of each mode, and the score that was published for it.
 
-A mode is a set of flags and a row of its recipe's table the rest: `with_mode` applies both to a run, `show` prints the
-tables and `markdown` writes them into the docs. Nothing is typed twice.
+A mode is a set of flags, and a row of a recipe's table holds its other settings: `with_mode` applies both to a run,
+`show` prints the tables and `markdown` renders them for the docs. No number is written twice.
 """
 
 from __future__ import annotations
@@ -30,35 +30,34 @@ MODES: Mapping[Mode, Mapping[str, Any]] = {
     "lora": {"lora": True},
     "qlora": {"qlora": True},
 }
-"""What a mode is: the flags of `Tuning` that it sets."""
-
+"""The flags of `Tuning` that each mode sets."""
 
 FROZEN_LEARNT_LITTLE = (
-    "suspect: the script of that time froze the token embeddings with the image embedder, and its re-entrant gradient "
-    "checkpointing then gave no layer of the decoder a gradient, so that only the last norm and the head learnt. Here "
-    "the decoder learns: expect more."
+    "suspect: the script of that time froze the token embeddings together with the image embedder, and its re-entrant "
+    "gradient checkpointing then gave no layer of the decoder a gradient, so only the last norm and the head were "
+    "trained. Here the decoder is trained: expect more."
 )
-"""Why the frozen rows of Phi-3-vision are below LoRA's. NLVR2's script is newer and free of it."""
+"""Why the frozen rows of Phi-3-vision are below LoRA's. NLVR2's script is newer and does not have this problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What every recipe of the guide can be asked for; each adds its own."""
+    """Options of every recipe of the guide, to which each adds its own."""
 
     mode: Mode | None = None
-    """Train as the recipe's table has it (`phi3v recipes NAME`): the whole model, all but the image embedder, adapters,
-    or adapters on 4-bit weights. Default: the whole model with the original script's defaults."""
+    """Train with the settings of a row of the recipe's table (`phi3v recipes NAME`): the whole model, all but the image
+    embedder, adapters, or adapters on 4-bit weights. Default: the whole model with the original script's defaults."""
 
     data_dir: Path | None = None
-    """Folder of the data set as it was downloaded. Default: it is downloaded from the Hugging Face Hub."""
+    """Folder of the data set as downloaded. Default: it is downloaded from the Hugging Face Hub."""
 
     converted_dir: Path | None = None
-    """Folder of the converted data. Default: phi3v/NAME in --data-dir if that can be written, else data/NAME."""
+    """Folder of the converted data. Default: phi3v/NAME in --data-dir if it is writable, else data/NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table."""
+    """The settings of a mode, and its published score."""
 
     mode: Mode
 
@@ -76,54 +75,52 @@ class Row:
     epochs: float
 
     score: float | None = None
-    """As published, in percent. None: nothing was published, and the settings are ours."""
+    """The published score in percent; None if nothing was published, and the settings are ours."""
 
     note: str = ""
-    """Why the published score is suspect."""
+    """Why the published score is doubtful."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """What was published for a task, and settings of ours for the modes that were not."""
+    """The published settings and scores of a task, and settings of ours for the other modes."""
 
     command: str
-    """The run of which `--mode` is a row."""
+    """The command that takes the modes as `--mode`."""
 
     metric: str
 
     model: str
-    """Whose scores they are."""
+    """The model that was scored."""
 
     rows: tuple[Row, ...]
 
 
 def with_mode(run: Run, table: Table, mode: Mode | None) -> Run:
-    """The run with exactly the settings of a mode; as it is without one."""
+    """The run with exactly the settings of a mode; without a mode, the run itself."""
     if mode is None:
         return run
     row = next(row for row in table.rows if row.mode == mode)
-    adapters: dict[str, Any] = (
-        {} if row.lora_rank is None else {"lora_rank": row.lora_rank, "lora_alpha": row.lora_alpha}
-    )
+    tuning = replace(run.tuning, **MODES[mode])
+    if row.lora_rank is not None:
+        tuning = replace(tuning, lora_rank=row.lora_rank, lora_alpha=row.lora_alpha)
     return replace(
         run,
         data=replace(run.data, batch_size=row.batch_size),
-        tuning=replace(run.tuning, **MODES[mode], **adapters),
+        tuning=tuning,
         optim=replace(run.optim, learning_rate=row.learning_rate, epochs=row.epochs),
     )
 
 
 def published_for(run: Run, table: Table) -> dict[str, Any]:
-    """The score published for the mode that a run trains in, as the run folder keeps it; {} if there is none."""
-    tuning = vars(run.tuning)
+    """The score published for the mode of a run, in the dtype of the run if there are several; {} if there is none."""
+    tuning, dtype = vars(run.tuning), "fp16" if run.base.dtype == "fp16" else "bf16"
     mode = [mode for mode, flags in MODES.items() if all(tuning[flag] == on for flag, on in flags.items())][-1]
-    rows = [row for row in table.rows if row.mode == mode and row.score is not None]
-    rows.sort(key=lambda row: row.dtype != ("fp16" if run.base.dtype == "fp16" else "bf16"))
-    if not rows:
-        return {}
-    row = rows[0]
-    about = {"model": table.model, "metric": table.metric.lower(), "mode": row.mode, "dtype": row.dtype}
-    return {**about, "score": (row.score or 0) / 100, "note": row.note}
+    for row in sorted(table.rows, key=lambda row: row.dtype != dtype):
+        if row.mode == mode and row.score is not None:
+            about = {"model": table.model, "metric": table.metric.lower(), "mode": row.mode, "dtype": row.dtype}
+            return {**about, "score": row.score / 100, "note": row.note}
+    return {}
 
 
 def show(name: str | None = None, /) -> None:
@@ -133,7 +130,7 @@ def show(name: str | None = None, /) -> None:
         name: A recipe, or `forkme` for the template of your own.
     """
     if name == "forkme":
-        print(Path(__file__).with_name("forkme.py").read_text(encoding="utf-8"), end="")  # as it is, for a file
+        print(Path(__file__).with_name("forkme.py").read_text(encoding="utf-8"), end="")
     elif name is None:
         console.print(_overview([find_recipe(recipe) for recipe in RECIPES]))
     else:
@@ -141,7 +138,7 @@ def show(name: str | None = None, /) -> None:
 
 
 def markdown(recipe: ModuleType) -> str:
-    """The table of a recipe for a page of the docs."""
+    """The table of a recipe in Markdown, for the docs."""
     head, *rows = _cells(recipe.TABLE)
     lines = [head, ["---"] * len(head), *rows]
     notes = [f"\n{recipe.TABLE.metric} in percent, of {recipe.TABLE.model}."]
@@ -153,7 +150,7 @@ def _overview(recipes: Sequence[ModuleType]) -> Grid:
     grid = Grid.grid(padding=(0, 2))
     for name, recipe in zip(RECIPES, recipes, strict=True):
         grid.add_row(f"[bold]{name}", escape(_docstring(recipe).partition("\n")[0]))
-    grid.add_row("[bold]forkme", "The template of a recipe of your own: phi3v recipes forkme > my_task.py")
+    grid.add_row("[bold]forkme", "A template for your own recipe: phi3v recipes forkme > my_task.py")
     return grid
 
 
@@ -177,7 +174,7 @@ def _docstring(recipe: ModuleType) -> str:
 
 
 def _cells(table: Table) -> list[list[str]]:
-    """Head and rows. A score with a star is suspect."""
+    """The head and the rows. A star marks a doubtful score."""
     cells = [["mode", "dtype", "LoRA rank", "alpha", "batch size", "learning rate", "epochs", table.metric]]
     for row in table.rows:
         rate = f"{row.learning_rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
