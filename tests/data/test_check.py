@@ -130,7 +130,7 @@ def test_warnings(data: Path, processor: Phi3VProcessor) -> None:
     assert findings.warnings == (
         f"{data}:2: unknown key 'licence' is ignored (and 1 more line)",
         f"{data}:2: turn 1: the model will read <|end|> in the text as a control token (and 1 more line)",
-        f"{data}:2: id 'n1' is also on line 1 (and 1 more repeated id)",
+        f"{data}:2: id 'n1' is also on line 1 (and 1 more line)",
     )
     assert findings.odd_lines == (1, 2)
 

@@ -311,61 +311,54 @@ class Tally:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.num_lines = self.examples = self.turns = self.images = self.text_only = 0
+        self.num_lines = 0
+        self.counts = {"examples": 0, "turns": 0, "images": 0, "text_only": 0}
         self.measures = [array("q") for _ in Measure._fields]
         self.problems: list[str] = []
         self.bad_lines: list[int] = []
         self.odd_lines: list[int] = []
-        self.warnings: dict[str, tuple[str, int]] = {}  # text: first line, number of lines
-        self.line_of: dict[str, int] = {}  # id: number of the first line
-        self.repeated: list[str] = []
+        self.warnings: dict[str, tuple[str, int]] = {}  # by kind: the first one, and how many lines have it
+        self.line_of: dict[str, int] = {}  # by id
 
     def add(self, line: Brief) -> None:
-        if line.turns:
-            self._add_example(line)
-        if line.measure:
-            for numbers, number in zip(self.measures, line.measure, strict=True):
-                numbers.append(number)
+        for problem in line.notes.problems:
+            self.problems.append(one_line(f"{line.where}: {problem}"))
+        for warning in line.notes.warnings:
+            self._warn(warning, f"{line.where}: {warning}")
         if line.notes.problems:
             self.bad_lines.append(self.num_lines)
-            self.problems += [one_line(f"{line.where}: {problem}") for problem in line.notes.problems]
         if line.notes.warnings:
             self.odd_lines.append(self.num_lines)
-        for text in line.notes.warnings:
-            where, count = self.warnings.get(text, (line.where, 0))
-            self.warnings[text] = (where, count + 1)
+        for numbers, number in zip(self.measures, line.measure or (), strict=False):
+            numbers.append(number)
+        if line.turns:
+            for name, count in zip(self.counts, (1, line.turns, line.images, not line.images), strict=True):
+                self.counts[name] += count
+            number = int(line.where.rpartition(":")[2])
+            if (first := self.line_of.setdefault(line.id, number)) != number:
+                self._warn("repeated id", f"{line.where}: id {line.id!r} is also on line {first}")
         self.num_lines += 1
 
-    def _add_example(self, line: Brief) -> None:
-        self.examples += 1
-        self.turns += line.turns
-        self.images += line.images
-        self.text_only += not line.images
-        number = int(line.where.rpartition(":")[2])
-        if (first := self.line_of.setdefault(line.id, number)) != number:
-            self.repeated.append(f"{line.where}: id {line.id!r} is also on line {first}")
+    def _warn(self, kind: str, text: str) -> None:
+        first, count = self.warnings.get(kind, (text, 0))
+        self.warnings[kind] = (first, count + 1)
 
     def findings(self, images: Images, root: str, *, has_tokens: bool) -> Findings:
-        warnings = [f"{where}: {text}{_more(count, 'line')}" for text, (where, count) in self.warnings.items()]
-        if self.repeated:
-            warnings.append(f"{self.repeated[0]}{_more(len(self.repeated), 'repeated id')}")
-        warnings += _about_files(self.path, images, root)
+        found = self.warnings.values()
+        warnings = [text if n == 1 else f"{text} (and {counted(n - 1, 'more line')})" for text, n in found]
         tokens, answer_tokens, crops = (Statistics.of(numbers) if numbers else None for numbers in self.measures)
         return Findings(
             path=self.path,
             problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
-            warnings=tuple(map(one_line, warnings)),
+            warnings=tuple(map(one_line, [*warnings, *_about_files(self.path, images, root)])),
             num_lines=self.num_lines,
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),
-            examples=self.examples,
-            turns=self.turns,
-            images=self.images,
             image_files=len(images),
-            text_only=self.text_only,
             tokens=tokens if has_tokens else None,
             answer_tokens=answer_tokens if has_tokens else None,
             crops=crops,
+            **self.counts,
         )
 
 
@@ -379,10 +372,6 @@ def _about_files(path: str, images: Images, root: str) -> Iterator[str]:
         if found := sorted(image for image, info in readable.items() if getattr(info, odd)):
             files = f"{counted(len(found), 'image file')} with {kind} (such as {found[0].removeprefix(root)})"
             yield f"{path}: {files}: {seen}"
-
-
-def _more(count: int, noun: str) -> str:
-    return f" (and {counted(count - 1, f'more {noun}')})" if count > 1 else ""
 
 
 def counted(number: int, noun: str) -> str:

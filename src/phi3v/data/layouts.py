@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -34,13 +33,14 @@ def read(format: Format, source: Path, root: Path, question: str | None) -> Iter
     `question` is what is asked about folders of classes. Raises InputError if the source as a whole cannot be read.
     """
     resolve = image_resolver(source, root)
-    rows: dict[str, Callable[[], Rows]] = {
-        "csv": partial(csv_rows, source),
-        "imagefolder": partial(class_rows, source, question, "image"),
-        "video-folder": partial(class_rows, source, question, "video"),
-    }
+    if format == "csv":
+        rows = csv_rows(source)
+    elif format in FOLDERS:
+        rows = class_rows(source, question, "image" if format == "imagefolder" else "video")
+    else:
+        rows = json_rows(source)
     try:
-        for number, (where, value) in enumerate(rows.get(format, partial(json_rows, source))(), start=1):
+        for number, (where, value) in enumerate(rows, start=1):
             try:
                 if isinstance(value, InputError):
                     raise value
