@@ -77,7 +77,8 @@ def check(
     images: dict[str, ImageInfo | str] = {image: known[n] for image, n in fingerprints.items() if n in known}
     changed = sorted(fingerprints.keys() - images.keys())
     if stamp and not changed and (kept := stamp.findings_of(inputs, str(path), max_tokens)):
-        say(f"{escape(str(path))}: checked on {stamp.date}, nothing has changed: {kept.examples:,} examples")
+        examples = counted(kept.examples, "example")
+        say(f"{escape(str(path))}: checked on {stamp.date}, nothing has changed: {examples}")
         return kept
 
     decoded = share(checker.decode, changed, IMAGES, "checking images", len(changed))

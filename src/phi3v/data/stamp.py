@@ -94,7 +94,8 @@ def read_stamp(data: Path) -> Stamp | None:
     """The stamp of a data file; None if there is none, or a damaged one, or another checker's."""
     try:
         stamp = msgspec.json.decode(_file(data).read_bytes(), type=Stamp)
-        return stamp if stamp.checker == CHECKER and stamp.known_images is not None else None
+        whole = stamp.known_images is not None  # or it raises
+        return stamp if whole and stamp.checker == CHECKER else None
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError, zlib.error):
         return None
 
