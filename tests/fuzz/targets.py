@@ -31,7 +31,7 @@ from torch import nn
 
 from phi3v.base.errors import MAX_LENGTH, InputError
 from phi3v.base.ranks import Ranks
-from phi3v.base.runfolder import RunFolder, claim
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.archive import unpack
 from phi3v.data.check import check
 from phi3v.data.image import hd_size, hd_transform, load_image, read_info, read_size
@@ -240,7 +240,7 @@ def state() -> dict[str, Any]:
 def _claim(place: Path) -> None:
     """Whoever goes on with a run compares its settings and its data with those of the folder."""
     run = RunFolder(place / "run").config
-    claim(replace(run, keeping=replace(run.keeping, out=place / "begun", resume="auto")))
+    RunFolder(place / "begun").claim(replace(run, keeping=replace(run.keeping, out=place / "begun", resume="auto")))
 
 
 def _archive(place: Path) -> None:

@@ -76,4 +76,4 @@ def test_where_it_cannot_be_had(settings_for: Callable[..., Run], capsys: pytest
     with pytest.raises(ValueError, match="--fp8: it needs a GPU of the Hopper or Ada generation"):
         train(settings_for(fp8=True))
     assert main(["train", "--fp8", "--lora", "--train", "x.jsonl", "--out", "x"]) == 2
-    assert "--fp8 is for weights that learn" in capsys.readouterr().err
+    assert "--fp8 is for trained weights" in capsys.readouterr().err

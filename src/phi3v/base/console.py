@@ -41,7 +41,8 @@ def progress_bar(
             nonlocal done, last_line
             done += count
             bar.advance(task, count)
-            if show and not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            due = done < total and time.monotonic() - last_line > SECONDS_BETWEEN_LINES
+            if due and show and not console.is_terminal:
                 last_line = time.monotonic()
                 say(f"{title}: {done:,} of {total:,} {unit}")
 
