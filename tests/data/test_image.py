@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -158,7 +157,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cut.png: unreadable image \(.*truncated"):
         load_image(tmp_path / "cut.png")
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
-    with pytest.raises(InputError, match=r"large.png: 10000x9000 is more than 89478485 pixels"):
+    with pytest.raises(InputError, match=r"large.png: 10000x9000 is not between 1 and 89478485 pixels"):
         load_image(tmp_path / "large.png")
     with pytest.raises(InputError, match="unreadable"):
         load_image(tmp_path)
@@ -168,9 +167,9 @@ def test_decompression_bomb(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
     Image.new("1", (30_000, 10_000)).save(bomb)
     assert bomb.stat().st_size < 100_000
-    with pytest.raises(InputError, match=r"bomb.png: absurdly large"):
+    with pytest.raises(InputError, match=r"bomb.png: unreadable image .*exceeds limit"):
         load_image(bomb)
-    with pytest.raises(InputError, match=r"bomb.png: absurdly large"):
+    with pytest.raises(InputError, match=r"bomb.png: unreadable image .*exceeds limit"):
         read_size(bomb)
 
 
@@ -186,17 +185,9 @@ def test_content_counts_and_not_the_name(tmp_path: Path) -> None:
                 function(tmp_path / "picture.png")
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    for file in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
-        for function in (load_image, read_size, read_info):
-            with pytest.raises(InputError, match=rf"{file.name}: unreadable image \(not a file\)"):
-                function(file)
-
-
 def test_pictures_without_pixels() -> None:
     for size in ((0, 5), (5, 0)):
-        with pytest.raises(InputError, match="no pixels"):
+        with pytest.raises(InputError, match="is not between 1 and"):
             load_image(Image.new("RGB", size))
 
 

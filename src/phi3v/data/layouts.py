@@ -75,18 +75,14 @@ def csv_rows(file: Path) -> Rows:
     """The rows of a table with a header, separated by commas or, in a .tsv, by tabs."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if missing := [name for name in COLUMNS if name not in header]:
-                raise InputError(f"{file}: no column {missing[0]!r} in its first line ({', '.join(header)})")
-            first = reader.line_num + 1
-            for cells in reader:
-                if len(cells) == len(header):
-                    row = dict(zip(header, cells, strict=True))
-                    yield f"{file}:{first}", {"id": row.get("id"), **_record(*(row[name] for name in COLUMNS))}
-                elif cells:
-                    yield f"{file}:{first}", InputError(f"{len(cells)} cells, the first line has {len(header)}")
-                first = reader.line_num + 1
+            reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if missing := [name for name in COLUMNS if name not in reader.fieldnames]:
+                raise InputError(f"{file}: no column {missing[0]!r} in its first line")
+            for row in reader:
+                whole = None not in row and None not in row.values()
+                found = {"id": row.get("id"), **_record(*(row[name] for name in COLUMNS))} if whole else None
+                yield f"{file}:{reader.line_num}", found or InputError("it has not as many cells as the first line")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 at byte {error.start + 1}") from error
     except csv.Error as error:
