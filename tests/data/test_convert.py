@@ -176,7 +176,7 @@ GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
         ({**GOOD, "image": "pictures/none.png"}, "no such image"),
         ({**GOOD, "image": "pictures/broken.png"}, "broken.png: "),
         ({**GOOD, "image": "../out.png"}, "leads out of the image root"),
-        ({**GOOD, "image": "https://example.org/a.png"}, "https://example.org/a.png is no file"),
+        ({**GOOD, "image": "https://example.org/a.png"}, "a.png: no such image"),
         ({**GOOD, "image": {"bytes": "x"}}, "images[0]: must be a string, not an object"),
         ({**GOOD, "video": "a.mp4"}, "video: only images are converted"),
         ({"image": "pictures/a.png"}, "conversations or messages is missing"),
@@ -279,7 +279,7 @@ def test_splits_share_no_image(source: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "flags", "message"),
     [
-        ("llava", {"val_fraction": 1.0}, "--val-fraction is 1.0, it must be at least 0 and below 1"),
+        ("llava", {"val_fraction": 1.0}, "--val-fraction is 1.0, it must be less than 1"),
         ("llava", {"num_frames": 0}, "--num-frames is 0, it must be at least 1"),
         ("llava", {"question": "What?"}, "--question is for folders of classes"),
         ("imagefolder", {"question": "<image>?"}, "without <image>"),

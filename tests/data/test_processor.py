@@ -169,13 +169,6 @@ def test_misuse(tiny: Phi3VProcessor) -> None:
     for num_crops in (0, 10**9, "4", 4.5, None):
         with pytest.raises(InputError, match=rf"num_crops is {num_crops!r}, it must be a whole number from 1 to 1024"):
             Phi3VProcessor(tiny.tokenizer, num_crops=num_crops)
-    template = tiny.tokenizer.chat_template
-    try:
-        tiny.tokenizer.chat_template = "{{ messages[7].role }}"
-        with pytest.raises(InputError, match="the chat template cannot write this conversation"):
-            tiny.apply_chat_template([{"role": "user", "content": "a"}])
-    finally:
-        tiny.tokenizer.chat_template = template
 
 
 def test_image_items_become_tags(tiny: Phi3VProcessor, tmp_path: Path) -> None:

@@ -205,8 +205,8 @@ class Checker:
     def _measure(self, example: Example, images: Images, notes: Notes) -> Measure | None:
         sizes = {image: info.size for image in example.images if not isinstance(info := images[image], str)}
         if self.processor is None:
-            hd_sizes = [hd_size(*sizes[image], self.num_crops) for image in example.images]
-            return Measure(0, 0, sum(num_tiles(h, w) + 1 for h, w in hd_sizes))
+            tiles = [num_tiles(*hd_size(*sizes[image], self.num_crops)) for image in example.images]
+            return Measure(0, 0, sum(tiles) + len(tiles))
         encoded = encode(example, self.processor, sizes.__getitem__)
         if self.max_tokens is not None and encoded.tokens > self.max_tokens:
             notes.problems.append(f"{encoded.tokens:,} tokens, more than {self.max_tokens:,}")
@@ -317,7 +317,7 @@ class Tally:
         return Findings(
             path=self.path,
             problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
-            warnings=tuple(map(one_line, [*warnings, *_about_files(self.path, images, root)])),
+            warnings=tuple(map(one_line, [*warnings, *_about_rotation(self.path, images, root)])),
             num_lines=self.num_lines,
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),
@@ -329,16 +329,13 @@ class Tally:
         )
 
 
-def _about_files(path: str, images: Images, root: str) -> Iterator[str]:
-    """Warnings about what a viewer shows differently from what the model sees."""
-    readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
-    for kind, seen, odd in (
-        ("an EXIF orientation", "it is ignored, the model sees them as they are stored", "rotated"),
-        ("several frames or pages", "the model sees the first", "animated"),
-    ):
-        if found := sorted(image for image, info in readable.items() if getattr(info, odd)):
-            files = f"{counted(len(found), 'image file')} with {kind} (such as {found[0].removeprefix(root)})"
-            yield f"{path}: {files}: {seen}"
+def _about_rotation(path: str, images: Images, root: str) -> list[str]:
+    """A warning that a viewer shows some images turned, and the model does not see them so."""
+    found = sorted(image for image, info in images.items() if isinstance(info, ImageInfo) and info.rotated)
+    if not found:
+        return []
+    files = f"{counted(len(found), 'image file')} with an EXIF orientation (such as {found[0].removeprefix(root)})"
+    return [f"{path}: {files}: it is ignored, the model sees them as they are stored"]
 
 
 def counted(number: int, noun: str) -> str:

@@ -46,9 +46,6 @@ class ImageInfo(NamedTuple):
     rotated: bool
     """Whether its EXIF orientation tells viewers to turn or mirror it. The model sees it as it is stored."""
 
-    animated: bool
-    """Whether it has several frames or pages. The model sees the first."""
-
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(width, height) from the header of an image file, without decoding it. Raises InputError as `load_image` does."""
@@ -71,12 +68,11 @@ def read_info(path: str | Path) -> ImageInfo:
     with _opened(path) as image:
         size = image.convert("RGB").size
         try:
-            # Only now: once decoded, a TIFF has been turned, and says so. The preview a telephone adds is no frame.
+            # Only now: once decoded, a TIFF has been turned, and says so.
             rotated = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
-            animated = getattr(image, "is_animated", False) and image.format != "MPO"
-        except Exception:  # damaged metadata or a damaged second frame raises anything, and does not matter
-            rotated = animated = False
-        return ImageInfo(size, rotated, animated)
+        except Exception:  # damaged metadata raises anything, and does not matter
+            rotated = False
+        return ImageInfo(size, rotated)
 
 
 def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:

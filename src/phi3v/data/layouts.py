@@ -24,7 +24,6 @@ TAG = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 COLUMNS = ("image", "question", "answer")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}
-NOT_FILES = ("http:", "https:", "data:")
 
 
 def read(format: Format, source: Path, root: Path, question: str | None) -> Iterator[tuple[str, Example | InputError]]:
@@ -55,20 +54,21 @@ def read(format: Format, source: Path, root: Path, question: str | None) -> Iter
 
 def json_rows(file: Path) -> Rows:
     """The objects of a JSON array ("file, item n"), or of a file with one a line ("file:line")."""
-    with open(file, "rb") as stream:
-        array = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not array:
-        for where, line in lines(file):
-            try:
-                yield where, jsonfile.parse(line)
-            except InputError as error:
-                yield where, error
-        return
+    content = file.read_bytes()
+    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from ((where, _parsed(line)) for where, line in lines(file))
+    elif isinstance(values := _parsed(content), InputError):
+        raise InputError(f"{file}: {values}")
+    else:
+        yield from ((f"{file}, item {number}", value) for number, value in enumerate(values, start=1))
+
+
+def _parsed(content: bytes) -> Any:
+    """The value of a JSON text, or the InputError that it is none."""
     try:
-        values = jsonfile.parse(file.read_bytes())
+        return jsonfile.parse(content)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    yield from ((f"{file}, item {number}", value) for number, value in enumerate(values, start=1))
+        return error
 
 
 def csv_rows(file: Path) -> Rows:
@@ -180,8 +180,6 @@ def _paired(texts: Sequence[tuple[str, str]], images: Sequence[Any]) -> list[dic
         raise InputError("only the user shows images")
     if num_tags not in (0, len(images)):
         raise InputError(f"{num_tags} {TAG} tags, {len(images)} images")
-    if outside := [image for image in images if isinstance(image, str) and image.startswith(NOT_FILES)]:
-        raise InputError(f"{outside[0][:80]} is no file: save it beside the data, and give its path")
     rest = iter(images)
     turns: list[dict[str, Any]] = []
     system: list[str] = []

@@ -221,12 +221,9 @@ class Phi3VProcessor:
         for messages in conversation if batched else [conversation]:
             messages, given = _with_tags(messages)
             found.append(given)
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            except Exception as error:  # a template is a program in a sandbox, which raises anything
-                raise InputError(f"the chat template cannot write this conversation: {error}") from error
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
             texts.append(cast(str, text))
         if not tokenize:
             return texts if batched else texts[0]
