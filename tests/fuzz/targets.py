@@ -29,7 +29,7 @@ from torch import nn
 
 from phi3v.base.errors import MAX_LENGTH, InputError
 from phi3v.base.ranks import Ranks
-from phi3v.base.runfolder import RunFolder, claim
+from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import check
 from phi3v.data.image import hd_size, hd_transform, load_image, read_info, read_size
 from phi3v.data.layouts import read
@@ -255,7 +255,7 @@ def state() -> dict[str, Any]:
 def _claim(place: Path) -> None:
     """Whoever goes on with a run compares its settings and its data with those of the folder."""
     run = RunFolder(place / "run").config
-    claim(replace(run, keeping=replace(run.keeping, out=place / "begun", resume="auto")))
+    RunFolder(place / "begun").claim(replace(run, keeping=replace(run.keeping, out=place / "begun", resume="auto")))
 
 
 def _convert(format: Any, place: Path) -> None:

@@ -68,7 +68,7 @@ def own(place: Path, tmp_path: Path) -> Path:
 LINES = {
     "no line end": (b"x" * 300 * MB, "train.jsonl:1: longer than 4 MiB"),
     "one array": (b"[" + b'{"id": "1"},' * MB, "longer than 4 MiB: is the file one JSON array?"),
-    "brackets": (b"[" * 4_000_000, "nested more than 64 deep"),
+    "brackets": (b"[" * 4_000_000, "nested too deep"),
 }
 
 
