@@ -281,7 +281,7 @@ def data(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
     ("line", "message"),
     [
         ("{", "not JSON"),
-        ('{"id": "x"}', "conversations is missing"),
+        ('{"id": "x"}', "conversations: is missing"),
         ({"images": ["nothing.png"]}, "nothing.png: no such image"),
         ({"images": ["../../secret.png"]}, "leads out of the image root"),
         (
@@ -292,7 +292,7 @@ def data(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
             {"images": ["red.png", "blue.png"], "user": "<|image_1|> what"},
             "prompt has 1 image tags (1), 2 images were given",
         ),
-        ({"assistant": " "}, "the answer is empty"),
+        ({"assistant": " "}, "the answer is missing"),
     ],
 )
 def test_bad_data_is_named_by_file_and_line(line: Any, message: str, data, training, fails, tmp_path: Path) -> None:

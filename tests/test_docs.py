@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ from original import parser
 from phi3v.cli import COMMANDS, main, parse
 from phi3v.data.check import check
 from phi3v.recipes import find_recipe
-from phi3v.recipes.table import markdown
+from phi3v.recipes.table import cells, notes
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -25,6 +26,14 @@ PAGES = [*sorted(REPOSITORY.glob("README*.md")), *sorted(DOCS.glob("*.md"))]
 COMING_FROM = sorted(DOCS.glob("from-*.md"))
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def markdown(recipe: ModuleType) -> str:
+    """The table of a recipe for a page."""
+    head, *rows = cells(recipe.TABLE)
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+    lines.append(f"\n{recipe.TABLE.metric} in percent, of {recipe.TABLE.model}.")
+    return "\n".join(lines + [f"\n\\* {note}" for note in notes(recipe.TABLE)]) + "\n"
 
 
 @pytest.mark.parametrize("page", ["recipes.md", "recetas.es.md"])

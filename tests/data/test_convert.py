@@ -162,10 +162,10 @@ GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
         ({**GOOD, "conversations": say("What?", "this: <image>")}, "only the user shows images"),
         ({**GOOD, "conversations": say("What?")}, "the last question has no answer"),
         ({**GOOD, "conversations": say("What?", "x", "Why?")}, "the last question has no answer"),
-        ({**GOOD, "conversations": say("What?", " ")}, "turn 1: the answer is empty"),
+        ({**GOOD, "conversations": say("What?", " ")}, "turn 1: the answer is missing"),
         ({**GOOD, "conversations": say("What?", "x")[::-1]}, "a message of 'assistant' out of turn"),
         ({**GOOD, "conversations": [{"from": "tool", "value": "x"}]}, "a message of 'tool' out of turn"),
-        ({**GOOD, "conversations": []}, "conversations is empty"),
+        ({**GOOD, "conversations": []}, "conversations: Expected array of length >= 1"),
         ({**GOOD, "conversations": "x"}, "conversations cannot be a string"),
         ({**GOOD, "conversations": ["x"]}, "must be an object, not a string"),
         ({**GOOD, "conversations": [{"from": "human"}]}, "value or content is missing"),
@@ -176,8 +176,8 @@ GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
         ({**GOOD, "image": "pictures/none.png"}, "no such image"),
         ({**GOOD, "image": "pictures/broken.png"}, "broken.png: "),
         ({**GOOD, "image": "../out.png"}, "leads out of the image root"),
-        ({**GOOD, "image": "https://example.org/a.png"}, "https://example.org/a.png is no file"),
-        ({**GOOD, "image": {"bytes": "x"}}, "images must hold paths, not an object"),
+        ({**GOOD, "image": "https://example.org/a.png"}, "a.png: no such image"),
+        ({**GOOD, "image": {"bytes": "x"}}, "images[0]: must be a string, not an object"),
         ({**GOOD, "video": "a.mp4"}, "video: only images are converted"),
         ({"image": "pictures/a.png"}, "conversations or messages is missing"),
         (7, "must be an object, not a number"),
@@ -211,7 +211,7 @@ def test_csv(source: Path) -> None:
         [("Text only?", "No.")],
     ]
     few, missing = left_out(source / "out")
-    assert few == f"{file}:5: 2 cells, the first line has 5"
+    assert few == f"{file}:5: it has not as many cells as the first line"
     assert missing.startswith(f"{file}:6: ")
     assert "no such image" in missing
 
@@ -279,7 +279,7 @@ def test_splits_share_no_image(source: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "flags", "message"),
     [
-        ("llava", {"val_fraction": 1.0}, "--val-fraction is 1.0, it must be at least 0 and below 1"),
+        ("llava", {"val_fraction": 1.0}, "--val-fraction is 1.0, it must be less than 1"),
         ("llava", {"num_frames": 0}, "--num-frames is 0, it must be at least 1"),
         ("llava", {"question": "What?"}, "--question is for folders of classes"),
         ("imagefolder", {"question": "<image>?"}, "without <image>"),
@@ -287,7 +287,7 @@ def test_splits_share_no_image(source: Path) -> None:
         ("llava", {"image_root": Path("nowhere")}, "--image-root nowhere: no such folder"),
         ("csv", {"source": "none.csv"}, "none.csv: no such file"),
         ("imagefolder", {"source": "none"}, "none: no such folder"),
-        ("csv", {}, "data.json: no column 'image' in its first line ([])"),
+        ("csv", {}, "data.json: no column 'image' in its first line"),
         ("llava", {}, "data.json: nothing to convert; it is empty"),
         ("imagefolder", {"source": "pictures"}, "pictures: there are no folders in it, one a class"),
         ("imagefolder", {"source": "splits"}, "splits holds splits (train, val), not classes"),

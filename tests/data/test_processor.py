@@ -162,24 +162,13 @@ def test_tags_against_images(tiny: Phi3VProcessor, text: str, num_images: int, m
 
 
 def test_misuse(tiny: Phi3VProcessor) -> None:
-    with pytest.raises(InputError, match="padding=True"):
+    with pytest.raises(ValueError, match="padding=True"):
         tiny(["a", "what is this"])
-    with pytest.raises(InputError, match="not ndarray"):
-        tiny("<|image_1|>", np.zeros((3, 3, 3)))
     with pytest.raises(InputError, match="2 prompts, 1 lists"):
         tiny(["a", "b"], [[picture(8, 8)]])
-    with pytest.raises(InputError, match="max_length"):
-        tiny("a", padding="max_length")
     for num_crops in (0, 10**9, "4", 4.5, None):
         with pytest.raises(InputError, match=rf"num_crops is {num_crops!r}, it must be a whole number from 1 to 1024"):
             Phi3VProcessor(tiny.tokenizer, num_crops=num_crops)
-    template = tiny.tokenizer.chat_template
-    try:
-        tiny.tokenizer.chat_template = "{{ messages[7].role }}"
-        with pytest.raises(InputError, match="the chat template cannot write this conversation"):
-            tiny.apply_chat_template([{"role": "user", "content": "a"}])
-    finally:
-        tiny.tokenizer.chat_template = template
 
 
 def test_image_items_become_tags(tiny: Phi3VProcessor, tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ import os
 import shutil
 import struct
 import sys
-import tarfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -32,7 +30,6 @@ from torch import nn
 from phi3v.base.errors import MAX_LENGTH, InputError
 from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
-from phi3v.data.archive import unpack
 from phi3v.data.check import check
 from phi3v.data.image import hd_size, hd_transform, load_image, read_info, read_size
 from phi3v.data.layouts import read
@@ -243,11 +240,6 @@ def _claim(place: Path) -> None:
     RunFolder(place / "begun").claim(replace(run, keeping=replace(run.keeping, out=place / "begun", resume="auto")))
 
 
-def _archive(place: Path) -> None:
-    shutil.rmtree(place / "unpacked", ignore_errors=True)
-    unpack(place / "archive", place / "unpacked")
-
-
 def _convert(format: Any, place: Path) -> None:
     list(read(format, place / f"{format}.json", place / "data/images", None))
 
@@ -293,7 +285,6 @@ TARGETS = {
     "environment in a report": Target("run/environment.json", lambda place: write_report(place / "run")),
     "lengths": Target("run/lengths.json", lambda place: write_report(place / "run")),
     "predictions": Target("run/predictions.jsonl", lambda place: write_report(place / "run")),
-    "archive": Target("archive", _archive, seeds=lambda place: archive_seeds()),
     "llava": Target("llava.json", partial(_convert, "llava"), seeds=lambda place: [LLAVA]),
     "messages": Target("messages.json", partial(_convert, "messages"), seeds=lambda place: [MESSAGES]),
     "csv": Target("csv.json", partial(_convert, "csv"), seeds=lambda place: [b"image,question,answer\nred.png,a,b\n"]),
@@ -352,23 +343,3 @@ def _saved(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
-
-
-@cache
-def archive_seeds() -> list[bytes]:
-    """A tar as it is and compressed, and a zip, with folders, long names and empty files."""
-    tree = {"set/a/one.txt": b"x" * 600, "set/b/" + "long" * 40 + ".txt": b"y", "set/empty": b""}
-    zipped = io.BytesIO()
-    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in tree.items():
-            archive.writestr(name, content)
-    packed = [zipped.getvalue()]
-    for mode in ("w", "w:gz", "w:bz2", "w:xz"):
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
-            for name, content in tree.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        packed.append(stream.getvalue())
-    return packed

@@ -93,7 +93,7 @@ def test_questions_need_no_answers(scripted_model_dir: Path, write, tmp_path: Pa
     out = predict(str(scripted_model_dir), data, out=tmp_path / "out.jsonl", **FLAGS)
     assert [line["prediction"] for line in lines_of(out)] == ["blue", "blue", "blue", "no"]
     assert [(line["id"], line["line"]) for line in lines_of(out)] == [("q0", 1), ("q1", 2), ("q2", 3), ("q3", 4)]
-    with pytest.raises(InputError, match=r"asked\.jsonl:1: turn 1: assistant is missing"):
+    with pytest.raises(InputError, match=r"asked\.jsonl:1: turn 1: the answer is missing"):
         read_jsonl(data)  # to learn from they are no use
 
 

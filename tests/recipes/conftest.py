@@ -70,17 +70,6 @@ FEATURES: Mapping[str, Mapping[str, Any]] = {
             "text": STRING,
         },
     },
-    "lmms": {
-        "questionId": STRING,
-        "question": STRING,
-        "question_types": sequence(STRING),
-        "image": IMAGE,
-        "docId": {"dtype": "int64", "_type": "Value"},
-        "ucsf_document_id": STRING,
-        "ucsf_document_page_no": STRING,
-        "answers": sequence(STRING),
-        "data_split": STRING,
-    },
 }
 
 
@@ -150,28 +139,6 @@ def write_mini(folder: Path, train: int = 4, test: int = 2) -> None:
             for n in range(count)
         ]
         write_parquet(shards(folder / "data", split, 1), "mini", rows)
-
-
-def write_lmms(folder: Path, splits: Iterable[str] = ("validation", "test"), documents: int = 11) -> None:
-    """lmms-lab/DocVQA: two pages in every document, two questions about each; no answers in test."""
-    for split in splits:
-        rows = [
-            {
-                "questionId": f"{4 * document + 2 * page + n}",
-                "question": f"what is {n} on page {page} of {document} of {split}?",
-                "question_types": ["form"],
-                "image": cell(picture(2 * document + page)),
-                "docId": document,
-                "ucsf_document_id": f"abcd{document:04d}",
-                "ucsf_document_page_no": f"{page}",
-                "answers": None if split == "test" else [f"{document}.{page}.{n}"],
-                "data_split": split,
-            }
-            for document in range(documents)
-            for page in range(2)
-            for n in range(2)
-        ]
-        write_parquet(shards(folder / "DocVQA", split, 2), "lmms", rows)
 
 
 def write_challenge(folder: Path, pictures: str = "documents") -> None:

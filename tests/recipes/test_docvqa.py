@@ -121,23 +121,6 @@ def test_challenge(pictures: str, tmp_path: Path, published: ModuleType, read: R
     assert (train.parent / "images/train/abcd0000_1.png").samefile(page)  # no second copy of gigabytes
 
 
-def test_validation_of_lmms_lab_is_divided_by_document(tmp_path: Path, published: ModuleType, read: Read) -> None:
-    published.write_lmms(tmp_path)
-    train, test = both(prepare(settings(), Options(data_dir=tmp_path)))
-    learnt, kept = set(pages(read(train))), set(pages(read(test)))
-    assert kept == {f"test/abcd{document:04d}_{page}.png" for document in (0, 10) for page in (0, 1)}
-    assert learnt == {f"train/abcd{document:04d}_{page}.png" for document in range(1, 10) for page in (0, 1)}
-    assert len(read(train)) == 36
-    assert len(read(test)) == 8
-
-
-def test_lmms_lab_with_a_training_split(tmp_path: Path, published: ModuleType, read: Read) -> None:
-    published.write_lmms(tmp_path, splits=("train", "validation"), documents=2)
-    train, test = both(prepare(settings(), Options(data_dir=tmp_path)))
-    for file, split in ((train, "train"), (test, "validation")):
-        assert [user.endswith(f"of {split}?\nAnswer briefly.") for user, _ in asked(read(file))] == [True] * 8
-
-
 def test_which_form_wins(tmp_path: Path, published: ModuleType, read: Read) -> None:
     """Without --full-train the mini set, if it is there; the questions of what is learnt, if it has some."""
     published.write_mini(tmp_path)

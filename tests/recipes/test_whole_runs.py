@@ -37,7 +37,6 @@ FORMS: dict[str, tuple[str, Write, int, int]] = {
     "mini": ("docvqa", lambda published, folder: published.write_mini(folder), 4, 2),
     "cauldron": ("docvqa --full-train --mode lora", docvqa_rows, 8, 2),
     "challenge": ("docvqa", lambda published, folder: published.write_challenge(folder), 6, 6),
-    "lmms-lab": ("docvqa", lambda published, folder: published.write_lmms(folder), 36, 8),
     "memes of the cauldron": ("hateful-memes --eval-size 2 --mode frozen", memes_rows, 4, 2),
     "memes": ("hateful-memes", lambda published, folder: published.write_memes(folder), 5, 3),
     "nlvr2 of the cauldron": ("nlvr2 --eval_size 2", nlvr2_rows, 4, 2),

@@ -89,7 +89,7 @@ def convert(value: Any, kind: type[T], place: str) -> T:
         return msgspec.convert(value, kind, dec_hook=_decode)
     except msgspec.ValidationError as error:
         path, problem = _explain(error, kind)
-        raise InputError(f"{place}: {path}: {problem}" if path else f"{place}: {problem}") from None
+        raise InputError(": ".join(filter(None, (place, path, problem)))) from None
 
 
 def check_values(place: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
@@ -118,6 +118,8 @@ def _explain(error: msgspec.ValidationError, kind: Any) -> tuple[str, str]:
     """Where in the value, "data.batch_size", and what is wrong there, in our words."""
     text, _, where = str(error).partition(" - at `")
     path = where.rstrip("`").removeprefix("$").lstrip(".")
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
+        return f"{path}.{missing[1]}".lstrip("."), "is missing"
     if bound := re.fullmatch(r"Expected `\w+` (>=|>|<=|<) ([\d.]+)", text):
         return path, f"must be {BOUNDS[bound[1]]} {float(bound[2]):g}"
     if got := re.fullmatch(r"Expected `([\w |]+)`, got `(\w+)`", text):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,17 +30,22 @@ from phi3v.data.encode import Example, answer_text, encode, user_text
 from phi3v.data.image import ImageInfo, hd_size, num_tiles, read_info
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import Notes, image_folder, image_resolver, lines, parse
-from phi3v.data.stamp import Inputs, fingerprint, read_stamp, write_stamp
+from phi3v.data.stamp import fingerprint, inputs_of, read_stamp, write_stamp
 from phi3v.data.statistics import Findings, Statistics
 
 CONTROL_TOKEN = re.compile(r"<\|(?:user|assistant|system|end|endoftext|placeholder\d+)\|>|</?s>|<unk>")
 
-LINES_PER_BLOCK = 128
+FEW = 500
+"""With fewer lines or images, starting worker processes takes longer than it saves."""
+
+CHUNK = 16
+"""Lines or images that a worker gets at once."""
+
+PER_MEETING = 1024
+"""Lines or images of a rank before it exchanges results with the others: seconds of work, so that none waits long."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Block = Sequence[tuple[str, bytes]]
-"""("file:line", content) of some lines."""
 Images = Mapping[str, ImageInfo | str]
 """What images hold, by path, or what is wrong with them."""
 
@@ -66,27 +73,26 @@ def check(
     """
     data = Path(path)
     checker = ranks.all_do(lambda: Checker(data, image_root, processor, num_crops, max_tokens))
-    inputs, stamp = ranks.first_does(lambda: (Inputs.of(data, processor, checker.num_crops), read_stamp(data)))
+    num_lines, inputs, stamp = ranks.first_does(
+        lambda: (sum(1 for _ in lines(path)), inputs_of(data, processor, checker.num_crops), read_stamp(data))
+    )
     share = partial(_shared, ranks=ranks, num_workers=num_workers, progress=progress)
-    num_bytes = data.stat().st_size
 
     fingerprints: dict[str, int] = {}
-    for found in share(checker.images_of, _blocks(data), BLOCKS, "reading", num_bytes):
+    for found in share(checker.images_of, lines(path), "reading", "lines", num_lines):
         fingerprints |= found
     known = stamp.known_images if stamp else {}
     images: dict[str, ImageInfo | str] = {image: known[n] for image, n in fingerprints.items() if n in known}
     changed = sorted(fingerprints.keys() - images.keys())
-    if stamp and not changed and (kept := stamp.findings_of(inputs, str(path), max_tokens)):
+    if stamp and not changed and (kept := stamp.findings_of(inputs, max_tokens)):
         examples = counted(kept.examples, "example")
         say(f"{escape(str(path))}: checked on {stamp.date}, nothing has changed: {examples}")
         return kept
 
-    decoded = share(checker.decode, changed, IMAGES, "checking images", len(changed))
-    images |= zip(changed, decoded, strict=True)
+    images |= zip(changed, share(_decode, changed, "checking images", "images", len(changed)), strict=True)
     tally = Tally(str(path))
-    for some in share(partial(checker.check_block, images=images), _blocks(data), BLOCKS, "checking lines", num_bytes):
-        for line in some:
-            tally.add(line)
+    for line in share(partial(checker.summary, images=images), lines(path), "checking lines", "lines", num_lines):
+        tally.add(line)
     findings = tally.findings(images, checker.root, has_tokens=processor is not None)
     if ranks.is_first:
         readable = {n: info for image, n in fingerprints.items() if not isinstance(info := images[image], str)}
@@ -109,11 +115,10 @@ def check_lines(
     checker, stamp = Checker(Path(path), image_root, processor, num_crops), read_stamp(Path(path))
     known = stamp.known_images if stamp else {}
     found = []
-    for number, (where, raw) in enumerate(lines(path)):
+    for number, line in enumerate(lines(path)):
         if number in wanted:
-            _, fingerprints = checker.images_of([(where, raw)])
-            images = {image: known.get(n) or checker.decode(image)[1] for image, n in fingerprints.items()}
-            found.append(checker.check_line(where, raw, images))
+            images = {image: known.get(n) or _decode(image) for image, n in checker.images_of(line).items()}
+            found.append(checker.check_line(line, images))
     return found
 
 
@@ -139,7 +144,7 @@ class CheckedLine(NamedTuple):
     """None with a problem."""
 
 
-class Brief(NamedTuple):
+class Summary(NamedTuple):
     """What is kept of a checked line. The counts are 0 if it holds no example."""
 
     where: str
@@ -151,7 +156,7 @@ class Brief(NamedTuple):
 
 
 class Checker:
-    """Checks images and lines, one at a time, in whatever process."""
+    """Checks lines, ("file:line", content), one at a time, in whatever process."""
 
     def __init__(
         self,
@@ -167,34 +172,28 @@ class Checker:
         self.num_crops = processor.num_crops if processor else num_crops
         self.max_tokens = max_tokens
 
-    def images_of(self, block: Block) -> tuple[int, dict[str, int]]:
-        """Number of bytes, and the images that the lines show with their fingerprints."""
-        parsed = [parse(raw, where, self.resolve, Notes()) for where, raw in block]
-        images = dict.fromkeys(image for example in parsed if example for image in example.images if image)
-        return _num_bytes(block), {image: fingerprint(image, self.root) for image in images}
+    def images_of(self, line: tuple[str, bytes]) -> dict[str, int]:
+        """The images that a line shows, with their fingerprints."""
+        where, raw = line
+        example = parse(raw, where, self.resolve, Notes())
+        return {image: fingerprint(image, self.root) for image in example.images if image} if example else {}
 
-    def decode(self, image: str) -> tuple[int, ImageInfo | str]:
-        """1, and what an image holds, or what is wrong with it."""
-        try:
-            return 1, read_info(image)
-        except InputError as error:
-            return 1, str(error)
-
-    def check_block(self, block: Block, images: Images) -> tuple[int, list[Brief]]:
-        """Number of bytes, and what is kept of the lines."""
-        return _num_bytes(block), [_brief(self.check_line(where, raw, images)) for where, raw in block]
-
-    def check_line(self, where: str, raw: bytes, images: Images) -> CheckedLine:
+    def check_line(self, line: tuple[str, bytes], images: Images) -> CheckedLine:
         """The example on a line, what is wrong with it, and how large it is."""
+        where, raw = line
         notes = Notes()
         example = parse(raw, where, self.resolve, notes)
-        measure = None
         if example is not None:
             self._check_images(example, images, notes)
             _check_texts(example, notes)
-            if not notes.problems:
-                measure = self._measure(example, images, notes)
-        return CheckedLine(where, raw, example, notes, None if notes.problems else measure)
+        measure = self._measure(example, images, notes) if example and not notes.problems else None
+        return CheckedLine(where, raw, example, notes, measure)
+
+    def summary(self, line: tuple[str, bytes], images: Images) -> Summary:
+        """What is kept of a line."""
+        where, _, example, notes, measure = self.check_line(line, images)
+        counts = (example.id, len(example.turns), len(example.images)) if example else ("", 0, 0)
+        return Summary(where, *counts, notes, measure)
 
     def _check_images(self, example: Example, images: Images, notes: Notes) -> None:
         for image in dict.fromkeys(filter(None, example.images)):  # "" is one that `parse` refused
@@ -204,19 +203,24 @@ class Checker:
             elif problem := _problem(hd_size, *info.size, self.num_crops):
                 notes.problems.append(f"{image}: {problem}")
 
-    def _measure(self, example: Example, images: Images, notes: Notes) -> Measure:
+    def _measure(self, example: Example, images: Images, notes: Notes) -> Measure | None:
         sizes = {image: info.size for image in example.images if not isinstance(info := images[image], str)}
         if self.processor is None:
-            hd_sizes = [hd_size(*sizes[image], self.num_crops) for image in example.images]
-            return Measure(0, 0, sum(num_tiles(h, w) + 1 for h, w in hd_sizes))
-        try:
-            encoded = encode(example, self.processor, sizes.__getitem__)
-        except InputError as error:
-            notes.problems.append(str(error).removeprefix(f"{example.where}: "))
-            return Measure(0, 0, 0)
+            tiles = [num_tiles(*hd_size(*sizes[image], self.num_crops)) for image in example.images]
+            return Measure(0, 0, sum(tiles) + len(tiles))
+        encoded = encode(example, self.processor, sizes.__getitem__)
         if self.max_tokens is not None and encoded.tokens > self.max_tokens:
             notes.problems.append(f"{encoded.tokens:,} tokens, more than {self.max_tokens:,}")
+            return None
         return Measure(encoded.tokens, encoded.num_supervised, encoded.crops)
+
+
+def _decode(image: str) -> ImageInfo | str:
+    """What an image holds, or what is wrong with it."""
+    try:
+        return read_info(image)
+    except InputError as error:
+        return str(error)
 
 
 def _check_texts(example: Example, notes: Notes) -> None:
@@ -238,47 +242,11 @@ def _problem(function: Callable[..., object], *arguments: object) -> str | None:
     return None
 
 
-def _brief(line: CheckedLine) -> Brief:
-    example = line.example
-    counts = (example.id, len(example.turns), len(example.images)) if example else ("", 0, 0)
-    return Brief(line.where, *counts, line.notes, line.measure)
-
-
-def _num_bytes(block: Block) -> int:
-    return sum(len(raw) for _, raw in block)
-
-
-def _blocks(path: Path) -> Iterator[Block]:
-    every = lines(path)
-    while block := list(islice(every, LINES_PER_BLOCK)):
-        yield block
-
-
-# -- sharing it --------------------------------------------------------------------------------------------------------
-
-
-class Pace(NamedTuple):
-    """How items are handed out."""
-
-    unit: str
-    """What the progress counts."""
-    few: int
-    """With fewer units, starting worker processes takes longer than it saves."""
-    chunk: int
-    """Items that a worker gets at once."""
-    per_meeting: int
-    """Items of a rank before it exchanges results with the others: seconds of work, so that none waits for long."""
-
-
-BLOCKS = Pace("bytes", few=2**17, chunk=1, per_meeting=16)
-IMAGES = Pace("images", few=500, chunk=8, per_meeting=256)
-
-
 def _shared(
-    function: Callable[[Item], tuple[int, Result]],
+    function: Callable[[Item], Result],
     items: Iterable[Item],
-    pace: Pace,
     title: str,
+    unit: str,
     total: int,
     *,
     ranks: Ranks,
@@ -287,20 +255,20 @@ def _shared(
 ) -> Iterator[Result]:
     """The results of a function for all items, in order, on every rank; each rank computes its share, with its workers.
 
-    The function returns (number of units done, result).
+    The progress has a title, and counts units up to `total`.
     """
     if num_workers is None:
-        num_workers = num_cores() if total >= pace.few else 0
+        num_workers = num_cores() if total >= FEW else 0
     share = islice(items, ranks.rank, None, ranks.num)
-    mine = ranks.all_do(lambda: forked_map(function, share, num_workers, chunk=pace.chunk))
-    with progress_bar(title, total, pace.unit, show=progress, summary=False) as advance:
+    mine = ranks.all_do(lambda: forked_map(function, share, num_workers, chunk=CHUNK))
+    with progress_bar(title, total, unit, show=progress, summary=False) as advance:
         while True:
-            found = ranks.gather(ranks.all_do(lambda: list(islice(mine, pace.per_meeting))))
-            for of_ranks in zip_longest(*found):  # later ranks may have one less
-                for units, result in filter(None, of_ranks):
-                    advance(units)
+            found = ranks.gather(ranks.all_do(lambda: list(islice(mine, PER_MEETING))))
+            for result in chain.from_iterable(zip_longest(*found)):
+                if result is not None:  # a later rank may have one less
+                    advance(1)
                     yield result
-            if len(found[0]) < pace.per_meeting:
+            if len(found[0]) < PER_MEETING:
                 return
 
 
@@ -313,7 +281,7 @@ class Tally:
     def __init__(self, path: str) -> None:
         self.path = path
         self.num_lines = 0
-        self.counts = {"examples": 0, "turns": 0, "images": 0, "text_only": 0}
+        self.counts = Counter(examples=0, turns=0, images=0, text_only=0)
         self.measures = [array("q") for _ in Measure._fields]
         self.problems: list[str] = []
         self.bad_lines: list[int] = []
@@ -321,7 +289,7 @@ class Tally:
         self.warnings: dict[str, tuple[str, int]] = {}  # by kind: the first one, and how many lines have it
         self.line_of: dict[str, int] = {}  # by id
 
-    def add(self, line: Brief) -> None:
+    def add(self, line: Summary) -> None:
         for problem in line.notes.problems:
             self.problems.append(one_line(f"{line.where}: {problem}"))
         for warning in line.notes.warnings:
@@ -333,8 +301,7 @@ class Tally:
         for numbers, number in zip(self.measures, line.measure or (), strict=False):
             numbers.append(number)
         if line.turns:
-            for name, count in zip(self.counts, (1, line.turns, line.images, not line.images), strict=True):
-                self.counts[name] += count
+            self.counts.update(examples=1, turns=line.turns, images=line.images, text_only=not line.images)
             number = int(line.where.rpartition(":")[2])
             if (first := self.line_of.setdefault(line.id, number)) != number:
                 self._warn("repeated id", f"{line.where}: id {line.id!r} is also on line {first}")
@@ -351,7 +318,7 @@ class Tally:
         return Findings(
             path=self.path,
             problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
-            warnings=tuple(map(one_line, [*warnings, *_about_files(self.path, images, root)])),
+            warnings=tuple(map(one_line, [*warnings, *_about_rotation(self.path, images, root)])),
             num_lines=self.num_lines,
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),
@@ -363,16 +330,13 @@ class Tally:
         )
 
 
-def _about_files(path: str, images: Images, root: str) -> Iterator[str]:
-    """Warnings about what a viewer shows differently from what the model sees."""
-    readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
-    for kind, seen, odd in (
-        ("an EXIF orientation", "it is ignored, the model sees them as they are stored", "rotated"),
-        ("several frames or pages", "the model sees the first", "animated"),
-    ):
-        if found := sorted(image for image, info in readable.items() if getattr(info, odd)):
-            files = f"{counted(len(found), 'image file')} with {kind} (such as {found[0].removeprefix(root)})"
-            yield f"{path}: {files}: {seen}"
+def _about_rotation(path: str, images: Images, root: str) -> list[str]:
+    """A warning that a viewer shows some images turned, and the model does not see them so."""
+    found = sorted(image for image, info in images.items() if isinstance(info, ImageInfo) and info.rotated)
+    if not found:
+        return []
+    files = f"{counted(len(found), 'image file')} with an EXIF orientation (such as {found[0].removeprefix(root)})"
+    return [f"{path}: {files}: it is ignored, the model sees them as they are stored"]
 
 
 def counted(number: int, noun: str) -> str:
@@ -414,12 +378,10 @@ def render(findings: Findings, console: Console) -> None:
         console.print(Text(f"✗ {findings.path}: {number} on {bad}", style="bold red"))
 
 
-def _histogram(name: str, histogram: Sequence[tuple[int, int]], width: int = 40) -> Table:
+def _histogram(name: str, histogram: Sequence[tuple[int, int]]) -> Table:
     table = Table(name, "", "examples", box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[0].justify = table.columns[2].justify = "right"
     most = max(count for _, count in histogram)
     for low, count in histogram:
-        eighths = -(-count * width * 8 // most)  # rounded up: a bin with an example in it shows
-        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-        table.add_row(f"{low:,}", Text(bar, style="cyan"), f"{count:,}")
+        table.add_row(f"{low:,}", Bar(most, 0, count, width=40, color="cyan"), f"{count:,}")
     return table

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from phi3v.base.console import progress_bar
 from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import Count, Fraction, check_values
 from phi3v.base.pool import forked_map, num_cores
 from phi3v.data.encode import Example
 from phi3v.data.image import read_size
@@ -48,10 +49,8 @@ def convert(
         progress: Show a progress bar.
     """
     folders = format in FOLDERS
-    if not 0 <= val_fraction < 1:
-        raise InputError(f"--val-fraction is {val_fraction}, it must be at least 0 and below 1")
-    if num_frames < 1:
-        raise InputError(f"--num-frames is {num_frames}, it must be at least 1")
+    values = {"val-fraction": val_fraction, "num-frames": num_frames}
+    check_values("--", values, {"val-fraction": Fraction, "num-frames": Count})
     if question is not None and (not folders or TAG in question):
         raise InputError(f"--question is for folders of classes, and without {TAG}: the images come before it")
     if image_root is not None and folders:

@@ -29,7 +29,7 @@ class Turn:
     """
 
     user: str
-    assistant: str | None
+    assistant: str | None = None
     images: tuple[str, ...] = ()
 
 

@@ -24,7 +24,6 @@ TAG = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 COLUMNS = ("image", "question", "answer")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}
-NOT_FILES = ("http:", "https:", "data:")
 
 
 def read(format: Format, source: Path, root: Path, question: str | None) -> Iterator[tuple[str, Example | InputError]]:
@@ -55,38 +54,35 @@ def read(format: Format, source: Path, root: Path, question: str | None) -> Iter
 
 def json_rows(file: Path) -> Rows:
     """The objects of a JSON array ("file, item n"), or of a file with one a line ("file:line")."""
-    with open(file, "rb") as stream:
-        array = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not array:
-        for where, line in lines(file):
-            try:
-                yield where, jsonfile.parse(line)
-            except InputError as error:
-                yield where, error
-        return
+    content = file.read_bytes()
+    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from ((where, _parsed(line)) for where, line in lines(file))
+    elif isinstance(values := _parsed(content), InputError):
+        raise InputError(f"{file}: {values}")
+    else:
+        yield from ((f"{file}, item {number}", value) for number, value in enumerate(values, start=1))
+
+
+def _parsed(content: bytes) -> Any:
+    """The value of a JSON text, or the InputError that it is none."""
     try:
-        values = jsonfile.parse(file.read_bytes())
+        return jsonfile.parse(content)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    yield from ((f"{file}, item {number}", value) for number, value in enumerate(values, start=1))
+        return error
 
 
 def csv_rows(file: Path) -> Rows:
     """The rows of a table with a header, separated by commas or, in a .tsv, by tabs."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if missing := [name for name in COLUMNS if name not in header]:
-                raise InputError(f"{file}: no column {missing[0]!r} in its first line ({', '.join(header)})")
-            first = reader.line_num + 1
-            for cells in reader:
-                if len(cells) == len(header):
-                    row = dict(zip(header, cells, strict=True))
-                    yield f"{file}:{first}", {"id": row.get("id"), **_record(*(row[name] for name in COLUMNS))}
-                elif cells:
-                    yield f"{file}:{first}", InputError(f"{len(cells)} cells, the first line has {len(header)}")
-                first = reader.line_num + 1
+            reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if missing := [name for name in COLUMNS if name not in reader.fieldnames]:
+                raise InputError(f"{file}: no column {missing[0]!r} in its first line")
+            for row in reader:
+                whole = None not in row and None not in row.values()
+                found = {"id": row.get("id"), **_record(*(row[name] for name in COLUMNS))} if whole else None
+                yield f"{file}:{reader.line_num}", found or InputError("it has not as many cells as the first line")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 at byte {error.start + 1}") from error
     except csv.Error as error:
@@ -184,8 +180,6 @@ def _paired(texts: Sequence[tuple[str, str]], images: Sequence[Any]) -> list[dic
         raise InputError("only the user shows images")
     if num_tags not in (0, len(images)):
         raise InputError(f"{num_tags} {TAG} tags, {len(images)} images")
-    if outside := [image for image in images if isinstance(image, str) and image.startswith(NOT_FILES)]:
-        raise InputError(f"{outside[0][:80]} is no file: save it beside the data, and give its path")
     rest = iter(images)
     turns: list[dict[str, Any]] = []
     system: list[str] = []

@@ -17,24 +17,31 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from phi3v.base import jsonfile
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Example, Turn, messages
 
-EXAMPLE_KEYS: dict[str, type] = {
-    "id": str,
-    "source": str,
-    "conversations": list,
-    "answers": list,
-    "group": str,
-    "closed_turns": bool,
-}
-TURN_KEYS: dict[str, type] = {"images": list, "user": str, "assistant": str}
-OPTIONAL_KEYS = frozenset({"source", "answers", "group", "closed_turns", "images"})
+
+class Line(msgspec.Struct):
+    """The object on a line."""
+
+    id: Annotated[str, Meta(min_length=1)]
+    conversations: Annotated[list[Turn], Meta(min_length=1)]
+    source: str = ""
+    answers: tuple[str, ...] = ()
+    group: str = ""
+    closed_turns: bool = False
+
+
+KEYS, TURN_KEYS = Line.__annotations__.keys(), Turn.__annotations__.keys()
 
 MAX_LINE_BYTES = 2**22
 """Longest line. A context of 131,072 tokens has 0.6 MB of English, or 1 MB of Chinese written as \\uXXXX."""
@@ -127,36 +134,29 @@ def parse(
     """
     try:
         record = jsonfile.parse(line)
+        _check_keys(record, notes)
+        fields = jsonfile.convert(record, Line, "")
     except InputError as error:
         notes.problems.append(f"{error}{_hint(line)}")
         return None
-    if not _has_keys(record, "", EXAMPLE_KEYS, notes):
-        return None
-    if not record["id"]:
-        notes.problems.append("id is empty")
-    if not record["conversations"]:
-        notes.problems.append("conversations is empty")
     turns = []
-    for number, turn in enumerate(record["conversations"], start=1):
-        name, optional = f"turn {number}: ", OPTIONAL_KEYS
-        if prompts and number == len(record["conversations"]) and _is_open(turn):
-            turn, optional = {key: turn[key] for key in turn if key != "assistant"}, OPTIONAL_KEYS | {"assistant"}
-        if _has_keys(turn, name, TURN_KEYS, notes, optional):
-            turns.append(_turn(turn, name, resolve, notes))
-    answers = record.get("answers", [])
-    if "answers" in record and not (answers and all(isinstance(answer, str) and answer.strip() for answer in answers)):
-        notes.problems.append("answers must be a list of one or more texts that are not empty")
-        answers = []
-    if not turns or len(turns) < len(record["conversations"]):
-        return None
+    for number, turn in enumerate(fields.conversations, start=1):
+        name = f"turn {number}: "
+        answer = turn.assistant if turn.assistant and turn.assistant.strip() else None
+        if answer is None and not (prompts and number == len(fields.conversations)):
+            notes.problems.append(f"{name}the answer is missing")
+        images = tuple(_resolved(image, resolve, name, notes) for image in turn.images)
+        turns.append(replace(turn, assistant=answer, images=images))
+    if not all(answer.strip() for answer in fields.answers):
+        notes.problems.append("answers holds a blank text")
     return Example(
-        id=record["id"],
-        source=record.get("source", ""),
+        id=fields.id,
+        source=fields.source,
         turns=tuple(turns),
         where=where,
-        answers=tuple(answers),
-        group=record.get("group", ""),
-        closed_turns=record.get("closed_turns", False),
+        answers=fields.answers,
+        group=fields.group,
+        closed_turns=fields.closed_turns,
     )
 
 
@@ -170,60 +170,29 @@ def read_record(record: Mapping[str, object], where: str, resolve: Callable[[str
     return example
 
 
-def _turn(turn: Mapping[str, object], name: str, resolve: Callable[[str], str], notes: Notes) -> Turn:
-    images = []
-    for image in turn.get("images", []):  # type: ignore[attr-defined]
-        images.append("")  # a refused image keeps its place, since its tag is in the text
-        if not isinstance(image, str) or not image:
-            notes.problems.append(f"{name}images must hold paths, not {repr(image) if image == '' else _kind(image)}")
-            continue
-        try:
-            images[-1] = resolve(image)
-        except InputError as error:
-            notes.problems.append(f"{name}{error}")
-    user, assistant = str(turn["user"]), str(turn["assistant"]) if "assistant" in turn else None
-    if assistant is not None and not assistant.strip():
-        notes.problems.append(f"{name}the answer is empty")
-    return Turn(user=user, assistant=assistant, images=tuple(images))
+def _resolved(image: str, resolve: Callable[[str], str], name: str, notes: Notes) -> str:
+    try:
+        return resolve(image)
+    except InputError as error:
+        notes.problems.append(f"{name}{error}")
+        return ""  # it keeps its place, since its tag is in the text
 
 
-def _is_open(turn: object) -> bool:
-    """Whether a turn has no answer yet."""
-    answer = turn.get("assistant") if isinstance(turn, dict) else ...
-    return answer is None or (isinstance(answer, str) and not answer.strip())
-
-
-def _has_keys(
-    record: object, name: str, keys: Mapping[str, type], notes: Notes, optional: Set[str] = OPTIONAL_KEYS
-) -> bool:
-    """Whether a JSON object has the keys it needs, with values of the right types; what is wrong goes to `notes`.
-
-    An unknown key is a warning, or a problem if it looks like a misspelt one.
-    """
-    if not isinstance(record, dict):
-        notes.problems.append(f"{name}must be an object, not {_kind(record)}")
-        return False
-    before = len(notes.problems)
-    for key in sorted(record.keys() - keys.keys()):
-        close = difflib.get_close_matches(key, keys.keys() - record.keys(), n=1, cutoff=0.75)
-        if close:
-            notes.problems.append(f"{name}unknown key {key!r}: did you mean {close[0]!r}?")
-        else:
-            notes.warnings.append(f"{name}unknown key {key!r} is ignored")
-    for key, kind in keys.items():
-        if key in record:
-            if not isinstance(record[key], kind):
-                notes.problems.append(f"{name}{key} must be {jsonfile.KINDS[kind]}, not {_kind(record[key])}")
-        elif key not in optional:
-            llava = " (from and value are LLaVA's keys; here a turn is user and assistant)" if "from" in record else ""
-            notes.problems.append(f"{name}{key} is missing{llava}")
-    return len(notes.problems) == before
+def _check_keys(record: object, notes: Notes) -> None:
+    """Note keys that are unknown: as a warning, or as a problem if they look like misspelt ones."""
+    given = record if isinstance(record, dict) else {}
+    turns = given.get("conversations")
+    objects = [("", given, KEYS)]
+    objects += [(f"turn {n}: ", turn, TURN_KEYS) for n, turn in enumerate(turns if isinstance(turns, list) else [], 1)]
+    for name, keys, known in objects:
+        for key in sorted(keys.keys() - known) if isinstance(keys, dict) else ():
+            if close := difflib.get_close_matches(key, known - keys.keys(), n=1, cutoff=0.75):
+                notes.problems.append(f"{name}unknown key {key!r}: did you mean {close[0]!r}?")
+            else:
+                notes.warnings.append(f"{name}unknown key {key!r} is ignored")
 
 
 def _hint(line: bytes) -> str:
-    array = line.lstrip()[:1] == b"["
-    return ": is the file one JSON array? Each line must hold one object" if array else ""
-
-
-def _kind(value: object) -> str:
-    return jsonfile.KINDS.get(type(value), "a number")
+    if line.lstrip()[:1] == b"[":
+        return ": is the file one JSON array? Each line must hold one object"
+    return " (from and value are LLaVA's keys: see phi3v convert llava)" if b'"from"' in line else ""

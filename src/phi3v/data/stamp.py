@@ -12,7 +12,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -21,41 +21,16 @@ import numpy as np
 import PIL
 
 import phi3v
-from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
 from phi3v.data.image import ImageInfo
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.statistics import Findings
 
-CHECKER = f"phi3v {phi3v.__version__}, rules 1, Pillow {PIL.__version__}"
+CHECKER = f"phi3v {phi3v.__version__}, rules 2, Pillow {PIL.__version__}"
 """Raise the number of the rules when `check` finds something else than before."""
 
-IMAGES = np.dtype("<u8, <u4, <u4, ?, ?")
-"""Fingerprint, width, height, rotated, animated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What the findings depend on, besides the images."""
-
-    data: str
-    """SHA-256 of the data file."""
-
-    num_crops: int
-
-    tokenizer: str | None
-    """SHA-256 of the tokenizer that counts the tokens, if they are counted."""
-
-    @classmethod
-    def of(cls, file: Path, processor: Phi3VProcessor | None, num_crops: int) -> Inputs:
-        try:
-            with open(file, "rb") as stream:
-                data = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{file}: {error.strerror}") from error
-        tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor else None
-        digest = hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else None
-        return cls(data=data, num_crops=num_crops, tokenizer=digest)
+IMAGES = np.dtype("<u8, <u4, <u4, ?")
+"""Fingerprint, width, height, rotated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +39,8 @@ class Stamp:
 
     checker: str
     date: str
-    inputs: Inputs
+    inputs: str
+    """What the findings depend on, besides the images."""
     findings: Findings | None
     images: bytes
     """An array of IMAGES, compressed."""
@@ -73,21 +49,23 @@ class Stamp:
     def known_images(self) -> dict[int, ImageInfo]:
         """The readable images by fingerprint."""
         table = np.frombuffer(zlib.decompress(self.images), IMAGES).tolist()
-        return {number: ImageInfo((width, height), *flags) for number, width, height, *flags in table}
+        return {number: ImageInfo((width, height), rotated) for number, width, height, rotated in table}
 
-    def findings_of(self, wanted: Inputs, path: str, max_tokens: int | None) -> Findings | None:
-        """The findings, if they are also those of `wanted` as long as no image has changed."""
+    def findings_of(self, inputs: str, max_tokens: int | None) -> Findings | None:
+        """The findings, if they are also those of these inputs as long as no image has changed."""
         found = self.findings
-        if found is None or (self.inputs.data, self.inputs.num_crops) != (wanted.data, wanted.num_crops):
+        if found is None or self.inputs != inputs:
             return None
-        if wanted.tokenizer is None:
-            found = replace(found, tokens=None, answer_tokens=None)
-        elif wanted.tokenizer != self.inputs.tokenizer:
-            return None
-        if max_tokens is not None and found.tokens and found.tokens.max > max_tokens:
-            return None
-        warnings = tuple(path + text.removeprefix(found.path) for text in found.warnings)
-        return replace(found, path=path, warnings=warnings)
+        too_long = max_tokens is not None and found.tokens and found.tokens.max > max_tokens
+        return None if too_long else found
+
+
+def inputs_of(data: Path, processor: Phi3VProcessor | None, num_crops: int) -> str:
+    """What the findings in a data file depend on besides the images."""
+    with open(data, "rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor else ""
+    return f"{data}, {content}, {num_crops} crops, tokenizer {hashlib.sha256(tokenizer.encode()).hexdigest()}"
 
 
 def read_stamp(data: Path) -> Stamp | None:
@@ -100,9 +78,9 @@ def read_stamp(data: Path) -> Stamp | None:
         return None
 
 
-def write_stamp(data: Path, inputs: Inputs, findings: Findings, images: Mapping[int, ImageInfo]) -> None:
+def write_stamp(data: Path, inputs: str, findings: Findings, images: Mapping[int, ImageInfo]) -> None:
     """Write the stamp of a data file. `images` are the readable ones, by fingerprint. Raises InputError."""
-    rows = ((number, *info.size, info.rotated, info.animated) for number, info in images.items())
+    rows = ((number, *info.size, info.rotated) for number, info in images.items())
     stamp = Stamp(
         checker=CHECKER,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",

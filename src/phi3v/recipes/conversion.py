@@ -60,8 +60,8 @@ class Record:
     """Name of the jsonl, without suffix."""
 
 
-Rows = tuple[int, Iterator[Iterable[Record]]]
-"""Number of rows, and the records of each."""
+Rows = tuple[int, Iterable[tuple[Any, ...]]]
+"""Number of rows, and the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,10 @@ class Source:
     files: Sequence[Path]
     splits: Sequence[str]
     """Names of the jsonl files that it writes, without suffix."""
-    open: Callable[[], Rows]
-
-
-def each(opened: tuple[int, Iterator[Any]], records: Callable[..., Iterable[Record]]) -> Rows:
-    """The result of `Source.open`: the number of rows, and `records(*row)` of each."""
-    num_rows, rows = opened
-    return num_rows, (records(*row) for row in rows)
+    rows: Callable[[], Rows]
+    """Opens the files."""
+    records: Callable[..., Iterable[Record]]
+    """`records(*row)` are the lines that a row becomes."""
 
 
 def with_converted(
@@ -101,7 +98,7 @@ def with_converted(
     folder = folder_for(options, name)
     made_from: dict[str, Any] = {"format": FORMAT, "name": name, **choices}
     if options.data_dir is None:
-        _convert(folder, name, {**made_from, "files": "Hugging Face Hub"}, lambda: find(None))
+        convert_once(folder, name, {**made_from, "files": "Hugging Face Hub"}, lambda: find(None))
     else:
         if not options.data_dir.is_dir():
             raise InputError(f"--data-dir {options.data_dir}: no such folder")
@@ -113,7 +110,7 @@ def with_converted(
                 raise InputError(f"{options.data_dir} holds only {there}: give --{flag}, or add what it lacks")
         files = [file for source in sources for file in source.files]
         sizes = {str(file.relative_to(options.data_dir)): file.stat().st_size for file in files}
-        _convert(folder, name, {**made_from, "files": sizes}, lambda: sources)
+        convert_once(folder, name, {**made_from, "files": sizes}, lambda: sources)
     learnt = run.data.train or _first(folder, train, "train")
     return replace(run, data=replace(run.data, train=learnt, eval=run.data.eval or _first(folder, *EVALUATED)))
 
@@ -131,24 +128,6 @@ def folder_for(options: TaskOptions, name: str) -> Path:
         if (beside / MADE_FROM).exists() or os.access(options.data_dir, os.W_OK):
             return beside
     return Path("data") / name
-
-
-@contextmanager
-def converting(folder: Path, made_from: Mapping[str, Any], source: str) -> Iterator[DatasetWriter | None]:
-    """A writer of the data set, whose folder appears at the end of the block; None if it is there already.
-
-    One process writes at a time, the others wait. Raises InputError if the folder was made from something else.
-    """
-    if _is_made(folder, made_from):
-        yield None
-        return
-    with alone(folder):
-        if _is_made(folder, made_from):
-            yield None
-            return
-        with writing(folder, source) as writer:
-            yield writer
-            (writer.folder / MADE_FROM).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
 
 
 @contextmanager
@@ -174,19 +153,28 @@ def _is_made(folder: Path, made_from: Mapping[str, Any]) -> bool:
     return True
 
 
-def _convert(folder: Path, name: str, made_from: Mapping[str, Any], find: Callable[[], Sequence[Source]]) -> None:
-    with converting(folder, made_from, name) as writer:
-        if writer is not None:
+def convert_once(folder: Path, name: str, made_from: Mapping[str, Any], find: Callable[[], Sequence[Source]]) -> None:
+    """Convert what `find` finds, unless the folder is there already; one process does, the others wait.
+
+    Raises InputError if the folder was made from something else.
+    """
+    if _is_made(folder, made_from):
+        return
+    with alone(folder):
+        if _is_made(folder, made_from):
+            return
+        with writing(folder, name) as writer:
             for source in find():
                 _write(source, writer)
+            (writer.folder / MADE_FROM).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
 
 
 def _write(source: Source, writer: DatasetWriter) -> None:
-    num_rows, rows = source.open()
+    num_rows, rows = source.rows()
     names: dict[str, str] = {}
     with progress_bar(f"converting {source.name}", num_rows, "rows") as advance:
-        for records in rows:
-            for record in records:
+        for row in rows:
+            for record in source.records(*row):
                 for image in record.images:
                     if image.name not in names:
                         names[image.name] = writer.put_image(image.name + _suffix(image.content), image.content)

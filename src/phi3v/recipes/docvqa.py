@@ -1,12 +1,11 @@
 """DocVQA: questions about scanned pages of documents.
 
 Task      "what is the date mentioned in this letter?\\nAnswer briefly."; the answer is a text on the page, "1/8/93"
-Source    nielsr/docvqa_1200_examples, the mini set; HuggingFaceM4/the_cauldron, docvqa; the challenge's own files,
-          train_v1.0_withQT.json and val_v1.0_withQT.json with documents/ (rrc.cvc.uab.es, for research); or
-          lmms-lab/DocVQA
+Source    nielsr/docvqa_1200_examples, the mini set; HuggingFaceM4/the_cauldron, docvqa; or the challenge's own files,
+          train_v1.0_withQT.json and val_v1.0_withQT.json with documents/ (rrc.cvc.uab.es, for research)
 Split     the mini set's 1,000 questions to train on and 200 to evaluate on; with --full-train the Cauldron's 39,463
           questions about 10,194 pages to train on and the mini set's 200 to evaluate on, as in the original recipe; of
-          the challenge train and val; of lmms-lab's validation split every tenth document to evaluate on
+          the challenge train and val
 Prompts   the original recipe trains on the Cauldron's prompts, the question and one of eleven ways to ask for brevity,
           but evaluates with "Answer briefly."; here this is the one prompt, unless `--prompts original`
 Answers   all accepted answers of a question count in the scores; the first is learnt
@@ -24,7 +23,7 @@ from typing import Any, Literal
 from phi3v.base.config import Base, Data, Keeping, Run
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import read_object
-from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
@@ -58,14 +57,11 @@ CAULDRON_HINTS = (
 
 MINI = "nielsr/docvqa_1200_examples"
 MINI_COLUMNS = ("id", "image", "query", "answers")
-LMMS = "lmms-lab/DocVQA"
-LMMS_COLUMNS = ("questionId", "question", "image", "ucsf_document_id", "ucsf_document_page_no", "answers")
 CHALLENGE_KEYS = {"questionId": object, "question": str, "image": str, "answers": list}
 FORMS = (
     f"data/train-*.parquet and test-*.parquet ({MINI})",
     f"docvqa/train-*.parquet ({CAULDRON})",
     "train_v1.0_withQT.json, val_v1.0_withQT.json and documents/ (rrc.cvc.uab.es)",
-    f"DocVQA/validation-*.parquet ({LMMS})",
 )
 
 TABLE = Table(
@@ -126,7 +122,7 @@ def find(folder: Path | None, full_train: bool) -> list[Source]:
         small = mini(download(MINI, "data/*"))
         large = [cauldron(download(CAULDRON, "docvqa/*"))] if full_train else []
     else:
-        small, large = mini(folder), [cauldron(folder), challenge(folder), lmms(folder)]
+        small, large = mini(folder), [cauldron(folder), challenge(folder)]
         if not any((small, *large)):
             raise nothing_found(folder, "DocVQA", FORMS)
         if full_train and not any(large):
@@ -176,11 +172,11 @@ def cauldron(folder: Path) -> dict[str, Source]:
 def challenge(folder: Path) -> dict[str, Source]:
     """The challenge's own files: every question names the file of its page."""
 
-    def rows(split: str, file: Path) -> Rows:
+    def rows(file: Path) -> Rows:
         asked = with_keys(read_object(file), {"data": list}, f"{file}")["data"]
         asked = [with_keys(row, CHALLENGE_KEYS, f"{file}, question {number}") for number, row in enumerate(asked)]
         pages = find_images(folder, (Path(row["image"]).name for row in asked), file)
-        return each((len(asked), ((split, file, pages[Path(row["image"]).name], row) for row in asked)), records)
+        return len(asked), ((pages[Path(row["image"]).name], row) for row in asked)
 
     def records(split: str, file: Path, page: Path, row: dict[str, Any]) -> Sequence[Record]:
         image = NamedImage(f"{split}/{page.stem}", page)
@@ -189,33 +185,15 @@ def challenge(folder: Path) -> dict[str, Source]:
     names = {"train": "train_v1.0_withQT.json", "test": "val_v1.0_withQT.json"}
     found = {split: find_file(folder, name) for split, name in names.items()}
     return {
-        split: Source(name=f"DocVQA's {file.name}", files=[file], splits=[split], open=partial(rows, split, file))
+        split: Source(
+            name=f"DocVQA's {file.name}",
+            files=[file],
+            splits=[split],
+            rows=partial(rows, file),
+            records=partial(records, split, file),
+        )
         for split, file in found.items()
         if file
-    }
-
-
-def lmms(folder: Path) -> dict[str, Source]:
-    """lmms-lab's parquet: every row has a page, a question and its answers; the test split has none and is left.
-
-    Where there is no training split, that of validation is divided: every tenth document is for evaluation.
-    """
-    train, validation = (find_parquet(folder, split, LMMS_COLUMNS) for split in ("train", "validation"))
-
-    def records(
-        split: str, documents: dict[str, int], number: int, where: str, row: dict[str, Any]
-    ) -> Sequence[Record]:
-        document, page = row["ucsf_document_id"], row["ucsf_document_page_no"]
-        tenth = documents.setdefault(document, len(documents)) % 10 == 0
-        if not train and tenth != (split == "test"):
-            return []
-        image = NamedImage(f"{split}/{Path(f'{document}_{page}').name}", image_bytes(row["image"], where))
-        return [question(row["questionId"], image, row["question"], row["answers"], split, where)]
-
-    return {
-        split: parquet_source(f"{LMMS} for {split}", files, LMMS_COLUMNS, [split], partial(records, split, {}))
-        for split, files in {"train": train or validation, "test": validation}.items()
-        if files
     }
 
 

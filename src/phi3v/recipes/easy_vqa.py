@@ -196,7 +196,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     ends = ["<unk>", "<s>", "</s>"]
     reserved = [*ends, *(f"<0x{byte:02X}>" for byte in range(256))]
-    learner = Tokenizer(models.BPE())
+    learner = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     # Each word goes in by itself, so that none is ever merged with its neighbour; a newline is left to the bytes.
     words = [word for text in texts for word in re.findall(r"▁?\w+|[^\w\n]", normalizer.normalize_str(text))]
     learner.train_from_iterator(
@@ -209,17 +209,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
             initial_alphabet=[*map(chr, range(33, 127)), "▁"],
         ),
     )
-    learnt = json.loads(learner.to_str())["model"]
-
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=learnt["vocab"],
-            merges=[tuple(pair) for pair in learnt["merges"]],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    tokenizer = Tokenizer(learner.model)
     tokenizer.normalizer = normalizer
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]

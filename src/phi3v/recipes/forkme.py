@@ -20,7 +20,7 @@ from pathlib import Path
 
 from phi3v.base.config import Base, Data, Keeping, Run
 from phi3v.base.errors import InputError
-from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, with_converted
 from phi3v.recipes.sources import find_file, nothing_found, with_keys
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 
@@ -81,7 +81,7 @@ def table(split: str, file: Path, hint: str) -> Source:
     def rows() -> Rows:
         with open(file, newline="", encoding="utf-8") as stream:
             lines = [with_keys(line, COLUMNS, f"{file}, line {n}") for n, line in enumerate(csv.DictReader(stream), 2)]
-        return each((len(lines), enumerate(lines)), records)
+        return len(lines), enumerate(lines)
 
     def records(number: int, line: dict[str, str]) -> Sequence[Record]:
         image = file.parent / line["image"]
@@ -92,4 +92,4 @@ def table(split: str, file: Path, hint: str) -> Source:
             Record(id=f"{split}-{number}", images=[NamedImage(f"{split}/{number}", image)], turns=[turn], file=split)
         ]
 
-    return Source(name=file.name, files=[file], splits=[split], open=rows)
+    return Source(name=file.name, files=[file], splits=[split], rows=rows, records=records)

@@ -19,7 +19,7 @@ from typing import Any
 
 from phi3v.base.config import Base, Evaluation, Keeping, Run
 from phi3v.base.errors import InputError
-from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
@@ -121,7 +121,7 @@ def challenge(split: str, file: Path) -> Source:
     def rows() -> Rows:
         lines = list(read_lines(file, {"id": object, "img": str, "label": object}))
         memes = find_images(file.parent, (Path(line["img"]).name for _, line in lines), file)
-        return each((len(lines), ((where, memes[Path(line["img"]).name], line) for where, line in lines)), records)
+        return len(lines), ((where, memes[Path(line["img"]).name], line) for where, line in lines)
 
     def records(where: str, meme: Path, line: dict[str, Any]) -> Sequence[Record]:
         if line["label"] not in (0, 1):
@@ -129,4 +129,4 @@ def challenge(split: str, file: Path) -> Source:
         turn = (PROMPT, ANSWERS[int(line["label"])])
         return [Record(id=f"{line['id']}", images=[NamedImage(f"{split}/{meme.stem}", meme)], turns=[turn], file=split)]
 
-    return Source(name=f"Hateful Memes' {file.name}", files=[file], splits=[split], open=rows)
+    return Source(name=f"Hateful Memes' {file.name}", files=[file], splits=[split], rows=rows, records=records)

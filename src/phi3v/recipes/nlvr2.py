@@ -25,7 +25,7 @@ from typing import Literal
 from phi3v.base.config import Base, Keeping, Run
 from phi3v.base.errors import InputError
 from phi3v.infer.metrics import sentence_of
-from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, each, with_converted
+from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
@@ -135,7 +135,7 @@ def release(folder: Path, split: str, file: Path) -> Source:
             sentence = (line["identifier"], (PROMPT.format(sentence=line["sentence"]), answer))
             pairs.setdefault(line["identifier"].rpartition("-")[0], []).append(sentence)
         files = find_images(folder, (f"{pair}-img{side}.png" for pair in pairs for side in "01"), file)
-        return each((len(pairs), ((pair, files, sentences) for pair, sentences in pairs.items())), records)
+        return len(pairs), ((pair, files, sentences) for pair, sentences in pairs.items())
 
     def records(name: str, files: dict[str, Path], sentences: list[tuple[str, tuple[str, str]]]) -> Iterable[Record]:
         pair = [NamedImage(f"{split}/{name}-img{side}", files[f"{name}-img{side}.png"]) for side in "01"]
@@ -147,7 +147,7 @@ def release(folder: Path, split: str, file: Path) -> Source:
         ]
 
     splits = ["train", "train-branches"] if split == "train" else [split]
-    return Source(name=f"NLVR2's {file.name}", files=[file], splits=splits, open=rows)
+    return Source(name=f"NLVR2's {file.name}", files=[file], splits=splits, rows=rows, records=records)
 
 
 def learnt(name: str, pair: Sequence[NamedImage], turns: Sequence[tuple[str, str]]) -> Iterator[Record]:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub import snapshot_download
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import parse
 from phi3v.data.schema import lines
-from phi3v.recipes.conversion import Record, Source, each
+from phi3v.recipes.conversion import Record, Rows, Source
 
 ROWS_AT_ONCE = 16
 """Rows of a parquet file in memory; a row of document pages has a megabyte."""
@@ -38,7 +39,7 @@ def find_parquet(folder: Path, split: str, columns: Iterable[str], subset: str |
         if file.suffix == ".parquet"
         and split in (file.name.partition("-")[0], file.parent.name)
         and (subset is None or subset in file.parts[len(folder.parts) - 1 :] or file.parent == folder)
-        and {*columns} <= _columns(file)
+        and {*columns} <= {*_parquet(file).schema_arrow.names}
     ]
     if len(folders := {file.parent for file in found}) > 1:
         first, second, *_ = sorted(map(str, folders))
@@ -62,12 +63,10 @@ def parquet_source(
     records: Callable[[int, str, dict[str, Any]], Iterable[Record]],
 ) -> Source:
     """Parquet files whose rows, (number, "file, row n", row), `records` turns into records."""
-    return Source(name=name, files=files, splits=splits, open=lambda: each(open_parquet(files, columns), records))
+    return Source(name=name, files=files, splits=splits, rows=partial(open_parquet, files, columns), records=records)
 
 
-def open_parquet(
-    files: Sequence[Path], columns: Sequence[str]
-) -> tuple[int, Iterator[tuple[int, str, dict[str, Any]]]]:
+def open_parquet(files: Sequence[Path], columns: Sequence[str]) -> Rows:
     """Number of rows, and (number, "file, row n", row) of each, read in batches. Raises InputError on damaged files."""
 
     def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -176,10 +175,6 @@ def nothing_found(folder: Path, task: str, expected: Iterable[str]) -> InputErro
 
 def _files_below(folder: Path) -> Iterator[Path]:
     return (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
-
-
-def _columns(file: Path) -> set[str]:
-    return set(_parquet(file).schema_arrow.names)
 
 
 def _parquet(file: Path) -> Any:

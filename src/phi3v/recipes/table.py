@@ -1,13 +1,12 @@
 """The guide's tables as data: the settings of each mode, and the score that was published for it.
 
-A mode is a set of flags, and a row of a recipe's table holds its other settings: `with_mode` applies both to a run,
-`show` prints the tables and `markdown` renders them for the docs. No number is written twice.
+A mode is a set of flags, and a row of a recipe's table holds its other settings: `with_mode` applies both to a run and
+`show` prints the tables. No number is written twice.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,15 +136,6 @@ def show(name: str | None = None, /) -> None:
         console.print(_details(find_recipe(name)))
 
 
-def markdown(recipe: ModuleType) -> str:
-    """The table of a recipe in Markdown, for the docs."""
-    head, *rows = _cells(recipe.TABLE)
-    lines = [head, ["---"] * len(head), *rows]
-    notes = [f"\n{recipe.TABLE.metric} in percent, of {recipe.TABLE.model}."]
-    notes += [f"\n\\* {note}" for note in _notes(recipe.TABLE)]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + notes) + "\n"
-
-
 def _overview(recipes: Sequence[ModuleType]) -> Grid:
     grid = Grid.grid(padding=(0, 2))
     for name, recipe in zip(RECIPES, recipes, strict=True):
@@ -155,17 +145,13 @@ def _overview(recipes: Sequence[ModuleType]) -> Grid:
 
 
 def _details(recipe: ModuleType) -> Group:
-    title, _, text = _docstring(recipe).partition("\n")
-    entries = Grid.grid(padding=(0, 2))
-    for name, entry in re.findall(r"^(\w+)  +(.+(?:\n  .+)*)", text, re.MULTILINE):
-        entries.add_row(f"[bold]{name}", escape(" ".join(entry.split())))
-    parts: list[Any] = [f"[bold]{escape(title)}[/]\n", entries]
+    parts: list[Any] = [escape(_docstring(recipe)) + "\n"]
     if table := getattr(recipe, "TABLE", None):
-        head, *rows = _cells(table)
+        head, *rows = cells(table)
         grid = Grid(*head, title=f"\n{table.command} --mode MODE", title_justify="left", title_style="bold")
         for row in rows:
             grid.add_row(*row)
-        parts += [grid, f"{table.metric} in percent, of {table.model}", *(f"* {note}" for note in _notes(table))]
+        parts += [grid, f"{table.metric} in percent, of {table.model}", *(f"* {note}" for note in notes(table))]
     return Group(*parts)
 
 
@@ -173,7 +159,7 @@ def _docstring(recipe: ModuleType) -> str:
     return inspect.cleandoc(recipe.__doc__ or "")
 
 
-def _cells(table: Table) -> list[list[str]]:
+def cells(table: Table) -> list[list[str]]:
     """The head and the rows. A star marks a doubtful score."""
     cells = [["mode", "dtype", "LoRA rank", "alpha", "batch size", "learning rate", "epochs", table.metric]]
     for row in table.rows:
@@ -184,5 +170,6 @@ def _cells(table: Table) -> list[list[str]]:
     return cells
 
 
-def _notes(table: Table) -> list[str]:
+def notes(table: Table) -> list[str]:
+    """Why scores are suspect, each reason once."""
     return list(dict.fromkeys(row.note for row in table.rows if row.note))

@@ -3,8 +3,8 @@
 Task      "Classify the video into one of the following classes: ApplyEyeMakeup, ..., BenchPress."; the class is the
           answer
 Source    the ten-class subset UCF101_subset.tar.gz (sayakpaul/ucf101-subset on the Hub), or the full set, UCF101.rar
-          unpacked, with the lists of UCF101TrainTestSplits-RecognitionTask.zip (crcv.ucf.edu/data/UCF101.php); clips
-          from YouTube, for research
+          and UCF101TrainTestSplits-RecognitionTask.zip, both unpacked (crcv.ucf.edu/data/UCF101.php); clips from
+          YouTube, for research
 Split     of the subset 300 videos to train on and 30 (val) to evaluate on, as in the original recipe, which leaves the
           75 of test aside; of the full set the official split 1, 2 or 3, whose test is evaluated on: it has no val
 Frames    eight of those that decode, the first and then one every eighth of the video; four crops a frame at most,
@@ -14,13 +14,14 @@ Scores    none published, and none of ours: the settings are what works for the 
 
 from __future__ import annotations
 
-import itertools
-import shutil
-from collections import Counter
+import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
 from rich.markup import escape
@@ -28,8 +29,9 @@ from rich.markup import escape
 from phi3v.base.config import Base, Keeping, Run
 from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
+from phi3v.base.files import make_folder
+from phi3v.base.jsonfile import Count, check_values
 from phi3v.base.pool import forked_map, num_cores
-from phi3v.data.archive import unpack
 from phi3v.data.schema import iter_jsonl, lines
 from phi3v.data.video import pyav
 from phi3v.data.writer import DatasetWriter, writing
@@ -38,7 +40,7 @@ from phi3v.recipes.sources import download, nothing_found
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 
 HUB = "sayakpaul/ucf101-subset"
-SUBSET, FULL, LISTS = "UCF101_subset.tar.gz", "UCF101.rar", "UCF101TrainTestSplits-RecognitionTask.zip"
+SUBSET = "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
 
 TABLE = Table(
@@ -128,29 +130,22 @@ def convert(
         tmp_dir: Where an archive is unpacked; what was put there is removed at the end.
         archive: UCF101_subset.tar.gz, or the folder that it or UCF101.rar was unpacked to. Default: the subset is
             downloaded from the Hugging Face Hub.
-        lists: The official lists of the full set, UCF101TrainTestSplits-RecognitionTask.zip or the folder it was
-            unpacked to. Default: they lie beside or in what --archive names.
+        lists: Folder of the official lists of the full set. Default: they lie in the folder that --archive names, or
+            beside it.
         split: Official split of the full set. Default: 1.
         num_frames: Frames of a video, at equal distances.
         on_bad_video: A video that does not decode or has too few frames. stop: nothing is converted. skip: it is left
             out. Either way it is named.
         num_workers: Processes that decode. Default: one for every core.
     """
-    if num_frames < 1:
-        raise InputError(f"--num_frames is {num_frames}, it must be at least 1")
-    if num_workers is not None and num_workers < 1:
-        raise InputError(f"--num_workers is {num_workers}, it must be at least 1")
+    check_values("--", {"num_frames": num_frames}, {"num_frames": Count})
+    check_values("--", {"num_workers": num_workers}, {"num_workers": Count | None})
     pyav()
     with alone(out_dir):
         if not is_converted(out_dir, num_frames):
-            source = _source(archive)
-            with (
-                writing(out_dir, "ucf101") as writer,
-                _unpacked(source, tmp_dir) as folder,
-                _unpacked(lists or _lists_near(source, folder) or folder, tmp_dir) as lists_folder,
-            ):
-                videos, labels = find_videos(folder, lists_folder, split)
-                _write(videos, labels, writer, num_frames, on_bad_video, num_workers or num_cores())
+            with writing(out_dir, "ucf101") as writer, _unpacked(archive, tmp_dir) as folder:
+                videos = find_videos(folder, lists, split)
+                _write(videos, writer, num_frames, on_bad_video, num_workers or num_cores())
     for file in sorted(out_dir.glob("ucf101_*.jsonl")):
         say(f"{sum(1 for _ in lines(file)):>9,}  {escape(str(file))}")
 
@@ -166,12 +161,7 @@ def is_converted(folder: Path, num_frames: int | None = None) -> bool:
 
 
 def _write(
-    videos: Sequence[Video],
-    labels: Sequence[str],
-    writer: DatasetWriter,
-    num_frames: int,
-    on_bad_video: str,
-    num_workers: int,
+    videos: Sequence[Video], writer: DatasetWriter, num_frames: int, on_bad_video: str, num_workers: int
 ) -> None:
     def put_frames(video: Video) -> list[str] | InputError:
         try:
@@ -179,9 +169,9 @@ def _write(
         except InputError as error:
             return error
 
+    labels = sorted({video.label for video in videos})
     question = f"Classify the video into one of the following classes: {', '.join(labels)}."
     bad: list[InputError] = []
-    usable: set[tuple[str, str]] = set()
     results = forked_map(put_frames, videos, num_workers)
     with progress_bar("extracting frames", len(videos), "videos") as advance:
         for number, (video, frames) in enumerate(zip(videos, results, strict=True)):
@@ -189,7 +179,6 @@ def _write(
                 bad.append(frames)
                 say(f"[bold red]cannot be used[/]  {escape(str(frames))}")
             else:
-                usable.add(video[:2])
                 turn = {"images": frames, "user": question, "assistant": video.label}
                 record = {"id": f"{video.split}-{number:010d}", "conversations": [turn]}
                 writer.add(f"ucf101_{video.split}", record, str(video.file))
@@ -198,108 +187,79 @@ def _write(
         raise InputError(
             f"{len(bad)} of {len(videos)} videos cannot be used, {bad[0]}; leave them out with --on_bad_video skip"
         )
-    if empty := sorted({video[:2] for video in videos} - usable):
-        raise InputError(f"no video of {'/'.join(empty[0])} can be used")
 
 
 # -- the videos ------------------------------------------------------------------------------------------------------
 
 
-def _source(archive: Path | None) -> Path:
-    """The archive or folder to take the videos from."""
-    if archive is None:
-        return download(HUB, SUBSET, flag="--archive (phi3v train: --data-dir)") / SUBSET
-    if not archive.exists():
-        raise InputError(f"{archive}: no such archive or folder")
-    packed = [archive / name for name in (SUBSET, FULL) if (archive / name).is_file()]
-    return packed[0] if packed and not _videos_in(archive) else archive
-
-
-def _lists_near(source: Path, folder: Path) -> Path | None:
-    """The official lists, packed or unpacked, in a folder or beside its source."""
-    patterns = ("trainlist01.txt", "*/trainlist01.txt", LISTS)
-    found = (file for place in (folder, source.parent) for pattern in patterns for file in sorted(place.glob(pattern)))
-    file = next(found, None)
-    return file if file is None or file.name == LISTS else file.parent
-
-
 @contextmanager
-def _unpacked(archive: Path, tmp_dir: Path) -> Iterator[Path]:
-    """The folder an archive is unpacked to, removed if the block succeeds; a folder is itself."""
+def _unpacked(archive: Path | None, tmp_dir: Path) -> Iterator[Path]:
+    """The folder of the videos: `archive` itself, or what it is unpacked to until the block ends."""
+    if archive is None:
+        archive = download(HUB, SUBSET, flag="--archive (phi3v train: --data-dir)") / SUBSET
+    elif (archive / SUBSET).is_file():
+        archive /= SUBSET
     if archive.is_dir():
         yield archive
         return
-    if not archive.is_file():
-        raise InputError(f"{archive}: no such archive or folder")
-    state = archive.stat()
-    folder = tmp_dir / f"{archive.name}-{state.st_size}-{state.st_mtime_ns}"
-    if not folder.exists():
-        with progress_bar(f"unpacking {archive.name}", state.st_size, "bytes") as advance:
-            unpack(archive, folder, advance)
-    yield folder
-    shutil.rmtree(folder)
-    with suppress(OSError):  # something else is in it
-        tmp_dir.rmdir()
+    make_folder(tmp_dir)
+    with TemporaryDirectory(dir=tmp_dir) as folder:
+        say(f"unpacking {escape(archive.name)}")
+        try:
+            with tarfile.open(archive) as tar:  # whatever its name says, the published one is a plain tar
+                tar.extractall(folder, filter="data")  # refuses members that lead out of the folder
+        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+            raise InputError(f"{archive} cannot be unpacked: {error}") from error
+        yield Path(folder)
 
 
-def find_videos(folder: Path, lists: Path, split: int | None) -> tuple[list[Video], list[str]]:
-    """The videos of the subset, or of a split of the full set, and the names of all classes, both in order.
+def find_videos(folder: Path, lists: Path | None = None, split: int | None = None) -> list[Video]:
+    """The videos of the subset, or of a split of the full set, in order.
 
     Raises InputError with the files that are expected and what was found.
     """
-    files = _videos_in(folder)
+    files = sorted(file for file in folder.rglob("*.avi") if not file.name.startswith("."))  # ._x is a Mac's
     if not files:
-        raise nothing_found(folder, "UCF101", (SUBSET, "train/CLASS/*.avi with val/ and test/", FULL, "CLASS/*.avi"))
-    divided = any(_split_of(file, folder) for file in files)
+        raise nothing_found(folder, "UCF101", (SUBSET, "train/CLASS/*.avi with val/ and test/", "CLASS/*.avi"))
+    divided = any(_split_of(file, folder) in SPLITS for file in files)
     if divided and split is not None:
         raise InputError(f"--split is for the full set: {folder} is divided into train, val and test already")
-    videos, labels = _of_subset(folder, files) if divided else _of_full_set(folder, files, lists, split or 1)
-    counts = Counter((video.split, video.label) for video in videos)
-    for name, label in itertools.product(SPLITS if divided else ("train", "test"), sorted(labels)):
-        if not counts[name, label]:
-            raise InputError(f"{folder}: no video of {label} in {name}, {len(videos):,} are elsewhere")
-    return sorted(videos, key=lambda video: (SPLITS.index(video.split), video.label, video.file.name)), sorted(labels)
+    videos = _of_subset(folder, files) if divided else _of_full_set(folder, files, lists, split or 1)
+    expected = product(SPLITS if divided else ("train", "test"), {video.label for video in videos})
+    if missing := {*expected} - {video[:2] for video in videos}:
+        raise InputError(f"{folder}: no video of {'/'.join(min(missing))}")
+    return sorted(videos, key=lambda video: (SPLITS.index(video.split), video.label, video.file.name))
 
 
-def _videos_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*.avi") if not file.name.startswith("."))  # ._x is a Mac's
-
-
-def _split_of(file: Path, folder: Path) -> str | None:
+def _split_of(file: Path, folder: Path) -> str:
     """The SPLIT of folder/.../SPLIT/CLASS/VIDEO.avi."""
-    *_, split, _, _ = ("", "", *file.relative_to(folder).parts)
-    return split if split in SPLITS else None
+    return file.parents[1].name if file.parents[1] != folder else ""
 
 
-def _of_subset(folder: Path, files: Sequence[Path]) -> tuple[list[Video], set[str]]:
-    root = next(file for file in files if _split_of(file, folder)).parents[2]
-    videos = []
+def _of_subset(folder: Path, files: Sequence[Path]) -> list[Video]:
+    root = next(file for file in files if _split_of(file, folder) in SPLITS).parents[2]
     for file in files:
-        split = _split_of(file, folder)
-        if split is None or file.parents[2] != root:
+        if file.parents[1] not in [root / split for split in SPLITS]:
             raise InputError(f"{file} is not where it is expected: {root}/{{train,val,test}}/CLASS/VIDEO.avi")
-        videos.append(Video(split, file.parent.name, file))
-    return videos, {path.name for split in SPLITS for path in (root / split).glob("[!.]*/")}
+    return [Video(file.parents[1].name, file.parent.name, file) for file in files]
 
 
-def _of_full_set(folder: Path, files: Sequence[Path], lists: Path, split: int) -> tuple[list[Video], set[str]]:
+def _of_full_set(folder: Path, files: Sequence[Path], lists: Path | None, split: int) -> list[Video]:
     """The videos in the lists: trainlist01.txt has lines "CLASS/VIDEO.avi NUMBER", testlist01.txt lacks the numbers."""
-    there: dict[str, Path] = {}
-    for file in files:
-        if (twin := there.setdefault(f"{file.parent.name}/{file.name}", file)) != file:
-            raise InputError(f"{file} is also {twin}: name one of the folders")
+    there = {f"{file.parent.name}/{file.name}": file for file in files}
+    places = [lists] if lists else [folder, folder.parent]
     videos = []
     for name in ("train", "test"):
-        found = sorted(lists.rglob(f"{name}list{split:02d}.txt"))
+        patterns = (f"{name}list{split:02d}.txt", f"*/{name}list{split:02d}.txt")
+        found = [file for place in places for pattern in patterns for file in place.glob(pattern)]
         if not found:
             raise InputError(
-                f"{folder} has neither train, val and test nor the official lists: put {LISTS} beside it or name it "
+                f"{folder} has neither train, val and test nor {patterns[0]} of the official lists: name their folder "
                 "with --lists (videos of your own are for phi3v convert video-folder)"
             )
-        for _, line in lines(found[0]):
+        for where, line in lines(found[0]):
             listed = line.decode(errors="replace").split()[0]
-            videos.append(Video(name, listed.partition("/")[0], there.get(listed, folder / listed)))
-    if missing := [video.file for video in videos if not video.file.is_file()]:
-        have = f"{len(videos) - len(missing):,} of the {len(videos):,} listed videos are there"
-        raise InputError(f"{missing[0]} is missing: {have}")
-    return videos, {video.label for video in videos}
+            if listed not in there:
+                raise InputError(f"{where}: {listed} is not in {folder}")
+            videos.append(Video(name, there[listed].parent.name, there[listed]))
+    return videos
