@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cut.png: unreadable image \(.*truncated"):
         load_image(tmp_path / "cut.png")
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
-    with pytest.raises(InputError, match=r"large.png: 10000x9000 is not between 1 and 89478485 pixels"):
+    with pytest.raises(InputError, match=r"large.png: 10000x9000 is more than 89478485 pixels"):
         load_image(tmp_path / "large.png")
     with pytest.raises(InputError, match="unreadable"):
         load_image(tmp_path)
@@ -167,9 +168,9 @@ def test_decompression_bomb(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
     Image.new("1", (30_000, 10_000)).save(bomb)
     assert bomb.stat().st_size < 100_000
-    with pytest.raises(InputError, match=r"bomb.png: unreadable image .*exceeds limit"):
+    with pytest.raises(InputError, match=r"bomb.png: absurdly large"):
         load_image(bomb)
-    with pytest.raises(InputError, match=r"bomb.png: unreadable image .*exceeds limit"):
+    with pytest.raises(InputError, match=r"bomb.png: absurdly large"):
         read_size(bomb)
 
 
@@ -185,9 +186,17 @@ def test_content_counts_and_not_the_name(tmp_path: Path) -> None:
                 function(tmp_path / "picture.png")
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for file in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
+        for function in (load_image, read_size, read_info):
+            with pytest.raises(InputError, match=rf"{file.name}: unreadable image \(not a file\)"):
+                function(file)
+
+
 def test_pictures_without_pixels() -> None:
     for size in ((0, 5), (5, 0)):
-        with pytest.raises(InputError, match="is not between 1 and"):
+        with pytest.raises(InputError, match="no pixels"):
             load_image(Image.new("RGB", size))
 
 
@@ -206,13 +215,13 @@ def test_the_picture_of_a_file(tmp_path: Path) -> None:
     for orientation, rotated in ((1, False), (6, True), (8, True), (9, False), (0, False)):
         exif[EXIF_ORIENTATION] = orientation
         wide.save(tmp_path / "a.jpg", exif=exif)
-        assert read_info(tmp_path / "a.jpg") == ((30, 20), rotated)
+        assert read_info(tmp_path / "a.jpg") == ((30, 20), rotated, False)
     exif[EXIF_ORIENTATION] = 6
     wide.save(tmp_path / "a.tif", exif=exif)  # the one format that Pillow turns itself
-    assert read_info(tmp_path / "a.tif") == ((20, 30), False)
+    assert read_info(tmp_path / "a.tif") == ((20, 30), False, False)
     assert read_size(tmp_path / "a.tif") == load_image(tmp_path / "a.tif").size == (20, 30)
     wide.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (30, 20), "red")])
-    assert read_info(tmp_path / "a.gif") == ((30, 20), False)
+    assert read_info(tmp_path / "a.gif") == ((30, 20), False, True)
     assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (0, 0, 0)
     whole = (tmp_path / "a.gif").read_bytes()
     for end in range(len(whole) - 60, len(whole)):  # damage in the second frame, which nobody looks at

@@ -17,6 +17,7 @@ from PIL import Image
 from targets import TARGETS, Target
 
 from phi3v.base.errors import InputError
+from phi3v.data import image as room
 from phi3v.data.image import load_image
 from phi3v.data.schema import read_jsonl
 
@@ -77,6 +78,15 @@ def test_lines(kind: str, tmp_path: Path) -> None:
     content, message = LINES[kind]
     (tmp_path / "train.jsonl").write_bytes(content)
     assert message in limited(300, read_jsonl, tmp_path / "train.jsonl")
+
+
+def test_a_sparse_image_file_is_not_read(tmp_path: Path) -> None:
+    for start in (b"RIFF\xff\xff\xff\x7fWEBPVP8 ", b"\0\0\0\x20ftypavif", b"\x89PNG\r\n\x1a\n"):
+        file = tmp_path / "sparse"
+        with open(file, "wb") as stream:
+            stream.write(start)
+            stream.truncate(room.MAX_BYTES + 1)
+        assert "1.0 GiB is more than 1 GiB" in limited(100, load_image, file)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:

@@ -318,7 +318,7 @@ class Tally:
         return Findings(
             path=self.path,
             problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
-            warnings=tuple(map(one_line, [*warnings, *_about_rotation(self.path, images, root)])),
+            warnings=tuple(map(one_line, [*warnings, *_about_files(self.path, images, root)])),
             num_lines=self.num_lines,
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),
@@ -330,13 +330,16 @@ class Tally:
         )
 
 
-def _about_rotation(path: str, images: Images, root: str) -> list[str]:
-    """A warning that a viewer shows some images turned, and the model does not see them so."""
-    found = sorted(image for image, info in images.items() if isinstance(info, ImageInfo) and info.rotated)
-    if not found:
-        return []
-    files = f"{counted(len(found), 'image file')} with an EXIF orientation (such as {found[0].removeprefix(root)})"
-    return [f"{path}: {files}: it is ignored, the model sees them as they are stored"]
+def _about_files(path: str, images: Images, root: str) -> Iterator[str]:
+    """Warnings about what a viewer shows differently from what the model sees."""
+    readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
+    for kind, seen, odd in (
+        ("an EXIF orientation", "it is ignored, the model sees them as they are stored", "rotated"),
+        ("several frames or pages", "the model sees the first", "animated"),
+    ):
+        if found := sorted(image for image, info in readable.items() if getattr(info, odd)):
+            files = f"{counted(len(found), 'image file')} with {kind} (such as {found[0].removeprefix(root)})"
+            yield f"{path}: {files}: {seen}"
 
 
 def counted(number: int, noun: str) -> str:

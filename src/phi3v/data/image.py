@@ -9,6 +9,8 @@ sizes of files are (width, height), as in Pillow.
 from __future__ import annotations
 
 import math
+import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,6 +36,9 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485
 """Most pixels of an image, Pillow's own threshold: a quarter of a GiB as RGB (A4 at 600 dpi has 35 M)."""
 
+MAX_BYTES = 2**30
+"""Size of the largest file that is read: some decoders begin by reading all of it."""
+
 EXIF_ORIENTATION = 0x0112
 
 
@@ -45,6 +50,9 @@ class ImageInfo(NamedTuple):
 
     rotated: bool
     """Whether its EXIF orientation tells viewers to turn or mirror it. The model sees it as it is stored."""
+
+    animated: bool
+    """Whether it has several frames or pages. The model sees the first."""
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -68,11 +76,12 @@ def read_info(path: str | Path) -> ImageInfo:
     with _opened(path) as image:
         size = image.convert("RGB").size
         try:
-            # Only now: once decoded, a TIFF has been turned, and says so.
+            # Only now: once decoded, a TIFF has been turned, and says so. The preview a telephone adds is no frame.
             rotated = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
-        except Exception:  # damaged metadata raises anything, and does not matter
-            rotated = False
-        return ImageInfo(size, rotated)
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        except Exception:  # damaged metadata or a damaged second frame raises anything, and does not matter
+            rotated = animated = False
+        return ImageInfo(size, rotated, animated)
 
 
 def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
@@ -198,16 +207,28 @@ def _opened(source: str | Path | Image.Image) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about odd metadata and large images
-            opened = nullcontext(source) if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-            with opened as image:
-                if not 0 < image.width * image.height <= MAX_PIXELS:
-                    raise InputError(f"{name}: {image.width}x{image.height} is not between 1 and {MAX_PIXELS} pixels")
+            with nullcontext(source) if isinstance(source, Image.Image) else _open(source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputError(f"{name}: {image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+                if not image.width * image.height:
+                    raise InputError(f"{name}: unreadable image (no pixels)")
                 yield image
     except InputError:
         raise
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such image") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: absurdly large image ({error})") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: unreadable image (not {', '.join(FORMATS)}, or damaged)") from error
     except Exception as error:  # on damaged files Pillow's decoders raise anything
         raise InputError(f"{name}: unreadable image ({error or type(error).__name__})") from error
+
+
+def _open(path: str | Path) -> Image.Image:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: unreadable image (not a file)")
+    if status.st_size > MAX_BYTES:
+        raise InputError(f"{path}: {status.st_size / 2**30:.1f} GiB is more than {MAX_BYTES / 2**30:.0f} GiB")
+    return Image.open(path, formats=FORMATS)

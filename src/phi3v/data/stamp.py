@@ -29,8 +29,8 @@ from phi3v.data.statistics import Findings
 CHECKER = f"phi3v {phi3v.__version__}, rules 2, Pillow {PIL.__version__}"
 """Raise the number of the rules when `check` finds something else than before."""
 
-IMAGES = np.dtype("<u8, <u4, <u4, ?")
-"""Fingerprint, width, height, rotated."""
+IMAGES = np.dtype("<u8, <u4, <u4, ?, ?")
+"""Fingerprint, width, height, rotated, animated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Stamp:
     def known_images(self) -> dict[int, ImageInfo]:
         """The readable images by fingerprint."""
         table = np.frombuffer(zlib.decompress(self.images), IMAGES).tolist()
-        return {number: ImageInfo((width, height), rotated) for number, width, height, rotated in table}
+        return {number: ImageInfo((width, height), *odd) for number, width, height, *odd in table}
 
     def findings_of(self, inputs: str, max_tokens: int | None) -> Findings | None:
         """The findings, if they are also those of these inputs as long as no image has changed."""
@@ -80,7 +80,7 @@ def read_stamp(data: Path) -> Stamp | None:
 
 def write_stamp(data: Path, inputs: str, findings: Findings, images: Mapping[int, ImageInfo]) -> None:
     """Write the stamp of a data file. `images` are the readable ones, by fingerprint. Raises InputError."""
-    rows = ((number, *info.size, info.rotated) for number, info in images.items())
+    rows = ((number, *info.size, info.rotated, info.animated) for number, info in images.items())
     stamp = Stamp(
         checker=CHECKER,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
