@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.markup import escape
+from tyro.conf import arg
 
 from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import Count, NonNegative
 from phi3v.publish.curves import charts, contestants, facts, histograms, metric_table, style_of, verdict
-from phi3v.publish.gallery import Answers, confusion, gallery
+from phi3v.publish.gallery import Options, confusion, gallery
 from phi3v.publish.html.page import render, write_page
 from phi3v.publish.results import Results
 
@@ -29,45 +29,19 @@ def report(
     /,
     *,
     out: Path | None = None,
-    data: Path | None = None,
-    image_root: Path | None = None,
-    limit: Count = 5000,
-    picture_mb: NonNegative = 8.0,
-    picture_size: Count = 320,
+    options: Annotated[Options, arg(name="")] = Options(),
 ) -> None:
     """Show one run, or several side by side, on a page: curves, scores, settings, every answer with its images.
 
     Args:
         runs: Run folders, or folders that `phi3v evaluate` wrote.
         out: The page. Default: report.html in the run folder; of several runs, report.html here.
-        data: The questions, if they have moved since: their earlier turns and images are read from there.
-        image_root: Folder the image paths are relative to. Default: as when the run was trained.
-        limit: Questions of each run in the page; wrong answers come first.
-        picture_mb: Megabytes of images in the page.
-        picture_size: Pixels of the longer side of an image.
     """
     check_flags(locals(), report)
-    page = write_report(
-        *runs,
-        out=out,
-        data=data,
-        image_root=image_root,
-        limit=limit,
-        picture_mb=picture_mb,
-        picture_size=picture_size,
-    )
-    say(f"report  {escape(str(page))}")
+    say(f"report  {escape(str(write_report(*runs, out=out, options=options)))}")
 
 
-def write_report(
-    *folders: Path,
-    out: Path | None = None,
-    data: Path | None = None,
-    image_root: Path | None = None,
-    limit: int = 5000,
-    picture_mb: float = 8.0,
-    picture_size: int = 320,
-) -> Path:
+def write_report(*folders: Path, out: Path | None = None, options: Options = Options()) -> Path:
     """Write the page of `report` and return its path.
 
     Raises InputError for a folder that is missing, is no run's, or holds damaged files.
@@ -78,23 +52,8 @@ def write_report(
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = [Results.read(folder, name) for folder, name in zip(folders, names, strict=True)]
-    shown = gallery(
-        [_answers(run) for run in runs],
-        data=data,
-        image_root=image_root,
-        limit=limit,
-        megabytes=picture_mb,
-        pixels=picture_size,
-    )
-    page = render("report.html.jinja", shown, **_values(runs))
+    page = render("report.html.jinja", gallery(runs, options), **_values(runs))
     return write_page(out or (folders[0] if len(folders) == 1 else Path()) / "report.html", page)
-
-
-def _answers(run: Results) -> Answers:
-    """With the data file that the settings of the run name, if they name one."""
-    data = run.settings.get("data") or {}
-    file, root = data.get("eval"), data.get("image_root")
-    return Answers(run.name, run.predictions, Path(file) if file else None, Path(root) if root else None)
 
 
 def _values(runs: Sequence[Results]) -> dict[str, Any]:
