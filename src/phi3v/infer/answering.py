@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -35,6 +35,8 @@ from phi3v.model.parts import widen
 from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits
 
+Item = TypeVar("Item")
+
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
@@ -44,10 +46,10 @@ def read_questions(path: Path, image_root: Path | None, limit: int | None = None
     return evenly(found, limit)
 
 
-def evenly(items: list[Example], limit: int | None) -> list[Example]:
+def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most `limit` items at equal distances, the first among them."""
     if limit is None or limit >= len(items):
-        return items
+        return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
