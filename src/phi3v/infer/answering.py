@@ -252,3 +252,9 @@ def model_folder(name: str | Path) -> str | Path:
     if folder.checkpoints.is_dir():
         raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume auto`")
     return name
+
+
+def started_from(run: str | Path) -> str | None:
+    """The model that a run was started from, as its settings name it; None for a folder that is no run's."""
+    folder = RunFolder(run)
+    return folder.config.base.model if folder.is_run and folder.final.is_dir() else None

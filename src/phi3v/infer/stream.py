@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import torch
@@ -64,27 +64,21 @@ def _written(
 
     def write() -> None:
         # no_grad and autocast hold for a thread.
-        mixed = torch.autocast(inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32)
-        try:
-            with torch.no_grad(), mixed:
-                model.generate(**inputs, **sampling.settings, pad_token_id=processor.pad_token_id, streamer=listener)
-            listener.queue.put(None)
-        except Exception as error:  # raised again by the consumer
-            listener.queue.put(error)
+        with torch.no_grad(), torch.autocast(inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
+            model.generate(**inputs, **sampling.settings, pad_token_id=processor.pad_token_id, streamer=listener)
 
-    writer = Thread(target=write, daemon=True)
-    writer.start()
-    ids: list[int] = []
-    try:
-        while (item := listener.queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            ids += item
-            # A character may take several tokens; half of one decodes to U+FFFD.
-            yield processor.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
-    finally:
-        listener.closed = True
-        writer.join()
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        writing.add_done_callback(lambda _: listener.queue.put(None))
+        ids: list[int] = []
+        try:
+            while (new := listener.queue.get()) is not None:
+                ids += new
+                # A character may take several tokens; half of one decodes to U+FFFD.
+                yield processor.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
+            writing.result()  # raises what `generate` raised
+        finally:
+            listener.closed = True
 
 
 class _Closed(Exception):
@@ -95,7 +89,7 @@ class _Listener(BaseStreamer):
     """Queues the ids that `generate` hands over, first the prompt's, then one by one the answer's."""
 
     def __init__(self) -> None:
-        self.queue: SimpleQueue[list[int] | Exception | None] = SimpleQueue()
+        self.queue: SimpleQueue[list[int] | None] = SimpleQueue()
         self.closed = False
         self._is_prompt = True
 

@@ -23,7 +23,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import pick_device
 from phi3v.base.jsonfile import read_object
-from phi3v.base.runfolder import RunFolder
+from phi3v.infer.answering import started_from
 from phi3v.model.loading import ADAPTER_CONFIG, first_line, load_model, save_model
 from phi3v.model.parts import set_precision
 from phi3v.publish.card import write_card
@@ -71,7 +71,7 @@ def export(
         model, processor, base, own, expected = merge_adapter(folder, device)
         name = base
     else:
-        base, name = str(folder), _started_from(Path(run))
+        base, name = str(folder), started_from(run) or ""
         model, processor = load_model(folder)
         precision = model.dtype
         own = expected = probe(model, processor, device)
@@ -149,12 +149,6 @@ def self_test(folder: Path, expected: Tensor, own: Tensor, num_crops: int, devic
 
 
 # -- the Hub ---------------------------------------------------------------------------------------------------------
-
-
-def _started_from(run: Path) -> str:
-    """The model that a run was started from, as its settings name it; "" for a folder that is no run's."""
-    folder = RunFolder(run)
-    return folder.config.base.model if folder.final.is_dir() else ""
 
 
 def _name_on_hub(name: str) -> str | None:

@@ -155,12 +155,12 @@ def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
     place = line.where.rpartition(":")[2]
     rows = [("", f"\N{BALLOT X} {cut(text)}", "bad") for text in notes.problems]
     rows += [("", f"! {cut(text)}", "note") for text in notes.warnings]
-    turns = [(line.raw.decode("utf-8", "replace").strip(), None, 0)]
+    turns: list[tuple[str, str | None, int]] = [(line.raw.decode("utf-8", "replace").strip(), None, 0)]
     details = {"where": line.where}
     foot = [f":{place}"]
     if example:
         turns = [(turn.user, turn.assistant or "", len(turn.images)) for turn in example.turns]
-        rows.append(("answer", cut(turns[0][1]), ""))
+        rows.append(("answer", cut(example.turns[0].assistant or ""), ""))
         details |= {"id": example.id, "source": example.source, "group": example.group}
         details["images"] = "\n".join(example.images)
         if len(example.answers) > 1:
@@ -179,7 +179,7 @@ def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
         "rows": rows,
         "foot": " · ".join(foot + ([f"{len(turns)} turns"] if len(turns) > 1 else [])),
         "images": images,
-        "turns": [(cut(user), answer and cut(answer), count) for user, answer, count in turns],
+        "turns": [(cut(user), None if answer is None else cut(answer), count) for user, answer, count in turns],
         "details": [(name, cut(text)) for name, text in details.items() if text],
         "num_tokens": measure.tokens if measure else 0,
         "num_crops": measure.crops if measure else 0,
