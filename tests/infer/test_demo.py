@@ -172,7 +172,7 @@ def test_the_base_of_a_whole_model_is_the_one_its_run_began_with(
 def test_who_cannot_answer_is_named(finished_run: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(InputError, match=r"--compare base: .* does not say what it was fine-tuned from"):
         load_speakers(str(tiny_model_dir), "base")
-    with pytest.raises(InputError, match="--compare: /no/such/model: no such model folder"):
+    with pytest.raises(InputError, match="/no/such/model: no such model folder"):
         load_speakers(str(finished_run), "/no/such/model")
     with pytest.raises(InputError, match="/no/such/model: no such model folder"):
         load_speakers("/no/such/model", None)

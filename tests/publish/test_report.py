@@ -151,7 +151,7 @@ def test_training_facts_add_up_over_the_steps(run: Path) -> None:
     words = " ".join(report(run).text.split())
     assert "3 steps" in words
     assert "64 examples" in words
-    assert "6 s time in training" in words
+    assert "0:00:06 time in training" in words
     assert "10.7 examples per second" in words
     assert "1 steps skipped" in words
     assert "10.0 % waiting for data" in words
@@ -196,7 +196,7 @@ def test_what_is_left_out_is_said_with_the_flag_for_it(run: Path, tmp_path: Path
     page = report(run, picture_mb=0.1)
     shown = sum(entry["images"] != [-1] for entry in page.gallery["entries"])
     assert 0 < shown < 6
-    assert f"{6 - shown} are shown without images, which would take more than 0.1 MB (--picture-mb)" in page.text
+    assert f"{6 - shown} lack images, which would take more than 0.1 MB (--picture-mb)" in page.text
     assert len(json.dumps(page.gallery["images"])) < 100_000
 
 

@@ -36,6 +36,7 @@ from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits
 
 Item = TypeVar("Item")
+ScoredBy = Literal["generate", "labels", "both"]
 
 # -- questions -------------------------------------------------------------------------------------------------------
 
@@ -59,13 +60,11 @@ def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
 class Scoring(NamedTuple):
     """Where answers come from: the model writes them, or the most likely of a set of labels is chosen, or both."""
 
-    by: Literal["generate", "labels", "both"] = "generate"
+    by: ScoredBy = "generate"
     labels: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, by: Literal["generate", "labels", "both"], labels: tuple[str, ...], examples: Iterable[Example]
-    ) -> Scoring:
+    def of(cls, by: ScoredBy, labels: tuple[str, ...], examples: Iterable[Example]) -> Scoring:
         """Without `labels`, the answers of `examples` are the labels. Raises InputError if these are free text."""
         if by == "generate":
             return cls()

@@ -103,10 +103,7 @@ def load_speakers(model: str, compare: str | None, loading: Loading = Loading())
         return [speaker]
     if base is not None and (compare in ("base", base) or Path(compare).resolve() == Path(base).resolve()):
         return [speaker, replace(speaker, title=f"{base} (without the adapter)", without_adapter=True)]
-    try:
-        other = Answerer.load(compare, replace(loading, num_crops=speaker.answerer.processor.num_crops))
-    except InputError as error:
-        raise InputError(f"--compare: {error}") from error
+    other = Answerer.load(compare, replace(loading, num_crops=speaker.answerer.processor.num_crops))
     return [speaker, Speaker(title=compare, answerer=other)]
 
 

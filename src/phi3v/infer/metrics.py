@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -128,13 +128,7 @@ _VQA_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", 
 _VQA_NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "accuracy": accuracy,
-    "exact_match": exact_match,
-    "anls": anls,
-    "anls_official": anls_official,
-    "vqa_accuracy": vqa_accuracy,
-}
+METRICS = {metric.__name__: metric for metric in (accuracy, exact_match, anls, anls_official, vqa_accuracy)}
 
 
 def score(predictions: Iterable[Prediction]) -> dict[str, float]:

@@ -73,11 +73,11 @@ class Bars:
     y_ticks: list[Tick]
 
 
-def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> tuple[list[Point], int]:
-    """At most `limit` points, each (last x, mean y) of equally many neighbours, and the number of these."""
+def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most `limit` points, each (last x, mean y) of equally many neighbours."""
     size = max(1, math.ceil(len(points) / limit))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], fmean(y for _, y in group)) for group in groups], size
+    return [(group[-1][0], fmean(y for _, y in group)) for group in groups]
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
@@ -107,12 +107,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def number(value: float) -> str:
     """A value for a person: 3 significant digits, thousands separated, tiny ones as 4e-5."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else str(value)
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    text = f"{value:.3g}"
-    return text if "e" not in text else f"{float(text):.3g}".replace("e-0", "e-")
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}".replace("e-0", "e-")
 
 
 def percent(value: float) -> str:
@@ -142,21 +137,16 @@ def chart(
     levels = levels or {}
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points] + list(levels.values())
-    low, high = (min(0.0, min(ys)), max(ys)) if zero else (min(ys), max(ys))
+    low, high = min([0.0, *ys] if zero else ys), max(ys)
     logarithmic = not zero and low > 0 and high / low > LOG_RATIO
-    if logarithmic:
-        low, high = low / 1.1, high * 1.1
-    else:
-        pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-        low, high = (low if zero and low == 0 else low - pad), high + pad
     scale: Callable[[float], float] = math.log if logarithmic else float
-    x_low, x_high = min(xs), max(xs)
-
-    def at_x(x: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * ((x - x_low) / (x_high - x_low) if x_high > x_low else 0.5), 1)
+    bottom, top = scale(low), scale(high)
+    pad = 0.06 * (top - bottom) or 0.1 * abs(top) or 1.0
+    bottom, top = (0.0 if zero and low == 0 else bottom - pad), top + pad
+    at_x, on_y_axis = _axis(min(xs), max(xs), LEFT, RIGHT), _axis(bottom, top, BOTTOM, TOP)
 
     def at_y(y: float) -> float:
-        return round(BOTTOM - (BOTTOM - TOP) * (scale(y) - scale(low)) / (scale(high) - scale(low)), 1)
+        return on_y_axis(scale(y))
 
     lines = []
     for one in drawn:
@@ -164,7 +154,7 @@ def chart(
         path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
         lines.append(Line(one.label, one.style, path, dots=places if len(places) <= 25 else []))
     main = next((one for one in drawn if one.style == "main" or len(drawn) == 1), None)
-    y_ticks = log_ticks(low, high) if logarithmic else ticks(low, high)
+    y_ticks = log_ticks(math.exp(bottom), math.exp(top)) if logarithmic else ticks(bottom, top)
     return Chart(
         title=title,
         last=form(main.points[-1][1]) if main else "",
@@ -172,7 +162,7 @@ def chart(
         lines=lines,
         levels=[(at_y(value), f"{name} {form(value)}") for name, value in levels.items()],
         readings=_readings(drawn, at_x, at_y, form),
-        x_ticks=[(at_x(x), number(x)) for x in ticks(x_low, x_high)],
+        x_ticks=[(at_x(x), number(x)) for x in ticks(min(xs), max(xs))],
         y_ticks=[(at_y(y), form(y).replace(".0\N{NO-BREAK SPACE}%", "\N{NO-BREAK SPACE}%")) for y in y_ticks],
     )
 
@@ -183,12 +173,7 @@ def bars(title: str, histogram: Sequence[tuple[int, int]], *, noun: str, note: s
     width = lows[1] - lows[0] if len(lows) > 1 else 1
     first, last, most = lows[0], lows[-1] + width, max(count for _, count in histogram)
 
-    def at_x(value: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * (value - first) / (last - first), 1)
-
-    def at_y(count: float) -> float:
-        return round(BOTTOM - (BOTTOM - TOP) * count / most, 1)
-
+    at_x, at_y = _axis(first, last, LEFT, RIGHT), _axis(0, most, BOTTOM, TOP)
     drawn = []
     for low, count in histogram:
         values = f"{low:,}" if width == 1 else f"{low:,} to {low + width - 1:,}"
@@ -203,6 +188,11 @@ def bars(title: str, histogram: Sequence[tuple[int, int]], *, noun: str, note: s
         x_ticks=[(at_x(value + middle), number(value)) for value in inside if value + middle < last],
         y_ticks=[(at_y(value), number(value)) for value in ticks(0, most, 4) if value == int(value)],
     )
+
+
+def _axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """The function from a value to its coordinate: `low` is at `start` and `high` at `end`, a single value between."""
+    return lambda value: round(start + (end - start) * ((value - low) / (high - low) if high > low else 0.5), 1)
 
 
 def _readings(

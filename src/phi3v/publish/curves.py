@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 from phi3v.data.check import Statistics
@@ -74,15 +75,6 @@ def _floors(runs: Sequence[Results]) -> Scores:
     return next((run.baselines for run in runs if run.baselines), {})
 
 
-def verdict(run: Results) -> str:
-    """A sentence that says whether the model looks at the images; "" if it is not known."""
-    if "accuracy" not in run.final or "blind" not in run.baselines:
-        return ""
-    points = 100 * (run.final["accuracy"] - run.baselines["blind"])
-    where = "below" if points <= 0 else "above"
-    return f"That is {abs(points):.1f} points {where} the best a model can do without looking at the images."
-
-
 def metric_table(found: Sequence[Contestant]) -> list[tuple[str, str, list[str]]]:
     """Rows (metric, explanation, one text per contestant, empty where it has no such score)."""
     every = dict.fromkeys(key for one in found for key in one.scores if key != "questions")
@@ -110,20 +102,13 @@ def facts(run: Results) -> dict[str, str]:
         "epochs": f"{run.steps[-1].epoch or 0:.3g}",
         "examples": number(examples),
         "examples skipped": number(run.skipped),
-        "time in training": _duration(seconds) if seconds else "",
+        "time in training": str(timedelta(seconds=round(seconds))) if seconds else "",
         "examples per second": number(examples / seconds) if seconds else "",
         "tokens per second": number(tokens / seconds) if seconds else "",
         "waiting for data": percent(waited / seconds) if seconds else "",
         "peak memory": f"{memory:.1f} GB" if memory else "",
     }
     return {name: value for name, value in found.items() if value not in ("", "0")}
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def charts(runs: Sequence[Results]) -> list[Chart]:
@@ -150,11 +135,11 @@ def charts(runs: Sequence[Results]) -> list[Chart]:
 
 
 def _points(run: Results, key: str) -> list[tuple[float, float]]:
-    return [(step.step, value) for step in run.steps if (value := getattr(step, key)) is not None]
+    return thin([(step.step, value) for step in run.steps if (value := getattr(step, key)) is not None])
 
 
 def _curves(runs: Sequence[Results], key: str) -> list[Series]:
-    return [Series(_short(run), thin(_points(run, key))[0], style_of(runs, place)) for place, run in enumerate(runs)]
+    return [Series(_short(run), _points(run, key), style_of(runs, place)) for place, run in enumerate(runs)]
 
 
 def _scores(runs: Sequence[Results], metric: str, label: str = "", style: str = "") -> list[Series]:
@@ -173,16 +158,14 @@ def _short(run: Results) -> str:
 
 def _loss(runs: Sequence[Results]) -> Chart | None:
     """The smoothed loss of every run; of a single run, the loss itself behind it."""
-    series, means, alone = [], 1, len(runs) == 1
+    series, alone = [], len(runs) == 1
     for place, run in enumerate(runs):
-        loss, size = thin(_points(run, "loss"))
-        means = max(means, size)
+        loss = _points(run, "loss")
         if alone:
             series.append(Series("step", loss, "faint"))
         smoothed = smooth(loss, max(3, len(loss) // 12))
         series.append(Series("smoothed" if alone else _short(run), smoothed, style_of(runs, place)))
-    note = f"Each point is the mean of up to {means} steps. " if means > 1 else ""
-    return chart("Loss", series, note=note + ("" if alone else "Smoothed. "))
+    return chart("Loss", series, note="" if alone else "Smoothed.")
 
 
 def histograms(runs: Sequence[Results]) -> list[Bars]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HTTPError  # that of httpx up to 1.x, that of httpx2 from 2.0 on
-from huggingface_hub.utils import validate_repo_id
 from rich.markup import escape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -157,11 +156,7 @@ def _name_on_hub(name: str) -> str | None:
 
 
 def _check_push(repo: str) -> None:
-    """Raises InputError for a name that cannot be one on the Hub, and without a token."""
-    try:
-        validate_repo_id(repo)
-    except ValueError as error:
-        raise InputError(f"--push {repo}: {first_line(error)}") from error
+    """Raises InputError for a name without an owner, and without a token."""
     if repo.count("/") != 1:
         raise InputError(f"--push {repo}: a name on the Hub is owner/model")
     if get_token() is None:

@@ -118,7 +118,7 @@ def gallery(runs: Sequence[Results], options: Options) -> Gallery | None:
         return None
     album = Album(partial(thumbnail, pixels=options.picture_size), options.picture_mb)
     wrong_first = sorted(range(len(entries)), key=lambda at: entries[at]["correct"])
-    album.add(dict.fromkeys(images[at] for at in wrong_first))
+    album.add(path for at in wrong_first for path in images[at])
     for entry, paths in zip(entries, images, strict=True):
         entry["images"] = album[paths]
     return Gallery(
@@ -194,6 +194,7 @@ def _entry(line: Prediction, prompt: Example | None) -> dict[str, Any]:
     if prompt is not None:
         turns = [(without_tags(turn.user), turn.assistant, len(turn.images)) for turn in prompt.turns]
     mark = "\N{CHECK MARK}" if correct else "\N{BALLOT X}"
+    likeliest = sorted(line.get("label_log_probs", {}).items(), key=lambda pair: -pair[1])
     details = {
         "score": f"{'right' if correct else 'wrong'}, ANLS {percent(score)}",
         "answer length": counted(line["num_tokens"], "token") if line["num_tokens"] else "",
@@ -201,7 +202,7 @@ def _entry(line: Prediction, prompt: Example | None) -> dict[str, Any]:
         "source": line["source"],
         "where": line["where"],
         "group": line.get("group", ""),
-        "log-probabilities": _log_probs(line.get("label_log_probs") or {}),
+        "log-probabilities": ", ".join(f"{label} {number(value)}" for label, value in likeliest[:10]),
     }
     return {
         "group": "right" if correct else "wrong",
@@ -220,11 +221,6 @@ def _entry(line: Prediction, prompt: Example | None) -> dict[str, Any]:
     }
 
 
-def _log_probs(labels: Mapping[str, float]) -> str:
-    best = sorted(labels.items(), key=lambda pair: -pair[1])[:10]
-    return ", ".join(f"{label} {number(value)}" for label, value in best)
-
-
 def _note(runs: Sequence[Results], entries: Sequence[Mapping[str, Any]], megabytes: float) -> str:
     groups = Counter(entry["group"] for entry in entries)
     predictions = [line for run in runs for line in run.predictions]
@@ -235,5 +231,5 @@ def _note(runs: Sequence[Results], entries: Sequence[Mapping[str, Any]], megabyt
     else:
         note = f"All {every:,} questions, {wrong:,} of them answered wrongly. "
     if bare := sum(-1 in entry["images"] for entry in entries):
-        note += f"{bare:,} are shown without images, which would take more than {megabytes:g} MB (--picture-mb). "
+        note += f"{bare:,} lack images, which would take more than {megabytes:g} MB (--picture-mb). "
     return note

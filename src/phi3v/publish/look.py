@@ -33,6 +33,7 @@ from phi3v.data.image import (
 )
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.statistics import Findings
+from phi3v.infer.answering import evenly
 from phi3v.publish.chart import bars, number
 from phi3v.publish.html.images import Album, data_uri
 from phi3v.publish.html.page import Gallery, cut, render, without_tags, write_page
@@ -104,7 +105,7 @@ def _gallery(
         return None
     album = Album(partial(_crops, num_crops=num_crops, pixels=crop_size), picture_mb)
     images = [list(line.example.images) if line.example else [] for line in chosen]
-    album.add(images)
+    album.add(path for paths in images for path in paths)
     vocabulary: dict[int, str] = {}
     entries = []
     for line, paths in zip(chosen, images, strict=True):
@@ -118,7 +119,7 @@ def _gallery(
     bare = sum(-1 in entry["images"] for entry in entries)
     note = f"{'All' if len(chosen) == num_lines else f'{len(chosen):,} of'} {num_lines:,} lines"
     note += ". " if len(chosen) == num_lines else ", evenly spread, those with problems first (--limit shows more). "
-    note += f"{bare:,} without images, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
+    note += f"{bare:,} lack images, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
     return Gallery(
         entries=entries,
         images=album.images,
@@ -143,8 +144,7 @@ def choose(findings: Findings, limit: int) -> set[int]:
     fine = [line for line in range(findings.num_lines) if line not in bad and line not in odd]
     chosen: set[int] = set()
     for some in (sorted(bad), sorted(odd), fine):
-        room = min(limit - len(chosen), len(some))
-        chosen.update(some[i * len(some) // room] for i in range(room))
+        chosen.update(evenly(some, limit - len(chosen)))
     return chosen
 
 

@@ -16,7 +16,7 @@ from tyro.conf import arg
 from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.publish.curves import charts, contestants, facts, histograms, metric_table, style_of, verdict
+from phi3v.publish.curves import charts, contestants, facts, histograms, metric_table, style_of
 from phi3v.publish.gallery import Options, confusion, gallery
 from phi3v.publish.html.page import render, write_page
 from phi3v.publish.results import Results
@@ -63,7 +63,6 @@ def _values(runs: Sequence[Results]) -> dict[str, Any]:
         "runs": runs,
         "styles": [style_of(runs, place) for place in range(len(runs))],
         "contestants": scored,
-        "verdict": verdict(runs[0]) if len(runs) == 1 else "",
         "facts": [facts(run) for run in runs],
         "charts": charts(runs),
         "metric_table": metric_table(scored),
@@ -73,26 +72,34 @@ def _values(runs: Sequence[Results]) -> dict[str, Any]:
         "confusions": [(k, run, confusion(run.predictions)) for k, run in enumerate(runs) if run.predictions],
         "histograms": histograms(runs),
         "differing": _differing(runs),
-        "settings": [[*_sections(run.settings, "run"), *_sections(run.environment, "environment")] for run in runs],
+        "settings": [_sections(run) for run in runs],
     }
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
+def _tree(run: Results) -> dict[str, Any]:
+    return {**run.settings, "environment": run.environment}
+
+
 def _differing(runs: Sequence[Results]) -> list[tuple[str, list[str]]]:
     """(setting, its value in every run) where these are not all the same; the run folder itself does not count."""
-    every = [{**dict(_flat(run.settings)), **dict(_flat(run.environment, "environment."))} for run in runs]
+    every = [dict(_flat(_tree(run))) for run in runs]
     names = dict.fromkeys(name for one in every for name in one if not name.endswith("keeping.out"))
     table = [(name, [one.get(name, UNKNOWN) for one in every]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
 
 
-def _sections(tree: Mapping[str, Any], top: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """A nested dict as (section, rows (key, value)): one section per nested dict, the plain values under `top`."""
-    plain = [(key, _text(value)) for key, value in tree.items() if not isinstance(value, dict)]
-    nested = [(key, list(_flat(value))) for key, value in tree.items() if isinstance(value, dict)]
-    return [(name, rows) for name, rows in [(top, plain), *nested] if rows]
+def _sections(run: Results) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(section, rows (key, value)): one section per group of settings, and one of those in no group."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key, value in _tree(run).items():
+        if isinstance(value, dict):
+            groups.setdefault(key, []).extend(_flat(value))
+        else:
+            groups.setdefault("run", []).append((key, _text(value)))
+    return [(name, rows) for name, rows in groups.items() if rows]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
