@@ -393,7 +393,7 @@ def test_predictions_of_earlier_versions_have_fewer_fields(run: Path, picture: P
 
 
 def test_bad_folders_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such run folder"):
+    with pytest.raises(InputError, match="none: not a run folder"):
         write_report(tmp_path / "none")
     with pytest.raises(InputError, match=r"report needs a run folder"):
         write_report()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -81,10 +81,6 @@ def _written(
             listener.closed = True
 
 
-class _Closed(Exception):
-    """Nobody waits for the rest of the answer."""
-
-
 class _Listener(BaseStreamer):
     """Queues the ids that `generate` hands over, first the prompt's, then one by one the answer's."""
 
@@ -95,7 +91,7 @@ class _Listener(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         if self.closed:
-            raise _Closed
+            raise CancelledError  # nobody waits for the rest of the answer
         if not self._is_prompt:
             self.queue.put(value.tolist())
         self._is_prompt = False

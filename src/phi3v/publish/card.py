@@ -19,7 +19,6 @@ from phi3v.base.jsonfile import read_object
 from phi3v.base.runfolder import RunFolder
 from phi3v.infer.answering import evenly
 from phi3v.infer.metrics import Prediction
-from phi3v.publish.chart import percent
 from phi3v.publish.curves import BASELINE_NOTES, METRIC_NOTES, Contestant, metric_table
 from phi3v.publish.html.page import environment
 from phi3v.publish.results import Results
@@ -67,7 +66,7 @@ def write_card(
         method=_method(run) if run else "",
         settings=_settings(run) if run else [],
         scores=metric_table([Contestant("", "", results.final), Contestant("", "", results.before)]) if results else [],
-        blind=_blind(results) if results else "",
+        baseline_notes=BASELINE_NOTES,
         samples=_samples(results.predictions) if results else [],
         num_crops=read_object(folder / "preprocessor_config.json")["num_crops"],
         original_max=read_object(folder / "config.json").get("original_max_position_embeddings", 4096),
@@ -129,16 +128,6 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         for name, value in chosen.items()
         if value not in (None, (), False)
     ]
-
-
-def _blind(results: Results) -> str:
-    """The accuracy that is reached without the image."""
-    known = [
-        f"{percent(results.baselines[key])} ({note})"
-        for key, note in BASELINE_NOTES.items()
-        if key in results.baselines
-    ]
-    return f"Accuracy of two that never look at an image: {', '.join(known)}." if known else ""
 
 
 def _samples(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:

@@ -58,9 +58,8 @@ def contestants(runs: Sequence[Results]) -> list[Contestant]:
         found.append(Contestant("Before", "the model training started from", befores[0]))
     published = dict.fromkeys(run.published for run in runs if run.published)
     for row in published:
-        name = "Published" if len(published) == 1 else f"Published, {row.mode}"
         note = f"{row.model}, {row.mode}, {row.dtype}" + ("*" if row.note else "")
-        found.append(Contestant(name, note, {row.metric: row.score}))
+        found.append(Contestant("Published", note, {row.metric: row.score}))
     floors = _floors(runs)
     found += [
         Contestant(key.capitalize(), note, {"accuracy": floors[key]})

@@ -84,8 +84,8 @@ def look(
     ]
     values = {"name": str(data), "findings": findings, "histograms": histograms, "model": model, "num_crops": crops}
     page = write_page(target, render("look.html.jinja", shown, max_listed=MAX_LISTED, **values))
-    numbers = {"line": findings.num_lines, "problem": len(findings.problems), "warning": len(findings.warnings)}
-    say(", ".join(counted(number, noun) for noun, number in numbers.items()))
+    problems, warnings = counted(len(findings.problems), "problem"), counted(len(findings.warnings), "warning")
+    say(f"{counted(findings.num_lines, 'line')}, {problems}, {warnings}")
     say(f"page    {escape(str(page))}")
     return 0 if findings.ok else 2
 
@@ -117,8 +117,9 @@ def _gallery(
                 vocabulary[token] = _token_text(processor, token)
         entries.append(entry)
     bare = sum(-1 in entry["images"] for entry in entries)
-    note = f"{'All' if len(chosen) == num_lines else f'{len(chosen):,} of'} {num_lines:,} lines"
-    note += ". " if len(chosen) == num_lines else ", evenly spread, those with problems first (--limit shows more). "
+    note = f"All {num_lines:,} lines. "
+    if len(chosen) < num_lines:
+        note = f"{len(chosen):,} of {num_lines:,} lines, evenly spread, problems first (--limit shows more). "
     note += f"{bare:,} lack images, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
     return Gallery(
         entries=entries,

@@ -93,13 +93,9 @@ def _differing(runs: Sequence[Results]) -> list[tuple[str, list[str]]]:
 
 def _sections(run: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     """(section, rows (key, value)): one section per group of settings, and one of those in no group."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for key, value in _tree(run).items():
-        if isinstance(value, dict):
-            groups.setdefault(key, []).extend(_flat(value))
-        else:
-            groups.setdefault("run", []).append((key, _text(value)))
-    return [(name, rows) for name, rows in groups.items() if rows]
+    plain = [(key, _text(value)) for key, value in run.settings.items() if not isinstance(value, dict)]
+    nested = [(key, list(_flat(value))) for key, value in _tree(run).items() if isinstance(value, dict)]
+    return [(name, rows) for name, rows in [("run", plain), *nested] if rows]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

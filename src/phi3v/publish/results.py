@@ -89,8 +89,6 @@ class Results:
     @classmethod
     def read(cls, path: Path, name: str = "") -> Results:
         """Raises InputError for a folder that is missing, is no run's, or holds damaged files."""
-        if not path.is_dir():
-            raise InputError(f"{path}: no such run folder")
         run = RunFolder(path)
         settings, metrics, log, predictions = run.settings, run.metrics, run.log, run.predictions
         if not (settings or metrics or log or predictions):
