@@ -142,8 +142,7 @@ def self_test(folder: Path, expected: Tensor, own: Tensor, num_crops: int, devic
         )
     difference = distance(found, own)
     say(f"self-test  loaded from its files, its logits differ by {difference:.1e} (relative) from the run's")
-    ends = " and ".join(map(str, processor.stop_token_ids))
-    say(f"self-test  images are cut into at most {num_crops} crops, answers end at {ends}")
+    say(f"self-test  images are cut into at most {num_crops} crops, answers end at {stops}")
     return difference
 
 

@@ -222,14 +222,13 @@ def _entry(line: Prediction, prompt: Example | None) -> dict[str, Any]:
 
 
 def _note(runs: Sequence[Results], entries: Sequence[Mapping[str, Any]], megabytes: float) -> str:
-    groups = Counter(entry["group"] for entry in entries)
-    predictions = [line for run in runs for line in run.predictions]
-    every, wrong = len(predictions), sum(not line["correct"] for line in predictions)
-    if groups.total() < every:
-        note = f"{groups.total():,} of {every:,} questions, {groups['wrong']:,} of the {wrong:,} wrong ones "
+    every = [line["correct"] for run in runs for line in run.predictions]
+    wrong = every.count(False)
+    note = f"All {len(every):,} questions, {wrong:,} of them answered wrongly. "
+    if len(entries) < len(every):
+        shown = sum(entry["group"] == "wrong" for entry in entries)
+        note = f"{len(entries):,} of {len(every):,} questions, {shown:,} of the {wrong:,} wrong ones "
         note += "(--limit shows more). "
-    else:
-        note = f"All {every:,} questions, {wrong:,} of them answered wrongly. "
     if bare := sum(-1 in entry["images"] for entry in entries):
         note += f"{bare:,} lack images, which would take more than {megabytes:g} MB (--picture-mb). "
     return note

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import convert
@@ -118,10 +118,7 @@ class Results:
         )
 
 
-Line = TypeVar("Line", Step, Evaluation)
-
-
-def _by_step(lines: Iterable[Line]) -> list[Line]:
+def _by_step(lines: Iterable[Any]) -> list[Any]:
     """In the order of steps. The last line about a step counts: a resumed run, the final evaluation."""
     latest = {line.step: line for line in lines}
     return [latest[step] for step in sorted(latest)]
