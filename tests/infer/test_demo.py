@@ -294,7 +294,7 @@ def test_stop_keeps_what_was_said_and_a_new_conversation_forgets_it(
     ask(page, "what is this", red)
     bot(page).filter(has_text="a red picture").wait_for()
     page.get_by_role("button", name="Stop").click()
-    while any(thread.name.endswith("(write)") for thread in threading.enumerate()):
+    while any(thread.name.startswith("answer") for thread in threading.enumerate()):
         threading.Event().wait(0.05)
     assert 3 < written[0] < 4000
     monkeypatch.undo()

@@ -67,7 +67,7 @@ def _written(
         with torch.no_grad(), torch.autocast(inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
             model.generate(**inputs, **sampling.settings, pad_token_id=processor.pad_token_id, streamer=listener)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="answer") as pool:
         writing = pool.submit(write)
         writing.add_done_callback(lambda _: listener.queue.put(None))
         ids: list[int] = []
