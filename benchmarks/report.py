@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from phi3v.publish.gallery import Options
 from phi3v.publish.report import write_report
 
 PAINTED = "await new Promise(done => requestAnimationFrame(() => setTimeout(done)));"
@@ -79,7 +80,7 @@ def main() -> None:
         run = Path(place) / "run"
         make_run(run, options.questions)
         started = time.monotonic()
-        page_file = write_report(run, limit=options.questions, picture_mb=options.picture_mb)
+        page_file = write_report(run, options=Options(limit=options.questions, picture_mb=options.picture_mb))
         print(f"written in {time.monotonic() - started:.1f} s, {page_file.stat().st_size / 1e6:.1f} MB")
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         times: dict[str, list[float]] = {"first render": [], **{name: [] for name in ACTIONS}}

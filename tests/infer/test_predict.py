@@ -46,7 +46,7 @@ def write(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write after every page: the tiny data has four images, and a text."""
-    monkeypatch.setattr(room, "PACKS_AT_ONCE", 0)
+    monkeypatch.setattr(room, "QUESTIONS_AT_ONCE", 0)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ import os, signal
 from pathlib import Path
 from phi3v.infer import predict as room
 from phi3v.infer.answering import Loading
-room.PACKS_AT_ONCE, real, writes = 0, os.fsync, []
+room.QUESTIONS_AT_ONCE, real, writes = 0, os.fsync, []
 def fsync(descriptor):
     real(descriptor)
     if Path({str(out)!r}).exists():

@@ -125,8 +125,7 @@ def test_pictures_that_have_no_room_are_left_out_and_said(tmp_path: Path) -> Non
     bare = sum(entry["images"] == [-1] for entry in found["entries"])
     assert 0 < bare < 5
     assert (
-        f"{bare} without images, which would take more than 0.3 MB (--picture-mb)"
-        in (tmp_path / "train.html").read_text()
+        f"{bare} lack images, which would take more than 0.3 MB (--picture-mb)" in (tmp_path / "train.html").read_text()
     )
 
 

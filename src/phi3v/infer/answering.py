@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -35,6 +35,9 @@ from phi3v.model.parts import widen
 from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits
 
+Item = TypeVar("Item")
+ScoredBy = Literal["generate", "labels", "both"]
+
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
@@ -44,10 +47,10 @@ def read_questions(path: Path, image_root: Path | None, limit: int | None = None
     return evenly(found, limit)
 
 
-def evenly(items: list[Example], limit: int | None) -> list[Example]:
+def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most `limit` items at equal distances, the first among them."""
     if limit is None or limit >= len(items):
-        return items
+        return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
@@ -57,13 +60,11 @@ def evenly(items: list[Example], limit: int | None) -> list[Example]:
 class Scoring(NamedTuple):
     """Where answers come from: the model writes them, or the most likely of a set of labels is chosen, or both."""
 
-    by: Literal["generate", "labels", "both"] = "generate"
+    by: ScoredBy = "generate"
     labels: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, by: Literal["generate", "labels", "both"], labels: tuple[str, ...], examples: Iterable[Example]
-    ) -> Scoring:
+    def of(cls, by: ScoredBy, labels: tuple[str, ...], examples: Iterable[Example]) -> Scoring:
         """Without `labels`, the answers of `examples` are the labels. Raises InputError if these are free text."""
         if by == "generate":
             return cls()
@@ -250,3 +251,9 @@ def model_folder(name: str | Path) -> str | Path:
     if folder.checkpoints.is_dir():
         raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume auto`")
     return name
+
+
+def started_from(run: str | Path) -> str | None:
+    """The model that a run was started from, as its settings name it; None for a folder that is no run's."""
+    folder = RunFolder(run)
+    return folder.config.base.model if folder.is_run and folder.final.is_dir() else None

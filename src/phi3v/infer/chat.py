@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -53,20 +54,21 @@ def chat(
     turns: tuple[Turn, ...] = ()
     while (text := _ask(images)) is not None:
         command, _, file = text.partition(" ")
-        if text == "/new":
-            turns, images = (), ()
-        elif command == "/image" and file:
-            images += _readable(file.strip())
-        elif text.startswith("/"):
-            say(HELP)
-        elif text:
-            turn = Turn(user=text, assistant=None, images=images)
-            try:
+        try:
+            if text == "/new":
+                turns, images = (), ()
+            elif command == "/image" and file:
+                path = str(Path(file.strip()).expanduser())
+                load_image(path)
+                images += (path,)
+            elif text.startswith("/"):
+                say(HELP)
+            elif text:
+                turn = Turn(user=text, assistant=None, images=images)
                 reply = _reply(answerer, (*turns, turn), sampling)
-            except InputError as error:  # such as tags that do not match the images
-                say(f"[red]{escape(str(error))}[/]")
-                continue
-            turns, images = (*turns, Turn(user=text, assistant=reply, images=images)), ()
+                turns, images = (*turns, replace(turn, assistant=reply)), ()
+        except InputError as error:  # an image that cannot be read, or tags that do not match the images
+            say(f"[red]{escape(str(error))}[/]")
 
 
 def _ask(images: tuple[str, ...]) -> str | None:
@@ -77,17 +79,6 @@ def _ask(images: tuple[str, ...]) -> str | None:
     except (EOFError, KeyboardInterrupt):
         return None
     return None if text in ("/quit", "/exit") else text
-
-
-def _readable(file: str) -> tuple[str, ...]:
-    """The path of an image, or nothing and a message if it cannot be read."""
-    path = str(Path(file).expanduser())
-    try:
-        load_image(path)
-    except InputError as error:
-        say(f"[red]{escape(str(error))}[/]")
-        return ()
-    return (path,)
 
 
 def _reply(answerer: Answerer, turns: tuple[Turn, ...], sampling: Sampling) -> str:

@@ -7,7 +7,6 @@ from elsewhere, no tunnel. Text of a model or a user is shown as text, never as 
 from __future__ import annotations
 
 import html
-import ipaddress
 import os
 import tempfile
 import threading
@@ -25,16 +24,16 @@ from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import NonNegative
-from phi3v.base.runfolder import RunFolder
 from phi3v.data.encode import Turn
 from phi3v.data.image import load_image
-from phi3v.infer.answering import Answerer, Loading, model_folder
+from phi3v.infer.answering import Answerer, Loading, model_folder, started_from
 from phi3v.infer.stream import Sampling
 from phi3v.model.adapter import read_adapter_config
 from phi3v.model.loading import ADAPTER_CONFIG
 
 Turns = tuple[Turn, ...]
 LONGEST_ANSWER = 4096
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Hides Gradio's buttons on a chat: one clears what is shown but not the conversation, another shares it on the web.
 CSS = ".talk { min-height: 22rem } .talk .message-buttons, .talk [aria-label=Clear] { display: none !important }"
 
@@ -85,7 +84,7 @@ def demo(
     with served(speakers, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), host, port) as address:
         try:
             say(f"demo  [bold]{escape(address)}[/]  (Ctrl-C ends it)")
-            if not _is_loopback(host):
+            if host not in LOOPBACK:
                 say(f"[yellow]note[/]  whoever reaches --host {escape(host)} can use the model: there is no password")
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -97,25 +96,15 @@ def load_speakers(model: str, compare: str | None, loading: Loading = Loading())
     folder = Path(model_folder(model))
     adapted = (folder / ADAPTER_CONFIG).is_file()
     base = read_adapter_config(folder)["base_model_name_or_path"] if adapted else None
-    if compare == "base" and base is None:
-        compare = _trained_from(model)
+    if compare == "base" and base is None and (compare := started_from(model)) is None:
+        raise InputError(f"--compare base: {model} does not say what it was fine-tuned from; name that model instead")
     speaker = Speaker(title=model, answerer=Answerer.load(model, loading))
     if compare is None:
         return [speaker]
     if base is not None and (compare in ("base", base) or Path(compare).resolve() == Path(base).resolve()):
         return [speaker, replace(speaker, title=f"{base} (without the adapter)", without_adapter=True)]
-    try:
-        other = Answerer.load(compare, replace(loading, num_crops=speaker.answerer.processor.num_crops))
-    except InputError as error:
-        raise InputError(f"--compare: {error}") from error
+    other = Answerer.load(compare, replace(loading, num_crops=speaker.answerer.processor.num_crops))
     return [speaker, Speaker(title=compare, answerer=other)]
-
-
-def _trained_from(model: str) -> str:
-    folder = RunFolder(model)
-    if not folder.is_run or not folder.final.is_dir():
-        raise InputError(f"--compare base: {model} does not say what it was fine-tuned from; name that model instead")
-    return folder.config.base.model
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
@@ -134,7 +123,6 @@ def served(speakers: Sequence[Speaker], sampling: Sampling, host: str, port: int
                 server_name=host,
                 server_port=port,
                 share=False,
-                inbrowser=False,
                 prevent_thread_lock=True,
                 quiet=True,
                 ssr_mode=False,
@@ -254,10 +242,3 @@ def _gradio() -> Any:
     except ImportError as error:
         raise InputError(f"phi3v demo needs Gradio ({error}): pip install 'phi3v[demo]'") from error
     return gradio
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from rich.markup import escape
 from tyro.conf import arg
@@ -15,7 +15,7 @@ from phi3v.base.files import make_folder
 from phi3v.base.jsonfile import Count
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.schema import read_jsonl
-from phi3v.infer.answering import Answerer, Loading, Packing, Scoring, read_questions
+from phi3v.infer.answering import Answerer, Loading, Packing, ScoredBy, Scoring, read_questions
 from phi3v.infer.metrics import label_tables
 from phi3v.infer.metrics import score as scores_of
 
@@ -29,7 +29,7 @@ def evaluate(
     out: Path | None = None,
     limit: Count | None = None,
     max_new_tokens: Count = 64,
-    score: Literal["generate", "labels", "both"] = "generate",
+    score: ScoredBy = "generate",
     labels: tuple[str, ...] = (),
     loading: Annotated[Loading, arg(name="")] = Loading(),
     packing: Annotated[Packing, arg(name="")] = Packing(),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from rapidfuzz.distance import Levenshtein
@@ -127,13 +128,7 @@ _VQA_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", 
 _VQA_NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "accuracy": accuracy,
-    "exact_match": exact_match,
-    "anls": anls,
-    "anls_official": anls_official,
-    "vqa_accuracy": vqa_accuracy,
-}
+METRICS = {metric.__name__: metric for metric in (accuracy, exact_match, anls, anls_official, vqa_accuracy)}
 
 
 def score(predictions: Iterable[Prediction]) -> dict[str, float]:
@@ -146,21 +141,14 @@ def score(predictions: Iterable[Prediction]) -> dict[str, float]:
     if not scored:
         raise InputError("there are no questions to score")
     means = {
-        name: _mean(metric(line["prediction"], line["answers"]) for line in scored) for name, metric in METRICS.items()
+        name: fmean(metric(line["prediction"], line["answers"]) for line in scored) for name, metric in METRICS.items()
     }
     if all("label_log_probs" in line for line in scored):
-        means["label_accuracy"] = _mean(accuracy(likeliest(line), line["answers"]) for line in scored)
+        means["label_accuracy"] = fmean(accuracy(likeliest(line), line["answers"]) for line in scored)
         means |= _auroc_of_two_labels(scored)
     if all("group" in line for line in scored):
-        means["consistency"] = consistency(
-            (line["group"], accuracy(line["prediction"], line["answers"]) == 1) for line in scored
-        )
+        means["consistency"] = _consistency(scored)
     return {**means, "questions": len(scored)}
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
 
 
 def likeliest(line: Prediction) -> str:
@@ -195,15 +183,15 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
     return wins / (2 * len(positive) * len(negative))
 
 
-def consistency(graded: Iterable[tuple[str, bool]]) -> float:
-    """Share of the groups all of whose examples are right, from (group, right) of every example.
+def _consistency(scored: Sequence[Prediction]) -> float:
+    """Share of the groups all of whose examples are right.
 
     NLVR2 (Suhr et al. 2019, arXiv:1811.00491) groups by sentence: `sentence_of`.
     """
-    groups: dict[str, bool] = {}
-    for group, right in graded:
-        groups[group] = groups.get(group, True) and right
-    return sum(groups.values()) / len(groups)
+    groups = defaultdict[str, list[float]](list)
+    for line in scored:
+        groups[line["group"]].append(accuracy(line["prediction"], line["answers"]))
+    return fmean(map(min, groups.values()))
 
 
 def sentence_of(identifier: str) -> str:
@@ -258,22 +246,15 @@ def baselines(train: Iterable[Example], test: Sequence[Example]) -> dict[str, fl
     `test` holds questions (`data.encode.questions`): the last turn is the one that is asked. Ties go to the answer that
     was seen first. Raises InputError when either side holds no answers.
     """
-    everything: Counter[str] = Counter()
-    by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for example in train:
-        for turn in example.turns:
-            if turn.assistant is not None:
-                everything[turn.assistant] += 1
-                by_text[turn.user][turn.assistant] += 1
-    if not everything or not test:
+    pairs = [(turn.user, turn.assistant) for e in train for turn in e.turns if turn.assistant is not None]
+    if not pairs or not test:
         raise InputError("baselines need at least one training answer and one test question")
-    majority = everything.most_common(1)[0][0]
+    by_text = defaultdict[str, Counter[str]](Counter)
+    for text, answer in pairs:
+        by_text[text][answer] += 1
+    majority = Counter(answer for _, answer in pairs).most_common(1)[0][0]
     blind = {text: counts.most_common(1)[0][0] for text, counts in by_text.items()}
-
-    def accuracy_of(guess: Callable[[str], str]) -> float:
-        return sum(accuracy(guess(example.turns[-1].user), example.answers) for example in test) / len(test)
-
     return {
-        "majority": accuracy_of(lambda text: majority),
-        "blind": accuracy_of(lambda text: blind.get(text, majority)),
+        "majority": fmean(accuracy(majority, example.answers) for example in test),
+        "blind": fmean(accuracy(blind.get(example.turns[-1].user, majority), example.answers) for example in test),
     }

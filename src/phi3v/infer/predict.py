@@ -11,11 +11,11 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from rich.markup import escape
 from tyro.conf import arg
 
@@ -25,16 +25,16 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import disk_errors, locked, make_folder, write_text
 from phi3v.base.jsonfile import Count, read_object
 from phi3v.base.runfolder import read_lines
-from phi3v.data.encode import Encoded, Example, encode, questions
+from phi3v.data.encode import Example, encode, questions
 from phi3v.data.image import load_image, read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.answering import Answerer, Loading, Packing, Scoring, evenly, model_folder
 from phi3v.infer.labels import label_tokens
-from phi3v.packing.trees import Lengths, PackLimits
+from phi3v.infer.metrics import Prediction
 
-PACKS_AT_ONCE = 4
-"""Answers are written after about as many questions as fill this many packs; a kill loses no more."""
+QUESTIONS_AT_ONCE = 100
+"""Answers are written after about as many questions, whole pages of them; a kill loses no more."""
 
 Key = tuple[int, str]
 """A question: the number of its line in the data, and its id (the turns of a line have different ones)."""
@@ -72,7 +72,11 @@ def predict(
         progress: Show a progress bar.
     """
     check_flags(locals(), predict)
-    found = [question for example in read_jsonl(data, image_root, prompts=True) for question in _asked(example)]
+    found = [
+        question
+        for example in read_jsonl(data, image_root, prompts=True)
+        for question in ([example] if example.turns[-1].assistant is None else questions(example))
+    ]
     prompts = {_key(prompt): prompt for prompt in evenly(found, limit)}
     processor = Phi3VProcessor.from_pretrained(model_folder(model), num_crops=loading.num_crops)
     if labels:
@@ -88,20 +92,26 @@ def predict(
         "--dtype": loading.dtype,
     }
     skip, scoring = on_bad_example == "skip", Scoring("labels", labels) if labels else Scoring()
+    sizes = functools.cache(read_size)  # a page has many questions
+    decodes = functools.cache(lambda image: load_image(image) is not None)
     make_folder(out.parent)
     with locked(out.with_name(f".{out.name}.lock"), f"--out {out}: another process is writing it"):
         file = AnswerFile(out, made_with, prompts)
         if file.done:
             say(f"{len(file.done):,} of {len(prompts):,} questions are answered already")
-        if file.left:
-            good, bad = _encoded([prompts[key] for key in file.left], processor, skip=skip)
+        if left := [prompt for key, prompt in prompts.items() if key not in file.done]:
+            good, bad = _split(left, lambda prompt: encode(prompt, processor, sizes), skip=skip)
             if bad:
                 file.add(bad)
             answerer = Answerer.load(model, loading, packing)
             with progress_bar("answering", len(prompts), "questions", show=progress, summary=False) as advance:
                 advance(len(file.done))
-                for portion in _portions(good, answerer.limits):
-                    file.add(_answers(answerer, portion, scoring, max_new_tokens, skip=skip))
+                for portion in _portions(good):
+                    asked, bad = portion, []
+                    if skip:
+                        asked, bad = _split(portion, lambda prompt: all(map(decodes, prompt.images)), skip=True)
+                    answered = answerer.answers(asked, scoring, max_new_tokens=max_new_tokens, progress=False)
+                    file.add([*bad, *map(_line, asked, answered)])
                     advance(len(portion))
         file.finish()
     if num_failed := sum("error" in line for line in file.done.values()):
@@ -113,44 +123,37 @@ def predict(
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
-def _asked(example: Example) -> list[Example]:
-    return [example] if example.turns[-1].assistant is None else questions(example)
-
-
 def _key(prompt: Example) -> Key:
     return int(prompt.where.rpartition(":")[2]), prompt.id
 
 
-def _encoded(
-    prompts: Sequence[Example], processor: Phi3VProcessor, *, skip: bool
-) -> tuple[list[tuple[Example, Encoded]], list[dict[str, Any]]]:
-    """The questions that can be encoded, and with `skip` the lines of the others; without, the first is raised."""
-    sizes = functools.cache(read_size)
+def _split(
+    prompts: Sequence[Example], check: Callable[[Example], Any], *, skip: bool
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The questions that pass `check`, and with `skip` the lines of the others; without, the first is raised."""
     good, bad = [], []
     for prompt in prompts:
         try:
-            good.append((prompt, encode(prompt, processor, sizes)))
+            check(prompt)
+            good.append(prompt)
         except InputError as error:
             if not skip:
                 raise
-            bad.append(_failed(prompt, error))
+            bad.append({**_about(prompt), "error": str(error).removeprefix(f"{prompt.where}: ")})
     return good, bad
 
 
-def _portions(asked: Sequence[tuple[Example, Encoded]], limits: PackLimits) -> Iterator[list[Example]]:
-    """The questions page by page, in portions that fill about PACKS_AT_ONCE packs; a page is never divided."""
-    lengths = Lengths.of([encoded for _, encoded in asked])
-    portion, load, page = list[Example](), 0.0, -1
-    for index in np.argsort(lengths.page, kind="stable").tolist():
-        tokens, crops = int(lengths.tokens[index] - lengths.prefix[index]), 0
-        if lengths.page[index] != page:
-            if portion and load >= PACKS_AT_ONCE:
-                yield portion
-                portion, load = [], 0.0
-            page = lengths.page[index]
-            tokens, crops = int(lengths.tokens[index]), int(lengths.crops[index])
-        portion.append(asked[index][0])
-        load += max(tokens / limits.max_tokens_per_pack, crops / limits.max_crops_per_pack)
+def _portions(prompts: Sequence[Example]) -> Iterator[list[Example]]:
+    """The questions page by page, in portions of at least QUESTIONS_AT_ONCE; a page is never divided."""
+    pages = defaultdict[Any, list[Example]](list)
+    for prompt in prompts:
+        pages[prompt.images or _key(prompt)].append(prompt)
+    portion = list[Example]()
+    for page in pages.values():
+        portion += page
+        if len(portion) >= QUESTIONS_AT_ONCE:
+            yield portion
+            portion = []
     if portion:
         yield portion
 
@@ -158,42 +161,13 @@ def _portions(asked: Sequence[tuple[Example, Encoded]], limits: PackLimits) -> I
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _answers(
-    answerer: Answerer, prompts: Sequence[Example], scoring: Scoring, max_new_tokens: int, *, skip: bool
-) -> list[dict[str, Any]]:
-    """A line for every question; with `skip`, an error on those whose image cannot be decoded."""
-    try:
-        predictions = answerer.answers(prompts, scoring, max_new_tokens=max_new_tokens, progress=False)
-    except InputError:
-        errors = {image: error for prompt in prompts for image in prompt.images if (error := _image_error(image))}
-        if not skip or not errors:
-            raise
-        wrong = {_key(prompt): errors[image] for prompt in prompts for image in prompt.images if image in errors}
-        failed = [_failed(prompt, wrong[_key(prompt)]) for prompt in prompts if _key(prompt) in wrong]
-        rest = [prompt for prompt in prompts if _key(prompt) not in wrong]
-        return failed + (_answers(answerer, rest, scoring, max_new_tokens, skip=skip) if rest else [])
-    written = ("prediction", "label_log_probs") if scoring.labels else ("prediction",)
-    return [
-        {**_about(prompt), **{key: prediction[key] for key in written}}  # type: ignore[literal-required]
-        for prompt, prediction in zip(prompts, predictions, strict=True)
-    ]
-
-
-def _image_error(image: str) -> InputError | None:
-    """What is wrong with the content of an image whose header is sound."""
-    try:
-        load_image(image)
-    except InputError as error:
-        return error
-    return None
-
-
 def _about(prompt: Example) -> dict[str, Any]:
     return {"id": prompt.id, "line": _key(prompt)[0], "question": prompt.turns[-1].user}
 
 
-def _failed(prompt: Example, error: InputError) -> dict[str, Any]:
-    return {**_about(prompt), "error": str(error).removeprefix(f"{prompt.where}: ")}
+def _line(prompt: Example, prediction: Prediction) -> dict[str, Any]:
+    scores = {"label_log_probs": prediction["label_log_probs"]} if "label_log_probs" in prediction else {}
+    return {**_about(prompt), "prediction": prediction["prediction"], **scores}
 
 
 class AnswerFile:
@@ -207,11 +181,6 @@ class AnswerFile:
         if path.exists() and path.stat().st_size:
             self._check_settings()
             self._read()
-
-    @property
-    def left(self) -> list[Key]:
-        """The questions without a line, in the order of the data."""
-        return [key for key in self._keys if key not in self.done]
 
     def _check_settings(self) -> None:
         if not self.settings.is_file():

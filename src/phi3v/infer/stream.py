@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import torch
@@ -64,44 +64,34 @@ def _written(
 
     def write() -> None:
         # no_grad and autocast hold for a thread.
-        mixed = torch.autocast(inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32)
+        with torch.no_grad(), torch.autocast(inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
+            model.generate(**inputs, **sampling.settings, pad_token_id=processor.pad_token_id, streamer=listener)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="answer") as pool:
+        writing = pool.submit(write)
+        writing.add_done_callback(lambda _: listener.queue.put(None))
+        ids: list[int] = []
         try:
-            with torch.no_grad(), mixed:
-                model.generate(**inputs, **sampling.settings, pad_token_id=processor.pad_token_id, streamer=listener)
-            listener.queue.put(None)
-        except Exception as error:  # raised again by the consumer
-            listener.queue.put(error)
-
-    writer = Thread(target=write, daemon=True)
-    writer.start()
-    ids: list[int] = []
-    try:
-        while (item := listener.queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            ids += item
-            # A character may take several tokens; half of one decodes to U+FFFD.
-            yield processor.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
-    finally:
-        listener.closed = True
-        writer.join()
-
-
-class _Closed(Exception):
-    """Nobody waits for the rest of the answer."""
+            while (new := listener.queue.get()) is not None:
+                ids += new
+                # A character may take several tokens; half of one decodes to U+FFFD.
+                yield processor.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
+            writing.result()  # raises what `generate` raised
+        finally:
+            listener.closed = True
 
 
 class _Listener(BaseStreamer):
     """Queues the ids that `generate` hands over, first the prompt's, then one by one the answer's."""
 
     def __init__(self) -> None:
-        self.queue: SimpleQueue[list[int] | Exception | None] = SimpleQueue()
+        self.queue: SimpleQueue[list[int] | None] = SimpleQueue()
         self.closed = False
         self._is_prompt = True
 
     def put(self, value: Tensor) -> None:
         if self.closed:
-            raise _Closed
+            raise CancelledError  # nobody waits for the rest of the answer
         if not self._is_prompt:
             self.queue.put(value.tolist())
         self._is_prompt = False

@@ -11,26 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from phi3v.base.config import Run
 from phi3v.base.files import write_text
 from phi3v.base.jsonfile import read_object
 from phi3v.base.runfolder import RunFolder
+from phi3v.infer.answering import evenly
 from phi3v.infer.metrics import Prediction
-from phi3v.publish.chart import number, percent
 from phi3v.publish.curves import BASELINE_NOTES, METRIC_NOTES, Contestant, metric_table
+from phi3v.publish.html.page import environment
 from phi3v.publish.results import Results
 
 NUM_SAMPLES = 6
 MAX_TEXT = 300
 """Characters of a question or an answer."""
 
-ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "dora", "rslora", "quantize", "double_quant")
 SETTINGS = {
     "data": ("batch_size", "questions", "weighting"),
-    "tuning": ("freeze", *ADAPTER_SETTINGS),
+    "tuning": ("freeze", "lora_rank", "lora_alpha", "lora_dropout", "dora", "rslora", "quantize", "double_quant"),
     "optim": (
         *("optimizer", "epochs", "max_steps", "learning_rate", "vision_learning_rate", "projector_learning_rate"),
         *("weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "schedule", "warmup_steps"),
@@ -56,7 +55,9 @@ def write_card(
     run_folder = RunFolder(source)
     is_run = run_folder.is_run and run_folder.final.is_dir()
     run, results = (run_folder.config, Results.read(source)) if is_run else (None, None)
-    text = _template().render(
+    templates = environment(Path(__file__).parent, autoescape=False)  # Markdown, where `code` shows the texts of others
+    templates.filters["code"] = code
+    text = templates.get_template("card.md.jinja").render(
         metadata=_metadata(name, run, results, base_model, datasets).to_yaml(),
         name=name,
         base_model=base_model,
@@ -65,7 +66,7 @@ def write_card(
         method=_method(run) if run else "",
         settings=_settings(run) if run else [],
         scores=metric_table([Contestant("", "", results.final), Contestant("", "", results.before)]) if results else [],
-        blind=_blind(results) if results else "",
+        baseline_notes=BASELINE_NOTES,
         samples=_samples(results.predictions) if results else [],
         num_crops=read_object(folder / "preprocessor_config.json")["num_crops"],
         original_max=read_object(folder / "config.json").get("original_max_position_embeddings", 4096),
@@ -117,31 +118,20 @@ def _method(run: Run) -> str:
 
 def _settings(run: Run) -> list[tuple[str, str]]:
     """(flag, value) of SETTINGS, without those that are unset or have no effect in this run."""
-    found = []
-    for group, names in SETTINGS.items():
-        for name in names:
-            value = getattr(getattr(run, group), name)
-            idle = name in ADAPTER_SETTINGS and not run.tuning.adapters
-            idle = idle or (name == "epochs" and run.optim.max_steps is not None)
-            if value not in (None, (), False) and not idle:
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                found.append((f"--{name.replace('_', '-')}", shown))
-    return found
-
-
-def _blind(results: Results) -> str:
-    """The accuracy that is reached without the image."""
-    known = [
-        f"{percent(results.baselines[key])} ({note})"
-        for key, note in BASELINE_NOTES.items()
-        if key in results.baselines
+    chosen = {name: getattr(getattr(run, group), name) for group, names in SETTINGS.items() for name in names}
+    if not run.tuning.adapters:
+        chosen = {name: value for name, value in chosen.items() if name == "freeze" or name not in SETTINGS["tuning"]}
+    if run.optim.max_steps is not None:
+        del chosen["epochs"]
+    return [
+        (f"--{name.replace('_', '-')}", " ".join(value) if isinstance(value, tuple) else str(value))
+        for name, value in chosen.items()
+        if value not in (None, (), False)
     ]
-    return f"Accuracy of two that never look at an image: {', '.join(known)}." if known else ""
 
 
 def _samples(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     """Some answers at equal distances, so that right and wrong ones appear as often as they are given."""
-    count = min(NUM_SAMPLES, len(predictions))
     return [
         {
             "images": ", ".join(Path(image).name for image in line["images"]) or "none",
@@ -150,24 +140,8 @@ def _samples(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
             "prediction": line["prediction"],
             "right": "right" if line["correct"] else "wrong",
         }
-        for line in (predictions[i * len(predictions) // count] for i in range(count))
+        for line in evenly(predictions, NUM_SAMPLES)
     ]
-
-
-# -- Markdown --------------------------------------------------------------------------------------------------------
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=False,  # Markdown, where `code` shows the texts of others
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"code": code, "number": number}
-    return environment.get_template("card.md.jinja")
 
 
 def code(text: str) -> str:

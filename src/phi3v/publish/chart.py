@@ -7,50 +7,45 @@ margins.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 50, WIDTH - 12, 24, HEIGHT - 26
 MAX_POINTS = 200
-WIDEST_BAR = 60  # of a histogram with few bins
 LOG_RATIO = 10  # positive values that span more than this get a logarithmic axis
 
 
-@dataclass(frozen=True, kw_only=True)
-class Series:
+Point = tuple[float, float]
+Tick = tuple[float, str]
+"""A coordinate and the text that stands there."""
+
+
+class Series(NamedTuple):
     """One curve: `points` are (x, y), ordered by x. `style` is a class of page.css: "main", "second", "run0"."""
 
     label: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
     style: str = "main"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """A horizontal line to compare with, such as a baseline."""
-
-    label: str
-    value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(NamedTuple):
     label: str
     style: str
     path: str
-    dots: list[tuple[float, float]]
+    dots: list[Point]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reading:
+class Reading(NamedTuple):
     """A column of the plot; while the pointer is over it, `text` and the points `dots` are shown."""
 
     left: float
     width: float
     x: float
-    dots: list[tuple[float, float]]
+    dots: list[Point]
     text: str
 
 
@@ -61,11 +56,10 @@ class Chart:
     """The last value of the main curve; empty if there is none."""
     note: str
     lines: list[Line]
-    levels: list[tuple[float, str]]
+    levels: list[Tick]
     readings: list[Reading]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    legend: list[tuple[str, str]] = field(default_factory=list)
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,26 +69,21 @@ class Bars:
     title: str
     note: str
     bars: list[tuple[float, float, float, float, str]]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
 
 
-def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> tuple[list[tuple[float, float]], int]:
-    """At most `limit` points, each (last x, mean y) of equally many neighbours, and the number of these."""
+def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most `limit` points, each (last x, mean y) of equally many neighbours."""
     size = max(1, math.ceil(len(points) / limit))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups], size
+    return [(group[-1][0], fmean(y for _, y in group)) for group in groups]
 
 
-def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+def smooth(points: Sequence[Point], window: int) -> list[Point]:
     """The mean of up to `window` neighbours centred on each point; fewer at the ends, to keep them in place."""
-    half = window // 2
-    smoothed = []
-    for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        near = points[i - reach : i + reach + 1]
-        smoothed.append((x, sum(y for _, y in near) / len(near)))
-    return smoothed
+    reaches = [min(window // 2, i, len(points) - 1 - i) for i in range(len(points))]
+    return [(points[i][0], fmean(y for _, y in points[i - reach : i + reach + 1])) for i, reach in enumerate(reaches)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -118,12 +107,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def number(value: float) -> str:
     """A value for a person: 3 significant digits, thousands separated, tiny ones as 4e-5."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else str(value)
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    text = f"{value:.3g}"
-    return text if "e" not in text else f"{float(text):.3g}".replace("e-0", "e-")
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}".replace("e-0", "e-")
 
 
 def percent(value: float) -> str:
@@ -135,59 +119,51 @@ def chart(
     title: str,
     series: Sequence[Series],
     *,
-    levels: Sequence[Level] = (),
+    levels: Mapping[str, float] | None = None,
     form: Callable[[float], str] = number,
-    x_name: str = "step",
     zero: bool = False,
     note: str = "",
 ) -> Chart | None:
     """Lay out `series` over a common axis; None if they hold no finite point.
 
-    form   how values are written on the axis, in the reading and as the last value
-    zero   the y axis starts at 0 (never logarithmic); otherwise it fits the data
+    levels   values to compare with, such as a baseline: horizontal lines, by name
+    form     how values are written on the axis, in the reading and as the last value
+    zero     the y axis starts at 0 (never logarithmic); otherwise it fits the data
     """
-    drawn = [
-        Series(label=one.label, style=one.style, points=[p for p in one.points if all(map(math.isfinite, p))])
-        for one in series
-    ]
-    drawn = [one for one in drawn if one.points]
+    finite = [one._replace(points=[point for point in one.points if math.isfinite(point[1])]) for one in series]
+    drawn = [one for one in finite if one.points]
     if not drawn:
         return None
+    levels = levels or {}
     xs = [x for one in drawn for x, _ in one.points]
-    ys = [y for one in drawn for _, y in one.points] + [level.value for level in levels]
-    low, high = (min(0.0, min(ys)), max(ys)) if zero else (min(ys), max(ys))
+    ys = [y for one in drawn for _, y in one.points] + list(levels.values())
+    low, high = min([0.0, *ys] if zero else ys), max(ys)
     logarithmic = not zero and low > 0 and high / low > LOG_RATIO
-    if logarithmic:
-        low, high = low / 1.1, high * 1.1
-    else:
-        pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-        low, high = (low if zero and low == 0 else low - pad), high + pad
     scale: Callable[[float], float] = math.log if logarithmic else float
-    x_low, x_high = min(xs), max(xs)
-
-    def at_x(x: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * ((x - x_low) / (x_high - x_low) if x_high > x_low else 0.5), 1)
+    bottom, top = scale(low), scale(high)
+    pad = 0.06 * (top - bottom) or 0.1 * abs(top) or 1.0
+    bottom, top = (0.0 if zero and low == 0 else bottom - pad), top + pad
+    at_x, on_y_axis = _axis(min(xs), max(xs), LEFT, RIGHT), _axis(bottom, top, BOTTOM, TOP)
 
     def at_y(y: float) -> float:
-        return round(BOTTOM - (BOTTOM - TOP) * (scale(y) - scale(low)) / (scale(high) - scale(low)), 1)
+        return on_y_axis(scale(y))
 
     lines = []
     for one in drawn:
         places = [(at_x(x), at_y(y)) for x, y in one.points]
         path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
-        lines.append(Line(label=one.label, style=one.style, path=path, dots=places if len(places) <= 25 else []))
+        lines.append(Line(one.label, one.style, path, dots=places if len(places) <= 25 else []))
     main = next((one for one in drawn if one.style == "main" or len(drawn) == 1), None)
-    y_ticks = log_ticks(low, high) if logarithmic else ticks(low, high)
+    y_ticks = log_ticks(math.exp(bottom), math.exp(top)) if logarithmic else ticks(bottom, top)
     return Chart(
         title=title,
         last=form(main.points[-1][1]) if main else "",
         note=note + (" Logarithmic axis." if logarithmic else ""),
         lines=lines,
-        levels=[(at_y(level.value), f"{level.label} {form(level.value)}") for level in levels],
-        readings=_readings(drawn, at_x, at_y, form, x_name),
-        x_ticks=[(at_x(x), number(x)) for x in ticks(x_low, x_high)],
+        levels=[(at_y(value), f"{name} {form(value)}") for name, value in levels.items()],
+        readings=_readings(drawn, at_x, at_y, form),
+        x_ticks=[(at_x(x), number(x)) for x in ticks(min(xs), max(xs))],
         y_ticks=[(at_y(y), form(y).replace(".0\N{NO-BREAK SPACE}%", "\N{NO-BREAK SPACE}%")) for y in y_ticks],
-        legend=[(one.style, one.label) for one in drawn] if len(drawn) > 1 else [],
     )
 
 
@@ -197,19 +173,11 @@ def bars(title: str, histogram: Sequence[tuple[int, int]], *, noun: str, note: s
     width = lows[1] - lows[0] if len(lows) > 1 else 1
     first, last, most = lows[0], lows[-1] + width, max(count for _, count in histogram)
 
-    def at_x(value: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * (value - first) / (last - first), 1)
-
-    def at_y(count: float) -> float:
-        return round(BOTTOM - (BOTTOM - TOP) * count / most, 1)
-
+    at_x, at_y = _axis(first, last, LEFT, RIGHT), _axis(0, most, BOTTOM, TOP)
     drawn = []
     for low, count in histogram:
         values = f"{low:,}" if width == 1 else f"{low:,} to {low + width - 1:,}"
         left, right, top = at_x(low) + 1, at_x(low + width) - 1, at_y(count)
-        if right - left > WIDEST_BAR:
-            left = round((left + right - WIDEST_BAR) / 2, 1)
-            right = left + WIDEST_BAR
         drawn.append((left, top, round(right - left, 1), round(BOTTOM - top, 1), f"{values}: {count:,} {noun}"))
     inside = [value for value in ticks(first, last) if value == int(value)]
     middle = 0.5 if width == 1 else 0.0  # a bin of one value is labelled in its middle, a wide one at its start
@@ -222,29 +190,28 @@ def bars(title: str, histogram: Sequence[tuple[int, int]], *, noun: str, note: s
     )
 
 
+def _axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """The function from a value to its coordinate: `low` is at `start` and `high` at `end`, a single value between."""
+    return lambda value: round(start + (end - start) * ((value - low) / (high - low) if high > low else 0.5), 1)
+
+
 def _readings(
     series: Sequence[Series],
     at_x: Callable[[float], float],
     at_y: Callable[[float], float],
     form: Callable[[float], str],
-    x_name: str,
 ) -> list[Reading]:
     """One column per x that any series has; neighbouring columns meet half way, so that they cover the plot."""
     values: dict[float, list[tuple[str, float]]] = {}
     for one in series:
         for x, y in one.points:
-            values.setdefault(x, []).append((one.label, y))
-    xs = sorted(values)
-    places = [at_x(x) for x in xs]
+            values.setdefault(x, []).append((f"{one.label} " if len(series) > 1 else "", y))
+    steps = sorted(values)
+    places = [at_x(x) for x in steps]
     edges = [float(LEFT), *((a + b) / 2 for a, b in pairwise(places)), float(RIGHT)]
-    return [
-        Reading(
-            left=round(edges[i], 1),
-            width=round(edges[i + 1] - edges[i], 1),
-            x=places[i],
-            dots=[(places[i], at_y(y)) for _, y in values[x]],
-            text=f"{x_name} {number(x)}: "
-            + ", ".join(f"{label} {form(y)}" if len(series) > 1 else form(y) for label, y in values[x]),
-        )
-        for i, x in enumerate(xs)
-    ]
+    readings = []
+    for x, place, (left, right) in zip(steps, places, pairwise(edges), strict=True):
+        text = f"step {number(x)}: " + ", ".join(f"{label}{form(y)}" for label, y in values[x])
+        dots = [(place, at_y(y)) for _, y in values[x]]
+        readings.append(Reading(round(left, 1), round(right - left, 1), place, dots, text))
+    return readings

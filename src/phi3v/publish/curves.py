@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 from phi3v.data.check import Statistics
-from phi3v.publish.chart import Bars, Chart, Level, Series, bars, chart, number, percent, smooth, thin
+from phi3v.publish.chart import Bars, Chart, Series, bars, chart, number, percent, smooth, thin
 from phi3v.publish.results import Results, Scores
 
 NUM_COLOURS = 6  # of runs, in page.css
@@ -57,9 +58,8 @@ def contestants(runs: Sequence[Results]) -> list[Contestant]:
         found.append(Contestant("Before", "the model training started from", befores[0]))
     published = dict.fromkeys(run.published for run in runs if run.published)
     for row in published:
-        name = "Published" if len(published) == 1 else f"Published, {row.mode}"
         note = f"{row.model}, {row.mode}, {row.dtype}" + ("*" if row.note else "")
-        found.append(Contestant(name, note, {row.metric: row.score}))
+        found.append(Contestant("Published", note, {row.metric: row.score}))
     floors = _floors(runs)
     found += [
         Contestant(key.capitalize(), note, {"accuracy": floors[key]})
@@ -72,15 +72,6 @@ def contestants(runs: Sequence[Results]) -> list[Contestant]:
 def _floors(runs: Sequence[Results]) -> Scores:
     """The scores of models that never look at an image; they depend on the data alone."""
     return next((run.baselines for run in runs if run.baselines), {})
-
-
-def verdict(run: Results) -> str:
-    """A sentence that says whether the model looks at the images; "" if it is not known."""
-    if "accuracy" not in run.final or "blind" not in run.baselines:
-        return ""
-    points = 100 * (run.final["accuracy"] - run.baselines["blind"])
-    where = "below" if points <= 0 else "above"
-    return f"That is {abs(points):.1f} points {where} the best a model can do without looking at the images."
 
 
 def metric_table(found: Sequence[Contestant]) -> list[tuple[str, str, list[str]]]:
@@ -110,7 +101,7 @@ def facts(run: Results) -> dict[str, str]:
         "epochs": f"{run.steps[-1].epoch or 0:.3g}",
         "examples": number(examples),
         "examples skipped": number(run.skipped),
-        "time in training": _duration(seconds) if seconds else "",
+        "time in training": str(timedelta(seconds=round(seconds))) if seconds else "",
         "examples per second": number(examples / seconds) if seconds else "",
         "tokens per second": number(tokens / seconds) if seconds else "",
         "waiting for data": percent(waited / seconds) if seconds else "",
@@ -119,36 +110,44 @@ def facts(run: Results) -> dict[str, str]:
     return {name: value for name, value in found.items() if value not in ("", "0")}
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def charts(runs: Sequence[Results]) -> list[Chart]:
     """The curves of the runs, those without any value left out."""
-    gigabytes = lambda value: f"{value:.1f} GB"  # noqa: E731
+    floors = _floors(runs)
+    levels = {name: floors[name] for name in BASELINE_NOTES if name in floors}
+    if len(runs) == 1:
+        both = [*_scores(runs, "anls", "ANLS", "second"), *_scores(runs, "accuracy", "accuracy", "main")]
+        metrics = [chart("Metrics during training", both, form=percent, levels=levels)]
+    else:
+        metrics = [
+            chart("Accuracy during training", _scores(runs, "accuracy"), form=percent, levels=levels),
+            chart("ANLS during training", _scores(runs, "anls"), form=percent),
+        ]
     found = [
         _loss(runs),
-        *_metrics(runs),
+        *metrics,
         chart("Learning rate", _curves(runs, "learning_rate"), zero=True),
         chart("Gradient norm", _curves(runs, "grad_norm")),
         chart("Examples per second", _curves(runs, "examples_per_s"), zero=True),
-        chart("Memory", _curves(runs, "memory_gb"), form=gigabytes, zero=True),
+        chart("Memory", _curves(runs, "memory_gb"), form="{:.1f} GB".format, zero=True),
     ]
     return [one for one in found if one]
 
 
 def _points(run: Results, key: str) -> list[tuple[float, float]]:
-    return [(step.step, value) for step in run.steps if (value := getattr(step, key)) is not None]
+    return thin([(step.step, value) for step in run.steps if (value := getattr(step, key)) is not None])
 
 
 def _curves(runs: Sequence[Results], key: str) -> list[Series]:
-    return [
-        Series(label=_short(run), points=thin(_points(run, key))[0], style=style_of(runs, place))
-        for place, run in enumerate(runs)
-    ]
+    return [Series(_short(run), _points(run, key), style_of(runs, place)) for place, run in enumerate(runs)]
+
+
+def _scores(runs: Sequence[Results], metric: str, label: str = "", style: str = "") -> list[Series]:
+    """A metric of the evaluations before, during and after training."""
+    found = []
+    for place, run in enumerate(runs):
+        points = [(one.step, one.metrics[metric]) for one in run.evaluations if metric in one.metrics]
+        found.append(Series(label or _short(run), points, style or style_of(runs, place)))
+    return found
 
 
 def _short(run: Results) -> str:
@@ -157,40 +156,15 @@ def _short(run: Results) -> str:
 
 
 def _loss(runs: Sequence[Results]) -> Chart | None:
-    series, sizes, alone = [], [], len(runs) == 1
+    """The smoothed loss of every run; of a single run, the loss itself behind it."""
+    series, alone = [], len(runs) == 1
     for place, run in enumerate(runs):
-        loss, size = thin(_points(run, "loss"))
-        sizes.append(size)
+        loss = _points(run, "loss")
         if alone:
-            series.append(Series(label="step", points=loss, style="faint"))
-        name = "smoothed" if alone else _short(run)
-        series.append(Series(label=name, points=smooth(loss, max(3, len(loss) // 12)), style=style_of(runs, place)))
-    means = f"Each point is the mean of up to {max(sizes)} steps. " if max(sizes) > 1 else ""
-    return chart("Loss", series, note=means + ("" if alone else "Smoothed. "))
-
-
-def _metrics(runs: Sequence[Results]) -> list[Chart | None]:
-    """Accuracy and ANLS of the evaluations before, during and after training."""
-
-    def series(run: Results, key: str, label: str, style: str) -> Series:
-        points = [(one.step, one.metrics[key]) for one in run.evaluations if key in one.metrics]
-        return Series(label=label, points=points, style=style)
-
-    floors = _floors(runs)
-    levels = [Level(label=name, value=floors[name]) for name in BASELINE_NOTES if name in floors]
-    if len(runs) == 1:
-        both = [series(runs[0], "anls", "ANLS", "second"), series(runs[0], "accuracy", "accuracy", "main")]
-        return [chart("Metrics during training", both, form=percent, levels=levels)]
-    accuracy, anls = (
-        [series(run, key, _short(run), style_of(runs, place)) for place, run in enumerate(runs)]
-        for key in ("accuracy", "anls")
-    )
-    found = [chart("Accuracy during training", accuracy, form=percent, levels=levels)]
-    # Where answers are one word, the ANLS is nearly the accuracy.
-    evaluated = [one.metrics for run in runs for one in run.evaluations]
-    if any(abs(metrics.get("anls", 0) - metrics.get("accuracy", 0)) > 0.05 for metrics in evaluated):
-        found.append(chart("ANLS during training", anls, form=percent))
-    return found
+            series.append(Series("step", loss, "faint"))
+        smoothed = smooth(loss, max(3, len(loss) // 12))
+        series.append(Series("smoothed" if alone else _short(run), smoothed, style_of(runs, place)))
+    return chart("Loss", series, note="" if alone else "Smoothed.")
 
 
 def histograms(runs: Sequence[Results]) -> list[Bars]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HTTPError  # that of httpx up to 1.x, that of httpx2 from 2.0 on
-from huggingface_hub.utils import validate_repo_id
 from rich.markup import escape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -23,7 +22,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import pick_device
 from phi3v.base.jsonfile import read_object
-from phi3v.base.runfolder import RunFolder
+from phi3v.infer.answering import started_from
 from phi3v.model.loading import ADAPTER_CONFIG, first_line, load_model, save_model
 from phi3v.model.parts import set_precision
 from phi3v.publish.card import write_card
@@ -71,7 +70,7 @@ def export(
         model, processor, base, own, expected = merge_adapter(folder, device)
         name = base
     else:
-        base, name = str(folder), _started_from(Path(run))
+        base, name = str(folder), started_from(run) or ""
         model, processor = load_model(folder)
         precision = model.dtype
         own = expected = probe(model, processor, device)
@@ -143,18 +142,11 @@ def self_test(folder: Path, expected: Tensor, own: Tensor, num_crops: int, devic
         )
     difference = distance(found, own)
     say(f"self-test  loaded from its files, its logits differ by {difference:.1e} (relative) from the run's")
-    ends = " and ".join(map(str, processor.stop_token_ids))
-    say(f"self-test  images are cut into at most {num_crops} crops, answers end at {ends}")
+    say(f"self-test  images are cut into at most {num_crops} crops, answers end at {stops}")
     return difference
 
 
 # -- the Hub ---------------------------------------------------------------------------------------------------------
-
-
-def _started_from(run: Path) -> str:
-    """The model that a run was started from, as its settings name it; "" for a folder that is no run's."""
-    folder = RunFolder(run)
-    return folder.config.base.model if folder.final.is_dir() else ""
 
 
 def _name_on_hub(name: str) -> str | None:
@@ -163,11 +155,7 @@ def _name_on_hub(name: str) -> str | None:
 
 
 def _check_push(repo: str) -> None:
-    """Raises InputError for a name that cannot be one on the Hub, and without a token."""
-    try:
-        validate_repo_id(repo)
-    except ValueError as error:
-        raise InputError(f"--push {repo}: {first_line(error)}") from error
+    """Raises InputError for a name without an owner, and without a token."""
     if repo.count("/") != 1:
         raise InputError(f"--push {repo}: a name on the Hub is owner/model")
     if get_token() is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from phi3v.base.errors import InputError
+from phi3v.base.jsonfile import Count, NonNegative
 from phi3v.data.check import counted
 from phi3v.data.encode import Example, questions
 from phi3v.data.schema import read_jsonl
@@ -19,40 +20,49 @@ from phi3v.infer.metrics import Prediction, normalize_answer
 from phi3v.publish.chart import number, percent
 from phi3v.publish.html.images import Album, thumbnail
 from phi3v.publish.html.page import Gallery, cut, without_tags
+from phi3v.publish.results import Results
 
 MAX_CLASSES = 15
 WRONG_SHARE = 2 / 3  # of the questions that are shown, if not all are
 
 
-class Answers(NamedTuple):
-    """The predictions of one run, and the data file and image root that its settings name."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which questions a page shows, and how much of their images."""
 
-    run: str
-    predictions: Sequence[Prediction]
-    data: Path | None
-    image_root: Path | None
+    data: Path | None = None
+    """The questions, if they have moved since: their earlier turns and images are read from there."""
+
+    image_root: Path | None = None
+    """Folder the image paths are relative to. Default: as when the run was trained."""
+
+    limit: Count = 5000
+    """Questions of each run in the page; wrong answers come first."""
+
+    picture_mb: NonNegative = 8.0
+    """Megabytes of images in the page."""
+
+    picture_size: Count = 320
+    """Pixels of the longer side of an image."""
 
 
 # -- confusion -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    count: int
-    share: float
-    kind: str  # "right", "wrong" or "none"
-    title: str
-    key: str
-    """The `cell` of the gallery's entries that are counted here."""
+class Confusion(NamedTuple):
+    """How often which answer was given: counts[i][j] questions with answer classes[i] were answered classes[j].
 
+    The last column of `counts`, if it has one more than there are classes, is for all other answers.
+    """
 
-@dataclass(frozen=True, kw_only=True)
-class Confusion:
-    """Rows are accepted answers, columns the model's; the last column counts all its other answers."""
-
-    columns: list[str]
-    rows: list[tuple[str, list[Cell], float]]
+    classes: Sequence[str]
+    counts: Sequence[Sequence[int]]
     note: str
+
+
+def _classes(predictions: Sequence[Prediction]) -> list[str]:
+    """All accepted answers, the most frequent first."""
+    return [truth for truth, _ in Counter(_truth_and_answer(line)[0] for line in predictions).most_common()]
 
 
 def _truth_and_answer(line: Prediction) -> tuple[str, str]:
@@ -62,92 +72,55 @@ def _truth_and_answer(line: Prediction) -> tuple[str, str]:
     return (answer if answer in accepted else accepted[0]), answer
 
 
-def _classes(predictions: Sequence[Prediction]) -> list[str]:
-    """The most frequent accepted answers."""
-    return [truth for truth, _ in Counter(_truth_and_answer(line)[0] for line in predictions).most_common(MAX_CLASSES)]
-
-
-def _cell_key(classes: Sequence[str], truth: str, answer: str | None) -> str:
-    places = [classes.index(text) if text in classes else -1 for text in (truth, answer)]
-    return f"{places[0]},{places[1]}"
+def _cell(classes: Sequence[str], line: Prediction) -> tuple[int, int]:
+    """The row and the column of the confusion matrix that a question counts in; len(classes) is any other answer."""
+    truth, answer = (classes.index(text) if text in classes else len(classes) for text in _truth_and_answer(line))
+    return truth, answer
 
 
 def confusion(predictions: Sequence[Prediction]) -> Confusion | None:
-    """Of the most frequent answers; None where answers are free text, so that those cover less than half."""
-    pairs = [_truth_and_answer(line) for line in predictions]
-    frequency, classes = Counter(truth for truth, _ in pairs), _classes(predictions)
-    covered = sum(frequency[truth] for truth in classes)
-    if not pairs or covered < len(pairs) / 2:
+    """The confusion matrix of the most frequent answers; None for free text, where these cover less than half."""
+    every = _classes(predictions)
+    classes = every[:MAX_CLASSES]
+    cells = Counter(_cell(classes, line) for line in predictions)
+    places = range(len(classes))
+    counts = [[cells[truth, answer] for answer in (*places, len(classes))] for truth in places]
+    covered = sum(map(sum, counts))
+    if not covered or covered < len(predictions) / 2:
         return None
-    counts = Counter((truth, answer if answer in classes else None) for truth, answer in pairs)
-
-    def cell(truth: str, answer: str | None) -> Cell:
-        count, of = counts[truth, answer], frequency[truth]
-        return Cell(
-            count=count,
-            share=count / of,
-            kind="none" if not count else "right" if truth == answer else "wrong",
-            title=f"answer: {truth}\nmodel: {'something else' if answer is None else answer}\n"
-            f"{count:,} of {of:,} ({percent(count / of)})",
-            key=_cell_key(classes, truth, answer),
-        )
-
-    columns: list[str | None] = [*classes]
-    if any(answer is None for truth, answer in counts if truth in classes):
-        columns.append(None)
+    if not any(row[-1] for row in counts):
+        counts = [row[:-1] for row in counts]
     note = ""
-    if len(frequency) > len(classes):
-        share = percent(covered / len(pairs))
-        note = f"These are the {len(classes)} most frequent of {len(frequency):,} answers, {share} of the questions."
-    return Confusion(
-        columns=[name or "other" for name in columns],
-        rows=[
-            (truth, [cell(truth, answer) for answer in columns], counts[truth, truth] / frequency[truth])
-            for truth in classes
-        ],
-        note=note,
-    )
+    if len(every) > len(classes):
+        share = percent(covered / len(predictions))
+        note = f"These are the {len(classes)} most frequent of {len(every):,} answers, {share} of the questions."
+    return Confusion(classes, counts, note)
 
 
 # -- gallery ---------------------------------------------------------------------------------------------------------
 
 
-def gallery(
-    runs: Sequence[Answers], *, data: Path | None, image_root: Path | None, limit: int, megabytes: float, pixels: int
-) -> Gallery | None:
+def gallery(runs: Sequence[Results], options: Options) -> Gallery | None:
     """The questions with their images and answers; None if there are none.
 
-    data         has the turns before the questions, and says where images are that have moved; by default the file that
-                 the predictions name, else the one that the settings of the run name, if it is still there
-    image_root   of `data`, by default the run's own
-    limit        questions of each run
-    megabytes    of images in the page; questions for which there is no room are shown without
-    pixels       of the longer side of an image
-
-    Raises InputError when a `data` that was given cannot be read.
+    Raises InputError when `options.data` or its image root cannot be read.
     """
-    chosen = _chosen([run.predictions for run in runs], limit)
-    found = [_prompts(run, lines, data, image_root) for run, lines in zip(runs, chosen, strict=True)]
-    shown = [
-        (place, at, line, prompts.get(at), _images(line, prompts.get(at)))
-        for place, (lines, prompts) in enumerate(zip(chosen, found, strict=True))
-        for at, line in enumerate(lines)
-    ]
-    if not shown:
+    entries: list[dict[str, Any]] = []
+    images: list[tuple[str, ...]] = []
+    for place, (run, lines) in enumerate(zip(runs, _chosen(runs, options.limit), strict=True)):
+        prompts = _prompts(run, lines, options)
+        classes = _classes(run.predictions)[:MAX_CLASSES]
+        for order, line in enumerate(lines):
+            prompt = prompts.get(_key(line["where"], line["id"], line["user"]))
+            entries.append({**_entry(line, prompt), "order": order, "run": place, "cell": _cell(classes, line)})
+            images.append(_images(line, prompt))
+    if not entries:
         return None
-    album = Album(partial(thumbnail, pixels=pixels), megabytes)
-    wrong_first = sorted(shown, key=lambda one: one[2]["correct"])
-    album.add(dict.fromkeys(images for *_, images in wrong_first))
-    classes = [_classes(run.predictions) for run in runs]
-    entries = [
-        {
-            **_entry(line, prompt, album[images]),
-            "order": at,
-            "run": place,
-            "cell": _cell_key(classes[place], *_truth_and_answer(line)),
-        }
-        for place, at, line, prompt, images in shown
-    ]
+    album = Album(partial(thumbnail, pixels=options.picture_size), options.picture_mb)
+    wrong_first = sorted(range(len(entries)), key=lambda at: entries[at]["correct"])
+    album.add(path for at in wrong_first for path in images[at])
+    for entry, paths in zip(entries, images, strict=True):
+        entry["images"] = album[paths]
     return Gallery(
         entries=entries,
         images=album.images,
@@ -158,64 +131,53 @@ def gallery(
             ("Longest answer first", "length", -1),
             ("As in the file", "order", 1),
         ],
-        runs=[run.run for run in runs],
-        note=_note(runs, entries, megabytes),
+        runs=[run.name for run in runs],
+        note=_note(runs, entries, options.picture_mb),
     )
 
 
-def _chosen(predictions: Sequence[Sequence[Prediction]], limit: int) -> list[list[Prediction]]:
+def _chosen(runs: Sequence[Results], limit: int) -> list[list[Prediction]]:
     """The lines of every run that are shown: of runs that answered the same questions, the same ones."""
-    asked = [[(line["id"], line["user"], line["images"]) for line in lines] for lines in predictions]
+    asked = [[(line["id"], line["user"], line["images"]) for line in run.predictions] for run in runs]
+    correct = [[line["correct"] for line in run.predictions] for run in runs]
     if all(one == asked[0] for one in asked):
-        correct = [all(line["correct"] for line in lines) for lines in zip(*predictions, strict=True)]
-        places = choose(correct, predictions[0], limit)
-        return [[lines[at] for at in places] for lines in predictions]
-    return [[lines[at] for at in choose([line["correct"] for line in lines], lines, limit)] for lines in predictions]
+        correct = [list(map(all, zip(*correct, strict=True)))] * len(runs)
+    return [[run.predictions[at] for at in choose(one, limit)] for run, one in zip(runs, correct, strict=True)]
 
 
-def choose(correct: Sequence[bool], predictions: Sequence[Prediction], limit: int) -> list[int]:
-    """The places of at most `limit` questions, ascending: up to WRONG_SHARE wrong ones, then right ones; different
-    images before further questions on the same. The choice is random, but always the same for the same predictions.
+def choose(correct: Sequence[bool], limit: int) -> list[int]:
+    """The places of at most `limit` questions, ascending: up to WRONG_SHARE wrong ones, then right ones.
+
+    The choice is random, but always the same for the same answers.
     """
-    if len(predictions) <= limit:
-        return list(range(len(predictions)))
-    mixed = random.Random(0).sample(range(len(predictions)), len(predictions))
-    first = {tuple(predictions[at]["images"]): at for at in reversed(mixed)}
-    ordered = sorted(mixed, key=lambda at: first[tuple(predictions[at]["images"])] != at)
-    wrong = [at for at in ordered if not correct[at]]
-    right = [at for at in ordered if correct[at]]
-    num_wrong = min(len(wrong), max(int(limit * WRONG_SHARE), limit - len(right)))
-    return sorted([*wrong[:num_wrong], *right][:limit])
+    mixed = random.Random(0).sample(range(len(correct)), len(correct))
+    wrong = [at for at in mixed if not correct[at]]
+    right = [at for at in mixed if correct[at]]
+    num_wrong = max(int(limit * WRONG_SHARE), limit - len(right))
+    return sorted((wrong[:num_wrong] + right)[:limit])
 
 
-def _prompts(
-    run: Answers, lines: Sequence[Prediction], data: Path | None, image_root: Path | None
-) -> dict[int, Example]:
-    """The questions as the data file has them, by their place in `lines`: with the turns before them, and the images
-    as the image root has them now. Those that the file no longer has, or has changed, are left out.
+def _key(where: str, identifier: str, user: str) -> str:
+    """The same for a question in all runs: its line in the data, its id, and its text."""
+    return f"{where.rpartition(':')[2]} {identifier} {user}"
+
+
+def _prompts(run: Results, lines: Sequence[Prediction], options: Options) -> dict[str, Example]:
+    """The questions as the data file has them, by `_key`: with the turns before them, and the images as the image root
+    has them now. There are none if the file has moved or changed since.
     """
-    named = {Path(line["where"].rpartition(":")[0]) for line in lines if line["where"]}
-    files = [data] if data else [*sorted(named), *([run.data] if run.data else [])]
-    file = next((file for file in files if os.path.isfile(file)), data)  # False for a name that is too long
-    if file is None:
+    file = options.data or (lines[0]["where"].rpartition(":")[0] if lines else "")
+    if not options.data and not os.path.isfile(file):
         return {}
-    root = image_root or (run.image_root if run.image_root and run.image_root.is_dir() else None)
+    root = options.image_root or (run.settings.get("data") or {}).get("image_root")
     try:
-        prompts = {
-            (prompt.where.rpartition(":")[2], prompt.id): prompt
-            for example in read_jsonl(file, root)
-            for prompt in questions(example)
-        }
+        examples = read_jsonl(file, root if root and os.path.isdir(root) else options.image_root)
     except InputError:
-        if data or image_root:
+        if options.data or options.image_root:
             raise
-        return {}  # the file has changed since its questions were answered
-    found = {}
-    for at, line in enumerate(lines):
-        prompt = prompts.get((line["where"].rpartition(":")[2], line["id"]))
-        if prompt is not None and prompt.turns[-1].user == line["user"]:
-            found[at] = prompt
-    return found
+        return {}
+    prompts = [prompt for example in examples for prompt in questions(example)]
+    return {_key(prompt.where, prompt.id, prompt.turns[-1].user): prompt for prompt in prompts}
 
 
 def _images(line: Prediction, prompt: Example | None) -> tuple[str, ...]:
@@ -224,14 +186,15 @@ def _images(line: Prediction, prompt: Example | None) -> tuple[str, ...]:
     return tuple(was if os.path.exists(was) else is_now for was, is_now in zip(line["images"], now, strict=True))
 
 
-def _entry(line: Prediction, prompt: Example | None, images: list[int]) -> dict[str, Any]:
+def _entry(line: Prediction, prompt: Example | None) -> dict[str, Any]:
     """An entry of the gallery."""
     correct, score, answer = line["correct"], line["anls"], line["prediction"].strip()
     asked = without_tags(line["user"])
-    turns: list[tuple[str, str | None, int]] = [(asked, None, len(images))]
+    turns: list[tuple[str, str | None, int]] = [(asked, None, len(line["images"]))]
     if prompt is not None:
         turns = [(without_tags(turn.user), turn.assistant, len(turn.images)) for turn in prompt.turns]
     mark = "\N{CHECK MARK}" if correct else "\N{BALLOT X}"
+    likeliest = sorted(line.get("label_log_probs", {}).items(), key=lambda pair: -pair[1])
     details = {
         "score": f"{'right' if correct else 'wrong'}, ANLS {percent(score)}",
         "answer length": counted(line["num_tokens"], "token") if line["num_tokens"] else "",
@@ -239,7 +202,7 @@ def _entry(line: Prediction, prompt: Example | None, images: list[int]) -> dict[
         "source": line["source"],
         "where": line["where"],
         "group": line.get("group", ""),
-        "log-probabilities": _log_probs(line.get("label_log_probs") or {}),
+        "log-probabilities": ", ".join(f"{label} {number(value)}" for label, value in likeliest[:10]),
     }
     return {
         "group": "right" if correct else "wrong",
@@ -249,30 +212,23 @@ def _entry(line: Prediction, prompt: Example | None, images: list[int]) -> dict[
             ("model", f"{cut(answer) or '(nothing)'} {mark}", "good" if correct else "bad"),
         ],
         "foot": line["id"] + (f" · ANLS {percent(score)}" if not correct and score > 0 else ""),
-        "images": images,
         "turns": [(cut(user), None if said is None else cut(said), count) for user, said, count in turns],
         "details": [(name, cut(text)) for name, text in details.items() if text],
-        "key": f"{line['where'].rpartition(':')[2]} {line['id']} {line['user']}",
+        "key": _key(line["where"], line["id"], line["user"]),
         "correct": int(correct),
         "score": score,
         "length": len(answer),
     }
 
 
-def _log_probs(labels: Mapping[str, float]) -> str:
-    best = sorted(labels.items(), key=lambda pair: -pair[1])[:10]
-    return ", ".join(f"{label} {number(value)}" for label, value in best)
-
-
-def _note(runs: Sequence[Answers], entries: Sequence[Mapping[str, Any]], megabytes: float) -> str:
-    groups = Counter(entry["group"] for entry in entries)
-    predictions = [line for run in runs for line in run.predictions]
-    every, wrong = len(predictions), sum(not line["correct"] for line in predictions)
-    if groups.total() < every:
-        note = f"{groups.total():,} of {every:,} questions, {groups['wrong']:,} of the {wrong:,} wrong ones "
+def _note(runs: Sequence[Results], entries: Sequence[Mapping[str, Any]], megabytes: float) -> str:
+    every = [line["correct"] for run in runs for line in run.predictions]
+    wrong = every.count(False)
+    note = f"All {len(every):,} questions, {wrong:,} of them answered wrongly. "
+    if len(entries) < len(every):
+        shown = sum(entry["group"] == "wrong" for entry in entries)
+        note = f"{len(entries):,} of {len(every):,} questions, {shown:,} of the {wrong:,} wrong ones "
         note += "(--limit shows more). "
-    else:
-        note = f"All {every:,} questions, {wrong:,} of them answered wrongly. "
     if bare := sum(-1 in entry["images"] for entry in entries):
-        note += f"{bare:,} are shown without images, which would take more than {megabytes:g} MB (--picture-mb). "
+        note += f"{bare:,} lack images, which would take more than {megabytes:g} MB (--picture-mb). "
     return note

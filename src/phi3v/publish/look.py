@@ -19,7 +19,7 @@ from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, NonNegative, NonNegativeInt
 from phi3v.data.check import CheckedLine, check, check_lines, counted
-from phi3v.data.encode import Encoded, Example, encode
+from phi3v.data.encode import Encoded, encode
 from phi3v.data.image import (
     CROP,
     colours,
@@ -33,7 +33,8 @@ from phi3v.data.image import (
 )
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.statistics import Findings
-from phi3v.publish.chart import Bars, bars, number
+from phi3v.infer.answering import evenly
+from phi3v.publish.chart import bars, number
 from phi3v.publish.html.images import Album, data_uri
 from phi3v.publish.html.page import Gallery, cut, render, without_tags, write_page
 
@@ -77,36 +78,16 @@ def look(
     findings = check(data, image_root, processor, num_crops=crops, num_workers=num_workers)
     chosen = check_lines(data, image_root, processor, choose(findings, limit), num_crops=crops)
     shown = _gallery(chosen, findings.num_lines, processor, crops, picture_mb, crop_size)
-    values = {
-        "name": str(data),
-        "findings": findings,
-        "has_tokens": processor is not None,
-        "num_crops": crops,
-        "model": model,
-        "statistics": _statistics(findings),
-        "histograms": _histograms(findings),
-        "max_listed": MAX_LISTED,
-    }
-    page = write_page(target, render("look.html.jinja", shown, **values))
-    numbers = {"line": findings.num_lines, "problem": len(findings.problems), "warning": len(findings.warnings)}
-    say(", ".join(counted(number, noun) for noun, number in numbers.items()))
-    say(f"page    {escape(str(page))}")
-    return 0 if findings.ok else 2
-
-
-def _statistics(findings: Findings) -> list[tuple[str, list[str]]]:
-    """Rows (name, [mean, median, 95 %, longest]) of numbers per example."""
-    return [
-        (name, [f"{one.mean:,.1f}", f"{one.p50:,}", f"{one.p95:,}", f"{one.max:,}"])
-        for name, one in findings.statistics.items()
-    ]
-
-
-def _histograms(findings: Findings) -> list[Bars]:
-    return [
+    histograms = [
         bars(f"{name.capitalize()} per example", one.histogram, noun="examples", note=f"mean {number(one.mean)}")
         for name, one in findings.statistics.items()
     ]
+    values = {"name": str(data), "findings": findings, "histograms": histograms, "model": model, "num_crops": crops}
+    page = write_page(target, render("look.html.jinja", shown, max_listed=MAX_LISTED, **values))
+    problems, warnings = counted(len(findings.problems), "problem"), counted(len(findings.warnings), "warning")
+    say(f"{counted(findings.num_lines, 'line')}, {problems}, {warnings}")
+    say(f"page    {escape(str(page))}")
+    return 0 if findings.ok else 2
 
 
 # -- gallery ---------------------------------------------------------------------------------------------------------
@@ -124,7 +105,7 @@ def _gallery(
         return None
     album = Album(partial(_crops, num_crops=num_crops, pixels=crop_size), picture_mb)
     images = [list(line.example.images) if line.example else [] for line in chosen]
-    album.add(images)
+    album.add(path for paths in images for path in paths)
     vocabulary: dict[int, str] = {}
     entries = []
     for line, paths in zip(chosen, images, strict=True):
@@ -136,9 +117,10 @@ def _gallery(
                 vocabulary[token] = _token_text(processor, token)
         entries.append(entry)
     bare = sum(-1 in entry["images"] for entry in entries)
-    note = f"{'All' if len(chosen) == num_lines else f'{len(chosen):,} of'} {num_lines:,} lines"
-    note += ". " if len(chosen) == num_lines else ", evenly spread, those with problems first (--limit shows more). "
-    note += f"{bare:,} without images, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
+    note = f"All {num_lines:,} lines. "
+    if len(chosen) < num_lines:
+        note = f"{len(chosen):,} of {num_lines:,} lines, evenly spread, problems first (--limit shows more). "
+    note += f"{bare:,} lack images, which would take more than {picture_mb:g} MB (--picture-mb). " if bare else ""
     return Gallery(
         entries=entries,
         images=album.images,
@@ -163,58 +145,47 @@ def choose(findings: Findings, limit: int) -> set[int]:
     fine = [line for line in range(findings.num_lines) if line not in bad and line not in odd]
     chosen: set[int] = set()
     for some in (sorted(bad), sorted(odd), fine):
-        room = min(limit - len(chosen), len(some))
-        chosen.update(some[i * len(some) // room] for i in range(room))
+        chosen.update(evenly(some, limit - len(chosen)))
     return chosen
-
-
-def _rank(line: CheckedLine) -> int:
-    return 0 if line.notes.problems else 1 if line.notes.warnings else 2
 
 
 def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
     """An entry of the gallery; a line that holds no example is shown by its beginning."""
-    example, measure, rank = line.example, line.measure, _rank(line)
-    turns = example.turns if example else ()
-    answer = (turns[0].assistant or "") if turns else ""
-    answers = [("answer", cut(answer), "")] if example else []
-    problems = [("", f"\N{BALLOT X} {cut(text)}", "bad") for text in line.notes.problems]
-    warnings = [("", f"! {cut(text)}", "note") for text in line.notes.warnings]
-    more = f" · {len(turns)} turns" if len(turns) > 1 else ""
-    text = without_tags(turns[0].user) if turns else line.raw.decode("utf-8", "replace").strip()
+    example, measure, notes = line.example, line.measure, line.notes
+    rank = 0 if notes.problems else 1 if notes.warnings else 2
     place = line.where.rpartition(":")[2]
-    sizes = [f"{measure.tokens:,} tokens" if measure.tokens else "", f"{measure.crops:,} crops"] if measure else []
+    rows = [("", f"\N{BALLOT X} {cut(text)}", "bad") for text in notes.problems]
+    rows += [("", f"! {cut(text)}", "note") for text in notes.warnings]
+    turns: list[tuple[str, str | None, int]] = [(line.raw.decode("utf-8", "replace").strip(), None, 0)]
+    details = {"where": line.where}
+    foot = [f":{place}"]
+    if example:
+        turns = [(turn.user, turn.assistant or "", len(turn.images)) for turn in example.turns]
+        rows.append(("answer", cut(example.turns[0].assistant or ""), ""))
+        details |= {"id": example.id, "source": example.source, "group": example.group}
+        details["images"] = "\n".join(example.images)
+        if len(example.answers) > 1:
+            details["accepted answers"] = " / ".join(example.answers)
+    if measure:
+        foot += [f"{measure.tokens:,} tokens"] if measure.tokens else []
+        foot.append(f"{measure.crops:,} crops")
+        details["crops"] = f"{measure.crops:,}"
+        if measure.tokens:
+            details["tokens"] = f"{measure.tokens:,}, of them {measure.answer_tokens:,} carry loss"
     return {
         "order": int(place),
         "group": ("problem", "warning", "fine")[rank],
         "rank": rank,
-        "asked": cut(text),
-        "rows": [*problems, *warnings, *answers],
-        "foot": " · ".join([f":{place}", *filter(None, sizes)]) + more,
+        "asked": cut(without_tags(turns[0][0])),
+        "rows": rows,
+        "foot": " · ".join(foot + ([f"{len(turns)} turns"] if len(turns) > 1 else [])),
         "images": images,
-        "turns": [(cut(turn.user), cut(turn.assistant or ""), len(turn.images)) for turn in turns]
-        or [(cut(text), None, 0)],
-        "details": _details(line, example),
+        "turns": [(cut(user), None if answer is None else cut(answer), count) for user, answer, count in turns],
+        "details": [(name, cut(text)) for name, text in details.items() if text],
         "num_tokens": measure.tokens if measure else 0,
         "num_crops": measure.crops if measure else 0,
-        "answer": sum(len(turn.assistant or "") for turn in turns),
+        "answer": sum(len(answer or "") for _, answer, _ in turns),
     }
-
-
-def _details(line: CheckedLine, example: Example | None) -> list[tuple[str, str]]:
-    measure = line.measure
-    details = {"where": line.where}
-    if example is not None:
-        details |= {"id": example.id, "source": example.source, "group": example.group}
-        details["images"] = "\n".join(example.images)
-        answers = [turn.assistant for turn in example.turns[-1:]]
-        details["accepted answers"] = " / ".join(example.answers) if list(example.answers) != answers else ""
-    if measure is not None:
-        details["crops"] = f"{measure.crops:,}"
-        details["tokens"] = (
-            f"{measure.tokens:,}, of them {measure.answer_tokens:,} carry loss" if measure.tokens else ""
-        )
-    return [(name, cut(text)) for name, text in details.items() if text]
 
 
 # -- what the model sees ---------------------------------------------------------------------------------------------
@@ -225,24 +196,21 @@ def _crops(path: str, num_crops: int, pixels: int) -> dict[str, Any]:
     image = load_image(path)
     hd = hd_transform(image, num_crops)
     h, w, _ = hd.shape
-    tiles = normalize(tiles_of(hd))
-    squeezed = colours(global_view(tiles, h, w)).permute(1, 2, 0).numpy()
+    squeezed = colours(global_view(normalize(tiles_of(hd)), h, w)).permute(1, 2, 0).numpy()
+    padded, whole = Image.fromarray(hd), Image.fromarray(np.ascontiguousarray(squeezed))
+    padded.thumbnail((pixels * w // CROP, pixels * h // CROP))
+    whole.thumbnail((pixels, pixels))
     left, top, right, bottom = hd_padding(*image.size, num_crops)
     padding = f", {left + top + right + bottom} px of padding" if any((left, top, right, bottom)) else ""
-    size = (pixels * w // CROP, pixels * h // CROP)
     return {
-        "src": data_uri(_fit(Image.fromarray(hd), size)),
+        "src": data_uri(padded),
         "width": w,
         "height": h,
         "grid": [w // CROP, h // CROP],
         "padding": [left / w, top / h, right / w, bottom / h],
-        "whole": data_uri(_fit(Image.fromarray(np.ascontiguousarray(squeezed)), (pixels, pixels))),
+        "whole": data_uri(whole),
         "caption": f"{image.width}×{image.height} as {w}×{h}: {counted(w // CROP * (h // CROP), 'crop')}{padding}",
     }
-
-
-def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if size >= image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _tokens(encoded: Encoded) -> dict[str, Any]:
@@ -258,6 +226,4 @@ def _tokens(encoded: Encoded) -> dict[str, Any]:
 def _token_text(processor: Phi3VProcessor, token: int) -> str:
     """The text of a token; a byte that is part of a character as <0xE4>."""
     piece = processor.tokenizer.convert_ids_to_tokens(token)
-    if piece is None:
-        return f"<{token}>"  # an id without a token, which a vocabulary may have
     return "\n" if piece == "<0x0A>" else str(piece).replace("\N{LOWER ONE EIGHTH BLOCK}", " ")

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.markup import escape
+from tyro.conf import arg
 
 from phi3v.base.config import check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import Count, NonNegative
-from phi3v.publish.curves import charts, contestants, facts, histograms, metric_table, style_of, verdict
-from phi3v.publish.gallery import Answers, confusion, gallery
+from phi3v.publish.curves import charts, contestants, facts, histograms, metric_table, style_of
+from phi3v.publish.gallery import Options, confusion, gallery
 from phi3v.publish.html.page import render, write_page
 from phi3v.publish.results import Results
 
@@ -29,45 +29,19 @@ def report(
     /,
     *,
     out: Path | None = None,
-    data: Path | None = None,
-    image_root: Path | None = None,
-    limit: Count = 5000,
-    picture_mb: NonNegative = 8.0,
-    picture_size: Count = 320,
+    options: Annotated[Options, arg(name="")] = Options(),
 ) -> None:
     """Show one run, or several side by side, on a page: curves, scores, settings, every answer with its images.
 
     Args:
         runs: Run folders, or folders that `phi3v evaluate` wrote.
         out: The page. Default: report.html in the run folder; of several runs, report.html here.
-        data: The questions, if they have moved since: their earlier turns and images are read from there.
-        image_root: Folder the image paths are relative to. Default: as when the run was trained.
-        limit: Questions of each run in the page; wrong answers come first.
-        picture_mb: Megabytes of images in the page.
-        picture_size: Pixels of the longer side of an image.
     """
     check_flags(locals(), report)
-    page = write_report(
-        *runs,
-        out=out,
-        data=data,
-        image_root=image_root,
-        limit=limit,
-        picture_mb=picture_mb,
-        picture_size=picture_size,
-    )
-    say(f"report  {escape(str(page))}")
+    say(f"report  {escape(str(write_report(*runs, out=out, options=options)))}")
 
 
-def write_report(
-    *folders: Path,
-    out: Path | None = None,
-    data: Path | None = None,
-    image_root: Path | None = None,
-    limit: int = 5000,
-    picture_mb: float = 8.0,
-    picture_size: int = 320,
-) -> Path:
+def write_report(*folders: Path, out: Path | None = None, options: Options = Options()) -> Path:
     """Write the page of `report` and return its path.
 
     Raises InputError for a folder that is missing, is no run's, or holds damaged files.
@@ -78,23 +52,8 @@ def write_report(
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = [Results.read(folder, name) for folder, name in zip(folders, names, strict=True)]
-    shown = gallery(
-        [_answers(run) for run in runs],
-        data=data,
-        image_root=image_root,
-        limit=limit,
-        megabytes=picture_mb,
-        pixels=picture_size,
-    )
-    page = render("report.html.jinja", shown, **_values(runs))
+    page = render("report.html.jinja", gallery(runs, options), **_values(runs))
     return write_page(out or (folders[0] if len(folders) == 1 else Path()) / "report.html", page)
-
-
-def _answers(run: Results) -> Answers:
-    """With the data file that the settings of the run name, if they name one."""
-    data = run.settings.get("data") or {}
-    file, root = data.get("eval"), data.get("image_root")
-    return Answers(run.name, run.predictions, Path(file) if file else None, Path(root) if root else None)
 
 
 def _values(runs: Sequence[Results]) -> dict[str, Any]:
@@ -104,7 +63,6 @@ def _values(runs: Sequence[Results]) -> dict[str, Any]:
         "runs": runs,
         "styles": [style_of(runs, place) for place in range(len(runs))],
         "contestants": scored,
-        "verdict": verdict(runs[0]) if len(runs) == 1 else "",
         "facts": [facts(run) for run in runs],
         "charts": charts(runs),
         "metric_table": metric_table(scored),
@@ -114,26 +72,30 @@ def _values(runs: Sequence[Results]) -> dict[str, Any]:
         "confusions": [(k, run, confusion(run.predictions)) for k, run in enumerate(runs) if run.predictions],
         "histograms": histograms(runs),
         "differing": _differing(runs),
-        "settings": [[*_sections(run.settings, "run"), *_sections(run.environment, "environment")] for run in runs],
+        "settings": [_sections(run) for run in runs],
     }
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
+def _tree(run: Results) -> dict[str, Any]:
+    return {**run.settings, "environment": run.environment}
+
+
 def _differing(runs: Sequence[Results]) -> list[tuple[str, list[str]]]:
     """(setting, its value in every run) where these are not all the same; the run folder itself does not count."""
-    every = [{**dict(_flat(run.settings)), **dict(_flat(run.environment, "environment."))} for run in runs]
+    every = [dict(_flat(_tree(run))) for run in runs]
     names = dict.fromkeys(name for one in every for name in one if not name.endswith("keeping.out"))
     table = [(name, [one.get(name, UNKNOWN) for one in every]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
 
 
-def _sections(tree: Mapping[str, Any], top: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """A nested dict as (section, rows (key, value)): one section per nested dict, the plain values under `top`."""
-    plain = [(key, _text(value)) for key, value in tree.items() if not isinstance(value, dict)]
-    nested = [(key, list(_flat(value))) for key, value in tree.items() if isinstance(value, dict)]
-    return [(name, rows) for name, rows in [(top, plain), *nested] if rows]
+def _sections(run: Results) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(section, rows (key, value)): one section per group of settings, and one of those in no group."""
+    plain = [(key, _text(value)) for key, value in run.settings.items() if not isinstance(value, dict)]
+    nested = [(key, list(_flat(value))) for key, value in _tree(run).items() if isinstance(value, dict)]
+    return [(name, rows) for name, rows in [("run", plain), *nested] if rows]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

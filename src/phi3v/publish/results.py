@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import convert
@@ -89,8 +89,6 @@ class Results:
     @classmethod
     def read(cls, path: Path, name: str = "") -> Results:
         """Raises InputError for a folder that is missing, is no run's, or holds damaged files."""
-        if not path.is_dir():
-            raise InputError(f"{path}: no such run folder")
         run = RunFolder(path)
         settings, metrics, log, predictions = run.settings, run.metrics, run.log, run.predictions
         if not (settings or metrics or log or predictions):
@@ -120,10 +118,7 @@ class Results:
         )
 
 
-Line = TypeVar("Line", Step, Evaluation)
-
-
-def _by_step(lines: Iterable[Line]) -> list[Line]:
+def _by_step(lines: Iterable[Any]) -> list[Any]:
     """In the order of steps. The last line about a step counts: a resumed run, the final evaluation."""
     latest = {line.step: line for line in lines}
     return [latest[step] for step in sorted(latest)]

@@ -30,23 +30,19 @@ class Album:
         self.numbers: dict[str, int] = {}
         self._bytes_left = megabytes * 1e6
 
-    def add(self, examples: Iterable[Sequence[str]]) -> None:
-        """Make the images of one example after the other, all or none of an example, until the page is full."""
-        waiting = list(examples)
+    def add(self, paths: Iterable[str]) -> None:
+        """Make one image after the other, until the page is full."""
+        waiting = list(dict.fromkeys(paths))
         # Pillow releases Python's lock while it decodes and encodes.
         with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
             for start in range(0, len(waiting), AT_ONCE):
                 some = waiting[start : start + AT_ONCE]
-                new = list(dict.fromkeys(path for paths in some for path in paths if path not in self.numbers))
-                made = dict(zip(new, pool.map(self._make, new), strict=True))
-                for paths in some:
-                    missing = [path for path in dict.fromkeys(paths) if path not in self.numbers]
-                    self._bytes_left -= sum(len(str(made[path])) for path in missing)
+                for path, made in zip(some, pool.map(self._make, some), strict=True):
+                    self._bytes_left -= len(str(made))
                     if self._bytes_left < 0:
                         return
-                    for path in missing:
-                        self.numbers[path] = len(self.images)
-                        self.images.append(made[path])
+                    self.numbers[path] = len(self.images)
+                    self.images.append(made)
 
     def __getitem__(self, paths: Sequence[str]) -> list[int]:
         """The numbers of the images of an example; -1 is an image for which the page has no room."""

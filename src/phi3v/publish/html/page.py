@@ -8,7 +8,6 @@ block of JSON that page.js shows page by page. Text of a model or of the data is
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -65,7 +64,7 @@ def render(template: str, gallery: Gallery | None, **values: Any) -> str:
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
-        _environment()
+        environment(FOLDER, autoescape=True)
         .get_template(template)
         .render(
             style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
@@ -78,6 +77,20 @@ def render(template: str, gallery: Gallery | None, **values: Any) -> str:
             **values,
         )
     )
+
+
+def environment(folder: Path, *, autoescape: bool) -> jinja2.Environment:
+    """The templates in a folder; a value that is missing is an error."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"percent": percent, "number": number}
+    return made
 
 
 def write_page(path: Path, page: str) -> Path:
@@ -97,19 +110,6 @@ def without_tags(text: str) -> str:
 def cut(text: str) -> str:
     """A text of at most MAX_TEXT characters, with a note of how many were cut off."""
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [... {len(text) - MAX_TEXT:,} more characters]"
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "number": number}
-    return environment
 
 
 def _embedded(gallery: Gallery) -> Markup:
