@@ -196,8 +196,6 @@ def start_trackers(
     for name in names:
         try:
             trackers.append(TRACKERS[name](folder, plain, first_step))
-        except ImportError as error:
-            raise InputError(f"--track {name}: {error}; install it with pip install 'phi3v[track]'") from error
         except Exception as error:  # a library with a service of its own behind it raises anything
             raise InputError(f"--track {name}: {first_line(error)}") from error
     return trackers
