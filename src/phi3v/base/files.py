@@ -70,8 +70,8 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(file: Path, message: str, *, wait: bool = False) -> Iterator[str]:
-    """Hold a lock until the block or the process ends; yield the text that says who holds it, which `file` contains.
+def locked(file: Path, message: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock until the block or the process ends; `file` says who holds it.
 
     If another process holds it, `message` and the holder are an InputError, or, with `wait`, printed before waiting.
     The holder must not open the file a second time: closing that would release the lock, as POSIX has it. Forked
@@ -91,11 +91,10 @@ def locked(file: Path, message: str, *, wait: bool = False) -> Iterator[str]:
                 raise InputError(message) from error
             say(escape(message))
             fcntl.lockf(stream, fcntl.LOCK_EX)
-        holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
         stream.truncate(0)
-        stream.write(holder)
+        stream.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
         stream.flush()
-        yield holder
+        yield
 
 
 def make_folder(folder: Path) -> None:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from phi3v.base.config import Run, run_of
 from phi3v.base.errors import InputError
@@ -32,13 +30,7 @@ FREE_GROUPS = ("scaling", "keeping")
 FREE_FLAGS = ("num_workers", "on_bad_example")
 
 
-class Claim(NamedTuple):
-    """What a new run finds in its folder."""
-
-    started: bool
-    """An unfinished run that this one continues."""
-    finished: bool
-    """A finished run: nothing is left to do."""
+State = Literal["new", "unfinished", "finished"]
 
 
 class RunFolder:
@@ -133,27 +125,26 @@ class RunFolder:
 
     # -- whose folder it is ------------------------------------------------------------------------------------------
 
-    def claim(self, run: Run) -> Claim:
-        """Looks into the folder before anything is loaded. Raises InputError unless `run` may write there."""
+    def claim(self, run: Run) -> State:
+        """What a run finds in its folder, before anything is loaded. Raises InputError unless it may write there."""
         path, resume = self.path, run.keeping.resume == "auto"
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {path} is a file: choose another folder")
         if not self.is_run:
             if path.exists() and any(entry.name not in BEFORE_IT_BEGAN for entry in path.iterdir()):
                 raise InputError(f"--out {path} is not empty and holds no run: choose another folder")
-            return Claim(False, False)  # the folder is made when there is something to put in it
-        if self.is_finished:
-            if not resume:
-                raise InputError(f"--out {path} holds a finished run: choose another folder")
-            self._check_same_settings(run)
-            return Claim(True, True)
+            return "new"  # the folder is made when there is something to put in it
+        if self.is_finished and not resume:
+            raise InputError(f"--out {path} holds a finished run: choose another folder")
         if not resume:
             raise InputError(
                 f"--out {path} holds an unfinished run: add --resume auto to continue it, or choose another folder"
             )
         self._check_same_settings(run)
+        if self.is_finished:
+            return "finished"
         self._check_same_data(run)
-        return Claim(True, False)
+        return "unfinished"
 
     def _check_same_settings(self, run: Run) -> None:
         """An exact continuation needs the same settings, except for those that are free."""
@@ -173,29 +164,17 @@ class RunFolder:
                 path = getattr(run.data, flag)
                 raise InputError(f"--resume: --{flag} {path} has changed since the run began; start a new run with it")
 
-    @contextmanager
-    def locked(self) -> Iterator[str]:
-        """Keeps a second writer out; yields a description of the holder. The lock ends with the process."""
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps a second writer out. The lock ends with the process."""
         make_folder(self.path)
-        with locked(self.path / LOCK, f"--out {self.path}: another run is writing here") as holder:
-            yield holder
+        return locked(self.path / LOCK, f"--out {self.path}: another run is writing here")
 
-    def check_shared(self, holder: str, wait_s: float = 30.0) -> None:
-        """Raises InputError unless this is the folder that `holder` has locked. Network file systems may take a while.
-
-        The process that holds the lock must not call this: closing the file would release the lock.
-        """
-        until = time.monotonic() + wait_s
-        while True:
-            with suppress(OSError):
-                if (self.path / LOCK).read_text() == holder:
-                    return
-            if time.monotonic() > until:
-                raise InputError(
-                    f"--out {self.path} on {platform.node()} is not the folder of rank 0 ({holder}): "
-                    "with several hosts it must be on a file system that all of them share"
-                )
-            time.sleep(0.2)
+    def check_shared(self) -> None:
+        """Raises InputError unless this process sees the run of rank 0: all hosts must share the folder."""
+        if not self.is_run:
+            raise InputError(
+                f"--out {self.path}: with several hosts it must be on a file system that all of them share"
+            )
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

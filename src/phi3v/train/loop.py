@@ -25,7 +25,7 @@ from phi3v.base.files import written_whole
 from phi3v.base.hardware import peak_memory_gb
 from phi3v.base.ranks import MissingRank, join
 from phi3v.base.runfolder import RunFolder
-from phi3v.base.stopping import Stopped, StopRequest, resume_command
+from phi3v.base.stopping import Stopped, StopRequest
 from phi3v.model.loading import save_model
 from phi3v.model.parts import widen
 from phi3v.packing.pack import Pack
@@ -58,13 +58,13 @@ def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> d
         ranks = join(60 * run.scaling.rank_timeout_minutes)
         speak(ranks.is_first)
         folder = RunFolder(run.keeping.out)
-        found = ranks.first_does(lambda: folder.claim(run))
-        if found.finished:
+        state = ranks.first_does(lambda: folder.claim(run))
+        if state == "finished":
             return ranks.first_does(lambda: finished_before(folder))
         if run.keeping.dry_run:
-            dry_run(run, ranks, resumes=found.started)
+            dry_run(run, ranks, resumes=state == "unfinished")
             return {}
-        with setup(run, ranks, stop, resumes=found.started, published=published) as job:
+        with setup(run, ranks, stop, resumes=state == "unfinished", published=published) as job:
             try:
                 with job.log.screen:
                     learn(job)
@@ -72,8 +72,7 @@ def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> d
             except Stopped:
                 where = f"after step {step}, which is saved" if (step := job.log.last_step) else "before the first step"
                 reason = stop.reason or "another process was asked to stop"
-                command = resume_command(add_resume=run.keeping.resume != "auto")
-                say(escape(f"stopped {where}: {reason}. Resume with\n  {command}"))
+                say(escape(f"stopped {where}: {reason}. The same command with --resume auto continues"))
                 return {}
 
 

@@ -69,7 +69,7 @@ def setup(run: Run, ranks: Ranks, stop: StopRequest, *, resumes: bool, published
     folder = RunFolder(run.keeping.out)
     with ExitStack() as held:
         if resumes:
-            holder = ranks.first_does(lambda: held.enter_context(folder.locked()))
+            ranks.first_does(lambda: held.enter_context(folder.locked()))
         processor, config, data, choices, profiled = _prepare(run, ranks, resumes=resumes)
         torch.manual_seed(run.keeping.seed)
         model = build_model(run, choices.attention, choices.dtype, ranks, choices.recompute)
@@ -88,8 +88,8 @@ def setup(run: Run, ranks: Ranks, stop: StopRequest, *, resumes: bool, published
         engine = build_engine(choices.engine, model, ranks, settings)
         schedule = build_schedule(engine.optimizer, run.optim, data.total_steps)
         if not resumes:
-            holder = ranks.first_does(lambda: open_folder(run, data, ranks, held, published))
-        ranks.all_do(lambda: None if ranks.is_first else folder.check_shared(holder))
+            ranks.first_does(lambda: open_folder(run, data, ranks, held, published))
+        ranks.all_do(folder.check_shared)
         step = resume(folder.checkpoints, engine=engine, schedule=schedule, ranks=ranks) if resumes else 0
         yield Job(
             run=run,
@@ -133,18 +133,17 @@ def _prepare(
     return processor, config, data, choices, profiled
 
 
-def open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack, published: Mapping[str, Any]) -> str:
-    """Makes the run folder and locks it for as long as `held` lasts; returns the holder of the lock."""
+def open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack, published: Mapping[str, Any]) -> None:
+    """Makes the run folder and locks it for as long as `held` lasts."""
     folder = RunFolder(run.keeping.out)
-    holder = held.enter_context(folder.locked())
-    if folder.claim(run).started:
+    held.enter_context(folder.locked())
+    if folder.claim(run) != "new":
         raise InputError(f"--out {folder.path}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
     folder.save(environment=about, images=data.image_sizes, lengths=data.statistics())
     if published:
         folder.save(published=dict(published))
     folder.save(config=run.to_dict())  # last: it makes the folder a run
-    return holder
 
 
 def open_log(run: Run, folder: RunFolder, data: TrainingData, ranks: Ranks, step: int) -> RunLog:
