@@ -16,7 +16,7 @@ from phi3v.cli import main
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installation of phi3v with extras of its own: one that works, a broken one, which is not imported, an old one, a missing one."""
+    """An installation of phi3v with extras: one that works, a broken one, an old one, a missing one."""
 
     def install(name: str, version: str, source: str, *metadata: str) -> None:
         (tmp_path / name).mkdir()

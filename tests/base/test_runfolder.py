@@ -223,7 +223,7 @@ def test_a_run_holds_its_lock_to_its_end(settings_for: MAKE, monkeypatch: pytest
 
 def test_a_folder_that_another_host_does_not_see_is_refused(left: Callable[..., Path], tmp_path: Path) -> None:
     RunFolder(left("config.json")).check_shared()
-    with pytest.raises(InputError, match="it must be on a file system that all of them share"):
+    with pytest.raises(InputError, match="it must be on a file system that all hosts share"):
         RunFolder(tmp_path / "nowhere").check_shared()
 
 

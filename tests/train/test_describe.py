@@ -93,11 +93,13 @@ def test_a_dry_run_says_what_the_run_will_say(mode: str, settings_for: MAKE, sai
     if mode == "qlora":
         pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
     flags = {"max_steps": 1} | ({"lora_rank": 2, mode: True} if mode != "full" else {})
-    train(settings_for(dry_run=True, **flags))
-    dry = said()
-    dry = dry[next(number for number, line in enumerate(dry) if line.startswith("model ")) :]
-    train(settings_for(**flags))
-    assert said()[: len(dry)] == dry
+    descriptions = []
+    for dry_run in (True, False):
+        train(settings_for(dry_run=dry_run, **flags))
+        lines = said()
+        descriptions.append(lines[next(n for n, line in enumerate(lines) if line.startswith("model ")) :])
+    dry, real = descriptions
+    assert real[: len(dry)] == dry
     assert len(dry) > 10
 
 

@@ -21,9 +21,6 @@ NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "t
 NAMES |= {"object": "an object", "null": "null"}
 BOUNDS = {">=": "at least", ">": "greater than", "<=": "at most", "<": "less than"}
 
-MAX_BYTES = 2**26
-"""Largest file that is read: the tokenizer of Phi-3.5-vision has 2 MB, those with the largest vocabularies 35 MB."""
-
 # Types with limits. The limit belongs to the type, so that no renaming of a field can lose it.
 Count = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
@@ -38,17 +35,11 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file of at most MAX_BYTES. Raises InputError, naming the file."""
+    """The content of a file. Raises InputError, naming the file."""
     try:
-        if file.exists() and not file.is_file():
-            raise InputError(f"{file}: not a file")
-        with open(file, "rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+        return file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise InputError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{file}: larger than {MAX_BYTES / 2**20:.0f} MiB")
-    return content
 
 
 def parse_object(content: bytes, name: Path | str) -> dict[str, Any]:

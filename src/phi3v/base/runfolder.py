@@ -172,9 +172,7 @@ class RunFolder:
     def check_shared(self) -> None:
         """Raises InputError unless this process sees the run of rank 0: all hosts must share the folder."""
         if not self.is_run:
-            raise InputError(
-                f"--out {self.path}: with several hosts it must be on a file system that all of them share"
-            )
+            raise InputError(f"--out {self.path}: it must be on a file system that all hosts share")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -188,12 +186,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)  # Python's own decoder, which knows the NaN that Python writes
+            entries.append(json.loads(line))  # Python's own decoder, which knows the NaN that Python writes
         except ValueError as error:
             raise InputError(f"{file}:{number}: not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise InputError(f"{file}:{number}: must hold an object")
-        entries.append(entry)
     return entries
 
 

@@ -36,7 +36,7 @@ from phi3v.train.checkpoint import forget, save_checkpoint, scores
 from phi3v.train.determinism import deterministic
 from phi3v.train.engines.engine import StepResult
 from phi3v.train.feed import steps
-from phi3v.train.flops import achieved, device_peak_tflops
+from phi3v.train.flops import achieved, peak_tflops
 from phi3v.train.optim import reach
 from phi3v.train.scoring import announce, evaluate, final_metrics
 from phi3v.train.setup import Job, dry_run, setup
@@ -85,7 +85,7 @@ def learn(job: Job) -> None:
     if evaluation_is_due(job, job.first_step) and job.first_step not in accuracies:
         conclude_step(job, job.first_step, accuracies, stops=False)  # the run was stopped before this evaluation
     audit, losses = GradientAudit(engine.model), deque[float](maxlen=SPIKE_WINDOW)
-    peak_tflops = device_peak_tflops(ranks.device, job.choices.dtype)
+    peak = peak_tflops(ranks.device, job.choices.dtype)
     feed = steps(data, ranks, first_step=job.first_step)
     engine.model.train()
     for step in range(job.first_step + 1, data.total_steps + 1):
@@ -119,7 +119,7 @@ def learn(job: Job) -> None:
                 "grad_norm": result.norm,
                 **batch.counts(seconds),
                 "memory_gb": peak_memory_gb(ranks.device),
-                **achieved(job.flops.of(batch.first.step), seconds, ranks.num, peak_tflops),
+                **achieved(job.flops.of(batch.first.step), seconds, ranks.num, peak),
                 **({"skipped": True} if result.skipped else {}),
             }
         )
