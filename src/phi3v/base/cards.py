@@ -58,7 +58,7 @@ def card_of_device(name: str) -> Card | None:
 
 
 def find_card(name: str) -> Card:
-    """The card that a person means by "A100-80GB" or "nvidia rtx 4090". Raises InputError with the nearest names."""
+    """The card that a person means by "A100-80GB" or "nvidia rtx 4090". Raises InputError with the names."""
     wanted = _plain(name)
     cards = {_plain(card.name): card for card in load_cards()}
     if wanted in cards:
@@ -66,7 +66,7 @@ def find_card(name: str) -> Card:
     near = [card for plain, card in cards.items() if plain.startswith(wanted)]  # "A100" matches two, "V100-32" one
     if len(near) == 1:
         return near[0]
-    raise InputError(f"--gpu {name}: no such card: the cards are {', '.join(c.name for c in near or cards.values())}")
+    raise InputError(f"--gpu {name}: no such card: choose {', '.join(c.name for c in near or cards.values())}")
 
 
 def _plain(name: str) -> str:
