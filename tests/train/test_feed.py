@@ -102,8 +102,8 @@ class Thread(Ranks):
     desk: list[Any]
     barrier: threading.Barrier
 
-    def _every(self, item: Any) -> list[Any]:
-        self.desk[self.rank] = item
+    def gather(self, items: Sequence[Any]) -> list[list[Any]]:
+        self.desk[self.rank] = list(items)
         self.barrier.wait()
         found = list(self.desk)
         self.barrier.wait()

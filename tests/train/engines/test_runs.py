@@ -187,7 +187,7 @@ def test_a_folder_that_is_not_shared_is_refused(flags: Callable[..., list[str]],
     ended = in_trouble("elsewhere", 1, flags(Path("a-run-of-one-host")), at=tmp_path)
     assert ended.returncode != 0
     (told,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-    assert "--out a-run-of-one-host on " in told
+    assert "--out a-run-of-one-host: " in told
     assert "it must be on a file system that all hosts share" in told
 
 
