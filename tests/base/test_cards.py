@@ -32,15 +32,13 @@ def test_a_card_by_what_somebody_types(typed: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "hint"),
     [
-        ("A100", "did you mean A100-40GB or A100-80GB?"),
-        ("V100", "did you mean V100-16GB or V100-32GB?"),
-        ("A10080GB-X", "did you mean A100-80GB?"),
-        ("4080", "did you mean 4090?"),
-        ("Voodoo2", "the cards are B200, GH200, H200"),
-        ("", "the cards are"),
+        ("A100", "choose A100-40GB, A100-80GB"),
+        ("V100", "choose V100-16GB, V100-32GB"),
+        ("Voodoo2", "choose B200, GH200, H200"),
+        ("", "choose B200"),
     ],
 )
-def test_an_unknown_card_has_a_nearest(typed: str, hint: str) -> None:
+def test_an_unknown_card_is_refused_with_what_there_is(typed: str, hint: str) -> None:
     with pytest.raises(InputError, match="--gpu") as caught:
         find_card(typed)
     assert hint in str(caught.value)

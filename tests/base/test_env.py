@@ -16,7 +16,7 @@ from phi3v.cli import main
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installation of phi3v with extras of its own: one that works, a broken one, an old one, a missing one."""
+    """An installation of phi3v with extras: one that works, a broken one, an old one, a missing one."""
 
     def install(name: str, version: str, source: str, *metadata: str) -> None:
         (tmp_path / name).mkdir()
@@ -51,7 +51,7 @@ def test_versions_devices_and_extras(capsys: pytest.CaptureFixture[str]) -> None
     assert len(facts["devices"]) == 1 + torch.cuda.device_count()
     assert facts["extras"] == {
         "works": "phi3v_works 3.0",
-        "broken": "phi3v_broken 2.1: OSError: libnothing.so: no such file",
+        "broken": "phi3v_broken 2.1",
         "old": "phi3v_old 0.9 (phi3v needs >=1)",
         "missing": "phi3v_missing not installed",
     }

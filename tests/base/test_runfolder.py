@@ -17,17 +17,17 @@ import phi3v.train.loop as training
 import phi3v.train.setup as setting_up
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError
-from phi3v.base.runfolder import LOCK, Claim, RunFolder, digests
+from phi3v.base.runfolder import LOCK, RunFolder, State, digests
 from phi3v.train.loop import train
 
 MAKE = Callable[..., Run]
 
 
-def claim(run: Run) -> Claim:
+def claim(run: Run) -> State:
     return RunFolder(run.keeping.out).claim(run)
 
 
-NEW, STARTED, FINISHED = Claim(False, False), Claim(True, False), Claim(True, True)
+NEW, STARTED, FINISHED = "new", "unfinished", "finished"
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -166,10 +165,8 @@ def test_sigterm_ends_a_process_after_its_step_and_it_says_how_to_go_on(
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps[-1]:06d}"]
-    *_, stopped, proposed = said.splitlines()
-    assert stopped == f"stopped after step {steps[-1]}, which is saved: SIGTERM was received. Resume with"
-    assert shlex.split(proposed) == ["python", "-m", "phi3v", *given, "--resume", "auto"]
-    assert main([*shlex.split(proposed)[3:], "--dry-run"]) == 0, "it is understood"
+    where = f"stopped after step {steps[-1]}, which is saved: SIGTERM was received"
+    assert said.splitlines()[-1] == f"{where}. The same command with --resume auto continues"
 
 
 def test_a_second_ctrl_c_ends_a_process_in_the_middle_of_a_step(

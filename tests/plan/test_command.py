@@ -222,7 +222,7 @@ def test_an_unknown_peak_is_no_speed() -> None:
     ("words", "message"),
     [
         ([], "nothing to plan for: name a recipe"),
-        (["docvqa", "--gpu", "A100"], "did you mean A100-40GB or A100-80GB?"),
+        (["docvqa", "--gpu", "A100"], "choose A100-40GB, A100-80GB"),
         (["docvqb", "--gpu", "T4"], "did you mean docvqa?"),
         (["nlvr2", "--full-train", "--gpu", "T4"], "--full-train is for docvqa"),
         (["docvqa", "--gpu", "T4", "--num-gpus", "0"], "--num-gpus 0: must be at least 1"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from phi3v.base import pool
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError
 from phi3v.base.ranks import ALONE, Ranks
@@ -102,8 +103,8 @@ class Thread(Ranks):
     desk: list[Any]
     barrier: threading.Barrier
 
-    def _every(self, item: Any) -> list[Any]:
-        self.desk[self.rank] = item
+    def gather(self, items: Sequence[Any]) -> list[list[Any]]:
+        self.desk[self.rank] = list(items)
         self.barrier.wait()
         found = list(self.desk)
         self.barrier.wait()
@@ -203,7 +204,7 @@ def test_workers_where_there_are_cores_for_them(
     cores: int, processes: int, expected: int, settings_for: MAKE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One core is left for the loop, of those that a process has to itself."""
-    monkeypatch.setattr(feed.os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert data_of(settings_for(num_workers=None)).reading.num_workers == expected
     assert data_of(settings_for(num_workers=3)).reading.num_workers == 3

@@ -5,7 +5,6 @@ One table for every user: what `phi3v plan` can plan for, and the peak that `mfu
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import tomllib
@@ -59,18 +58,15 @@ def card_of_device(name: str) -> Card | None:
 
 
 def find_card(name: str) -> Card:
-    """The card that a person means by "A100-80GB" or "nvidia rtx 4090". Raises InputError with the nearest names."""
+    """The card that a person means by "A100-80GB" or "nvidia rtx 4090". Raises InputError with the names."""
     wanted = _plain(name)
     cards = {_plain(card.name): card for card in load_cards()}
     if wanted in cards:
         return cards[wanted]
-    matches = [plain for plain in cards if wanted and plain.startswith(wanted)]  # "A100" matches two, "V100-32" one
-    if len(matches) == 1:
-        return cards[matches[0]]
-    near = [cards[plain].name for plain in matches or difflib.get_close_matches(wanted, cards, n=1, cutoff=0.5)]
-    names = ", ".join(card.name for card in cards.values())
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the cards are {names}"
-    raise InputError(f"--gpu {name}: no such card: {hint}")
+    near = [card for plain, card in cards.items() if plain.startswith(wanted)]  # "A100" matches two, "V100-32" one
+    if len(near) == 1:
+        return near[0]
+    raise InputError(f"--gpu {name}: no such card: choose {', '.join(c.name for c in near or cards.values())}")
 
 
 def _plain(name: str) -> str:

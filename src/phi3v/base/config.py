@@ -18,15 +18,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import (
-    Count,
-    Fraction,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    convert,
-    problem_of,
-)
+from phi3v.base.jsonfile import Count, Fraction, NonNegative, NonNegativeInt, Positive, convert, problem_of
 
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -335,13 +327,8 @@ class Run:
             raise InputError(f"--optimizer {optimizer} cannot be sharded by --parallel {parallel}: choose ddp")
         if optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--optimizer adamw-8bit needs bitsandbytes: pip install 'phi3v[qlora]'")
-        if optimizer == "adamw-bf16" and self.base.dtype == "fp16":
-            raise InputError(
-                "--optimizer adamw-bf16 cannot be combined with --dtype fp16: its weights and gradients are bf16 "
-                "(choose --dtype bf16, or --optimizer adamw-8bit)"
-            )
-        if optimizer == "adamw-bf16" and self.base.dtype == "fp32":
-            raise InputError("--optimizer adamw-bf16 cannot be combined with --dtype fp32: its weights are bf16")
+        if optimizer == "adamw-bf16" and (dtype := self.base.dtype) not in ("auto", "bf16"):
+            raise InputError(f"--optimizer adamw-bf16 cannot be combined with --dtype {dtype}: its weights are bf16")
         if "embeddings" in self.tuning.frozen and self.tuning.adapters:
             raise InputError("--freeze embeddings has no effect with --lora: the embeddings have no adapters")
 

@@ -20,14 +20,6 @@ class RankError(InputError):
 
 
 def one_line(text: str) -> str:
-    """A text as a terminal shows it and does not obey it: control characters escaped, the middle of a long one cut."""
-    text = _cut(text)
-    if text.isprintable():
-        return text
-    return _cut("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text))
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MAX_LENGTH:
-        return text
-    return f"{text[: MAX_LENGTH * 3 // 4]} [...] {text[-MAX_LENGTH // 5 :]}"
+    """A text with its control characters escaped, so that a terminal does not obey them, and cut if it is long."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH * 3 // 4]} [...] {line[-MAX_LENGTH // 5 :]}"

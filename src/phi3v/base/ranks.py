@@ -23,9 +23,6 @@ from phi3v.base.hardware import pick_device, quiet_deepspeed
 
 T = TypeVar("T")
 
-GATHERED_AT_ONCE = 4096
-"""Objects of one message, which bounds its memory."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -63,18 +60,10 @@ class Ranks:
         """Every rank's items, by rank, on every rank."""
         if self.num == 1:
             return [list(items)]
-        longest = max(int(n) for n in self._every(len(items)))
-        found: list[list[T]] = [[] for _ in range(self.num)]
-        for start in range(0, longest, GATHERED_AT_ONCE):
-            for mine, part in zip(found, self._every(list(items[start : start + GATHERED_AT_ONCE])), strict=True):
-                mine += part
-        return found
-
-    def _every(self, item: T) -> list[T]:
         self.meet()
-        items: list[Any] = [None] * self.num
-        dist.all_gather_object(items, item, group=_small())
-        return items
+        found: list[Any] = [None] * self.num
+        dist.all_gather_object(found, list(items), group=_small())
+        return found
 
     def first_does(self, work: Callable[[], T]) -> T:
         """Runs `work` on rank 0; returns its result, or raises its InputError, on every rank."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from phi3v.base.config import Run, run_of
 from phi3v.base.errors import InputError
@@ -32,13 +32,7 @@ FREE_GROUPS = ("scaling", "keeping")
 FREE_FLAGS = ("num_workers", "on_bad_example")
 
 
-class Claim(NamedTuple):
-    """What a new run finds in its folder."""
-
-    started: bool
-    """An unfinished run that this one continues."""
-    finished: bool
-    """A finished run: nothing is left to do."""
+State = Literal["new", "unfinished", "finished"]
 
 
 class RunFolder:
@@ -133,27 +127,26 @@ class RunFolder:
 
     # -- whose folder it is ------------------------------------------------------------------------------------------
 
-    def claim(self, run: Run) -> Claim:
-        """Looks into the folder before anything is loaded. Raises InputError unless `run` may write there."""
+    def claim(self, run: Run) -> State:
+        """What a run finds in its folder, before anything is loaded. Raises InputError unless it may write there."""
         path, resume = self.path, run.keeping.resume == "auto"
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {path} is a file: choose another folder")
         if not self.is_run:
             if path.exists() and any(entry.name not in BEFORE_IT_BEGAN for entry in path.iterdir()):
                 raise InputError(f"--out {path} is not empty and holds no run: choose another folder")
-            return Claim(False, False)  # the folder is made when there is something to put in it
-        if self.is_finished:
-            if not resume:
-                raise InputError(f"--out {path} holds a finished run: choose another folder")
-            self._check_same_settings(run)
-            return Claim(True, True)
+            return "new"  # the folder is made when there is something to put in it
+        if self.is_finished and not resume:
+            raise InputError(f"--out {path} holds a finished run: choose another folder")
         if not resume:
             raise InputError(
                 f"--out {path} holds an unfinished run: add --resume auto to continue it, or choose another folder"
             )
         self._check_same_settings(run)
+        if self.is_finished:
+            return "finished"
         self._check_same_data(run)
-        return Claim(True, False)
+        return "unfinished"
 
     def _check_same_settings(self, run: Run) -> None:
         """An exact continuation needs the same settings, except for those that are free."""

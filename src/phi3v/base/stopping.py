@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -51,14 +47,3 @@ class StopRequest:
 
 class Stopped(Exception):
     """Work that can be done later was left because a stop was requested."""
-
-
-def resume_command(*, add_resume: bool) -> str:
-    """The command line of this process, or of the torchrun that started it, with `--resume auto` added if wanted."""
-    script = sys.argv[0]
-    program = ["-m", "phi3v"] if Path(script).name == "__main__.py" else [script]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *program]
-    else:
-        program = ["python", *program] if script.endswith(".py") else [Path(script).name]
-    return shlex.join([*program, *sys.argv[1:], *(["--resume", "auto"] if add_resume else [])])

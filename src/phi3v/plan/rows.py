@@ -28,7 +28,7 @@ from phi3v.recipes.table import MODES, Mode, with_mode
 from phi3v.train.build import build_model
 from phi3v.train.engines import Parallel
 from phi3v.train.flops import recomputing_flops, training_flops
-from phi3v.train.memory import STEPS_LOOKED_AT, estimate, layers_to_recompute
+from phi3v.train.memory import STEPS_LOOKED_AT, estimate, largest_pack, layers_to_recompute
 
 NF4_SPEED = 0.87
 """Speed of 4-bit weights, which are dequantized before every product, relative to LoRA's: as in the guide's runs."""
@@ -247,10 +247,5 @@ def look_at(work: Work, run: Run, num_ranks: int) -> tuple[list[Step], dict[str,
     settings = PlanSettings(batch_size=run.data.batch_size, questions=run.data.questions, limits=limits)
     plan = plan_epoch(work.lengths, settings, seed=run.keeping.seed, epoch=0)
     looked_at = [plan.packs(number, num_ranks) for number in range(min(len(plan), STEPS_LOOKED_AT))]
-    packs = [pack for _, ranks in looked_at for of_rank in ranks for pack in of_rank]
-    largest = {
-        "tokens": max(sum(tree.tokens for tree in pack) for pack in packs),
-        "crops": max(sum(tree.crops for tree in pack) for pack in packs),
-        "rows": max(sum(int(work.lengths.supervised[i]) for tree in pack for i in tree.examples) for pack in packs),
-    }
+    largest = largest_pack(work.lengths, [packs for _, packs in looked_at])
     return [step for step, _ in looked_at], largest, len(plan)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ def forget(folder: Path, step: int, keep: int) -> None:
 
 def resume(folder: Path, *, engine: Engine, schedule: LRScheduler, ranks: Ranks = ALONE) -> int:
     """Loads the newest whole checkpoint in `folder` and returns its step, or 0 if there is none. Says which it is."""
-    newest, complaints = newest_checkpoint(folder, ranks)
+    newest, complaints = ranks.first_does(lambda: newest_checkpoint(folder))
     for complaint in complaints:
         say(f"[yellow]damaged checkpoint passed over:[/] {escape(complaint)}")
     if newest is None:
@@ -122,36 +122,27 @@ def resume(folder: Path, *, engine: Engine, schedule: LRScheduler, ranks: Ranks 
     return load_checkpoint(newest, engine=engine, schedule=schedule)
 
 
-def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and what is wrong with the newer ones that were passed over.
-
-    All ranks call this together; each checks its share of the files.
-    """
-    complaints: list[str] = []
-    for name in ranks.first_does(lambda: [path.name for path in reversed(checkpoints(folder).values())]):
-        complaint = damage(folder / name, share=(ranks.rank, ranks.num))
-        found = [line for lines in ranks.gather([complaint] if complaint else []) for line in lines]
-        if not found:
-            return folder / name, complaints
-        complaints.append(found[0])
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, and what is wrong with the newer ones."""
+    complaints = list[str]()
+    for path in reversed(checkpoints(folder).values()):
+        complaint = damage(path)
+        if complaint is None:
+            return path, complaints
+        complaints.append(complaint)
     return None, complaints
 
 
-def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None if every file is as it was written.
-
-    `share` (i, n) looks at every n-th file only, from the i-th on.
-    """
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file, or None if every file is as it was written."""
     try:
-        manifest = read_object(path / MANIFEST)
+        for name, entry in read_object(path / MANIFEST).items():
+            if _entry(path / name) != entry:
+                return f"{path / name} is damaged: its size or SHA-256 is not that of the file that was written"
     except InputError as error:
         return str(error)
-    for name in sorted(manifest)[share[0] :: share[1]]:
-        try:
-            if _entry(path / name) != manifest[name]:
-                return f"{path / name} is damaged: its size or SHA-256 is not that of the file that was written"
-        except OSError as error:
-            return f"{path / name}: {error.strerror}"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     return None
 
 
@@ -227,15 +218,13 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 def scores(folder: Path, last: int) -> dict[int, float]:
     """The metrics, by step, of the checkpoints up to step `last` that have one."""
-    found = {step: _metric(path) for step, path in checkpoints(folder).items() if step <= last}
-    return {step: metric for step, metric in found.items() if metric is not None}
-
-
-def _metric(path: Path) -> float | None:
-    try:
-        return read_object(path / STATE).get("metric")
-    except InputError:  # a damaged checkpoint
-        return None
+    found = dict[int, float]()
+    for step, path in checkpoints(folder).items():
+        with suppress(InputError):  # a damaged checkpoint
+            metric = read_object(path / STATE).get("metric")
+            if step <= last and metric is not None:
+                found[step] = metric
+    return found
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ What cannot be computed here is refused by an error that names the flag.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.train.build import build_model
 from phi3v.train.engines import Parallel, pick_engine
 from phi3v.train.feed import TrainingData
-from phi3v.train.memory import MEMORY_TO_USE, STEPS_LOOKED_AT, estimate, layers_to_recompute
+from phi3v.train.memory import MEMORY_TO_USE, STEPS_LOOKED_AT, estimate, largest_pack, layers_to_recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +71,28 @@ def pick_recompute(run: Run, config: Phi3VConfig, data: TrainingData, ranks: Ran
         return every if run.tuning.activation_checkpointing == "full" else 0
     shell = build_model(run, choices.attention, choices.dtype, ranks, 0, shell=config)
     plan = data.plan(0)
-    seen = [data.largest_pack(plan.packs(step, ranks.num)[1]) for step in range(min(len(plan), STEPS_LOOKED_AT))]
-    largest = {name: max(sizes[name] for sizes in seen) for name in seen[0]}
+    packs = [plan.packs(step, ranks.num)[1] for step in range(min(len(plan), STEPS_LOOKED_AT))]
+    largest = largest_pack(data.lengths, packs)
 
     def needed(layers: int) -> float:
-        return estimate(
-            shell,
-            config,
-            **largest,
-            bytes_per_value=choices.dtype.itemsize,
-            recompute=layers,
-            engine=choices.engine,
-            num_ranks=ranks.num,
-            optimizer=run.optim.optimizer,
-        )["total"]
+        return memory_of(run, shell, config, largest, ranks, replace(choices, recompute=layers))["total"]
 
     free = torch.cuda.mem_get_info(ranks.device)[0] / 1e9
     found = ranks.gather([layers_to_recompute(MEMORY_TO_USE * free, every, needed)])
     return max(layers for of_rank in found for layers in of_rank)
+
+
+def memory_of(
+    run: Run, model: Any, config: Phi3VConfig, largest: dict[str, int], ranks: Ranks, choices: Choices
+) -> dict[str, float]:
+    """The estimated memory of a run by part, for its `largest` pack."""
+    return estimate(
+        model,
+        config,
+        **largest,
+        bytes_per_value=choices.dtype.itemsize,
+        recompute=choices.recompute,
+        engine=choices.engine,
+        num_ranks=ranks.num,
+        optimizer=run.optim.optimizer,
+    )

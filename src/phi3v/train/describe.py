@@ -13,25 +13,16 @@ from phi3v.base.hardware import has_bf16, name_of
 from phi3v.base.ranks import Ranks
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import count_parameters
-from phi3v.train.choices import Choices
+from phi3v.train.choices import Choices, memory_of
 from phi3v.train.feed import TrainingData
-from phi3v.train.memory import estimate
+from phi3v.train.memory import largest_pack
 
 
 def describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, ranks: Ranks, choices: Choices) -> None:
     """Prints the resolved run. `model` may be on the meta device."""
     lengths, limits = data.lengths, data.settings.limits
     first, packs = data.plan(0).packs(0, ranks.num)
-    memory = estimate(
-        model,
-        config,
-        **data.largest_pack(packs),
-        bytes_per_value=choices.dtype.itemsize,
-        recompute=choices.recompute,
-        engine=choices.engine,
-        num_ranks=ranks.num,
-        optimizer=run.optim.optimizer,
-    )
+    memory = memory_of(run, model, config, largest_pack(lengths, [packs]), ranks, choices)
     _row("model", escape(run.base.model))
     _row(
         "",

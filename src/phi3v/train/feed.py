@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +16,7 @@ from phi3v.base.config import Run
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.hardware import pick_tokens_per_pack
+from phi3v.base.pool import num_cores
 from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import check
@@ -30,7 +30,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
 from phi3v.packing.ondisk import OnDisk
 from phi3v.packing.pack import Lost
-from phi3v.packing.schedule import EpochPlan, PackPlan, PlanSettings, plan_epoch
+from phi3v.packing.schedule import EpochPlan, PlanSettings, plan_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 
@@ -58,15 +58,6 @@ class TrainingData:
         epoch, within = divmod(step, self.steps_per_epoch)
         _, packs = self.plan(epoch).packs(within, num_ranks)
         return [[self.encoded[i].id for pack in of_rank for tree in pack for i in tree.examples] for of_rank in packs]
-
-    def largest_pack(self, packs: list[list[PackPlan]]) -> dict[str, int]:
-        """Most tokens, crops and supervised rows of any pack of a step, whose packs are given by rank."""
-        every = [pack for of_rank in packs for pack in of_rank]
-        return {
-            "tokens": max(sum(tree.tokens for tree in pack) for pack in every),
-            "crops": max(sum(tree.crops for tree in pack) for pack in every),
-            "rows": max(int(sum(self.lengths.supervised[i] for tree in p for i in tree.examples)) for p in every),
-        }
 
     @property
     def image_sizes(self) -> dict[str, tuple[int, int]]:
@@ -198,8 +189,7 @@ def encode_all(
 def _num_workers(wanted: int | None) -> int:
     if wanted is not None:
         return wanted
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if cores <= 2 else min(4, cores - 1)
+    return 0 if num_cores() <= 2 else min(4, num_cores() - 1)
 
 
 @dataclass(kw_only=True)

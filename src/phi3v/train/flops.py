@@ -21,17 +21,12 @@ from phi3v.model.vision import MERGED, PATCH, PATCHES
 from phi3v.packing.schedule import Step
 
 
-def peak_tflops(card: str, dtype: torch.dtype) -> float | None:
-    """TFLOP/s of a card (as `torch.cuda.get_device_name` calls it) at its best; None if unknown, or in float32."""
-    if dtype == torch.float32:
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak TFLOP/s of the card; None for a CPU, in float32, or if the card is unknown."""
+    if device.type != "cuda" or dtype == torch.float32:
         return None
-    found = card_of_device(card)
-    return None if found is None else found.tflops
-
-
-def device_peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """`peak_tflops` of the device at hand; None for a CPU."""
-    return peak_tflops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    card = card_of_device(torch.cuda.get_device_name(device))
+    return card.tflops if card else None
 
 
 @dataclass(frozen=True, kw_only=True)

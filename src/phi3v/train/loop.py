@@ -25,7 +25,7 @@ from phi3v.base.files import written_whole
 from phi3v.base.hardware import peak_memory_gb
 from phi3v.base.ranks import MissingRank, join
 from phi3v.base.runfolder import RunFolder
-from phi3v.base.stopping import Stopped, StopRequest, resume_command
+from phi3v.base.stopping import Stopped, StopRequest
 from phi3v.model.loading import save_model
 from phi3v.model.parts import widen
 from phi3v.packing.pack import Pack
@@ -36,7 +36,7 @@ from phi3v.train.checkpoint import forget, save_checkpoint, scores
 from phi3v.train.determinism import deterministic
 from phi3v.train.engines.engine import StepResult
 from phi3v.train.feed import steps
-from phi3v.train.flops import achieved, device_peak_tflops
+from phi3v.train.flops import achieved, peak_tflops
 from phi3v.train.optim import reach
 from phi3v.train.scoring import announce, evaluate, final_metrics
 from phi3v.train.setup import Job, dry_run, setup
@@ -58,13 +58,13 @@ def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> d
         ranks = join(60 * run.scaling.rank_timeout_minutes)
         speak(ranks.is_first)
         folder = RunFolder(run.keeping.out)
-        found = ranks.first_does(lambda: folder.claim(run))
-        if found.finished:
+        state = ranks.first_does(lambda: folder.claim(run))
+        if state == "finished":
             return ranks.first_does(lambda: finished_before(folder))
         if run.keeping.dry_run:
-            dry_run(run, ranks, resumes=found.started)
+            dry_run(run, ranks, resumes=state == "unfinished")
             return {}
-        with setup(run, ranks, stop, resumes=found.started, published=published) as job:
+        with setup(run, ranks, stop, resumes=state == "unfinished", published=published) as job:
             try:
                 with job.log.screen:
                     learn(job)
@@ -72,8 +72,7 @@ def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> d
             except Stopped:
                 where = f"after step {step}, which is saved" if (step := job.log.last_step) else "before the first step"
                 reason = stop.reason or "another process was asked to stop"
-                command = resume_command(add_resume=run.keeping.resume != "auto")
-                say(escape(f"stopped {where}: {reason}. Resume with\n  {command}"))
+                say(escape(f"stopped {where}: {reason}. The same command with --resume auto continues"))
                 return {}
 
 
@@ -86,7 +85,7 @@ def learn(job: Job) -> None:
     if evaluation_is_due(job, job.first_step) and job.first_step not in accuracies:
         conclude_step(job, job.first_step, accuracies, stops=False)  # the run was stopped before this evaluation
     audit, losses = GradientAudit(engine.model), deque[float](maxlen=SPIKE_WINDOW)
-    peak_tflops = device_peak_tflops(ranks.device, job.choices.dtype)
+    peak = peak_tflops(ranks.device, job.choices.dtype)
     feed = steps(data, ranks, first_step=job.first_step)
     engine.model.train()
     for step in range(job.first_step + 1, data.total_steps + 1):
@@ -120,7 +119,7 @@ def learn(job: Job) -> None:
                 "grad_norm": result.norm,
                 **batch.counts(seconds),
                 "memory_gb": peak_memory_gb(ranks.device),
-                **achieved(job.flops.of(batch.first.step), seconds, ranks.num, peak_tflops),
+                **achieved(job.flops.of(batch.first.step), seconds, ranks.num, peak),
                 **({"skipped": True} if result.skipped else {}),
             }
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.markup import escape
@@ -26,13 +25,13 @@ def parse_steps(text: str | None) -> range:
     return range(int(match[1]), int(match[2]) + 1)
 
 
-class Profiler:
-    """Traces `steps` into one file a rank in `folder`. A context manager: a run that ends before the last of them has a
-    trace of those it has done."""
+class Profiler(ExitStack):
+    """Traces `steps` into one file per rank in `folder`. A run that ends before the last of them leaves a trace of
+    those it has done."""
 
     def __init__(self, steps: range, folder: Path, rank: int) -> None:
+        super().__init__()
         self.steps, self.folder, self.rank = steps, folder, rank
-        self._profile: torch.profiler.profile | None = None
         self._traced = list[int]()
 
     @contextmanager
@@ -41,29 +40,17 @@ class Profiler:
         if number not in self.steps:
             yield
             return
-        if self._profile is None:
-            self._profile = torch.profiler.profile()
-            self._profile.start()
+        if not self._traced:
+            self.enter_context(torch.profiler.profile(on_trace_ready=self._export))
+        self._traced.append(number)
         with torch.profiler.record_function(f"step {number}"):
             yield
-        self._traced.append(number)
         if number == self.steps[-1]:
-            self._end()
+            self.close()
 
-    def __enter__(self) -> Profiler:
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._profile is None:
-            return
-        self._profile.stop()
-        if self._traced:
-            file = self.folder / f"steps-{self._traced[0]}-{self._traced[-1]}.rank-{self.rank}.json.gz"
-            make_folder(self.folder)
-            with disk_errors(file):
-                self._profile.export_chrome_trace(str(file))
-            say(escape(f"profile     {file}"))
-        self._profile = None
+    def _export(self, profile: torch.profiler.profile) -> None:
+        file = self.folder / f"steps-{self._traced[0]}-{self._traced[-1]}.rank-{self.rank}.json.gz"
+        make_folder(self.folder)
+        with disk_errors(file):
+            profile.export_chrome_trace(str(file))
+        say(escape(f"profile     {file}"))

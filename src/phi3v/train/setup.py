@@ -137,7 +137,7 @@ def open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack, pub
     """Makes the run folder and locks it for as long as `held` lasts; returns the holder of the lock."""
     folder = RunFolder(run.keeping.out)
     holder = held.enter_context(folder.locked())
-    if folder.claim(run).started:
+    if folder.claim(run) != "new":
         raise InputError(f"--out {folder.path}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
     folder.save(environment=about, images=data.image_sizes, lengths=data.statistics())

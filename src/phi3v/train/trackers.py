@@ -13,7 +13,6 @@ import contextlib
 import io
 import logging
 import os
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -124,36 +123,27 @@ class MLflow(Tracker):
 
     def start(self, settings: dict[str, Any], first_step: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
+        import mlflow
 
-        for chatty in ("alembic", "mlflow.store.db.utils"):
+        for chatty in ("alembic", "mlflow"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         own = f"sqlite:///{(self.folder.path / 'mlflow.db').resolve()}"
         uri = os.environ.get("MLFLOW_TRACKING_URI", own)
         self.where = f"mlflow ui --backend-store-uri {uri}" if uri == own else uri
-        self._metric, self.client = Metric, MlflowClient(tracking_uri=uri)
-
-        def new() -> str:
-            title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            found = self.client.get_experiment_by_name(title)
-            files = str((self.folder.path / "mlartifacts").resolve()) if uri == own else None
-            experiment = self.client.create_experiment(title, files) if found is None else found.experiment_id
-            run = self.client.create_run(experiment, run_name=self.title).info.run_id
-            # MLflow's parameters cannot be changed: a resumed run keeps those it began with.
-            self.client.log_batch(run, params=[Param(key, str(value)) for key, value in settings.items()])
-            return run
-
-        self.run_id = self.tracked_id(new)
-        self.client.update_run(self.run_id, "RUNNING")
+        self.mlflow = mlflow
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        known = self.folder.trackers.get(self.name)
+        run = mlflow.start_run(run_id=known, run_name=None if known else self.title)
+        # MLflow's parameters cannot be changed: a resumed run keeps those it began with.
+        if self.tracked_id(lambda: run.info.run_id) != known:
+            mlflow.log_params(settings)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        metrics = [self._metric(key, value, now, step) for key, value in numbers.items()]
-        self.client.log_batch(self.run_id, metrics=metrics)
+        self.mlflow.log_metrics(dict(numbers), step)
 
     def finish(self, *, failed: bool) -> None:
-        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+        self.mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 class Trackio(Tracker):
@@ -196,8 +186,6 @@ def start_trackers(
     for name in names:
         try:
             trackers.append(TRACKERS[name](folder, plain, first_step))
-        except ImportError as error:
-            raise InputError(f"--track {name}: {error}; install it with pip install 'phi3v[track]'") from error
         except Exception as error:  # a library with a service of its own behind it raises anything
             raise InputError(f"--track {name}: {first_line(error)}") from error
     return trackers
