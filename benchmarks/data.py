@@ -35,7 +35,7 @@ from phi3v.data.check import check
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import iter_jsonl
 from phi3v.packing.loader import Reading, training_packs
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
 from phi3v.train.feed import encode_all
@@ -72,7 +72,7 @@ def read(file: Path, max_packs: int | None) -> dict[str, Any]:
     assert check(file, None, processor).ok
     checked = time.perf_counter()
     _, encoded = encode_all(iter_jsonl(file), processor, ALONE)
-    plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=64, limits=LIMITS), seed=0, epoch=0)
+    plan = schedule_epoch(Lengths.of(encoded), ScheduleSettings(batch_size=64, limits=LIMITS), seed=0, epoch=0)
     ready, kept = time.perf_counter(), resident_mb()
     pages = 0
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)

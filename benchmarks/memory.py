@@ -103,7 +103,7 @@ def measure(name: str, layers: int = LAYERS) -> Measured:
         unwrap(model).config,
         tokens=max(pack.tokens for pack in packs),
         crops=step.crops // len(packs),
-        rows=step.rows // len(packs),
+        rows=step.target_rows // len(packs),
         bytes_per_value=dtype.itemsize,
         recompute=how["recompute"],
         optimizer=how["optimizer"],

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 
@@ -33,7 +33,7 @@ def realistic_lengths(num_examples: int, seed: int = 0) -> Lengths:
         tokens=prefix + text,
         prefix=prefix,
         crops=sizes[page, 1],
-        supervised=random.integers(3, 15, num_examples),
+        num_targets=random.integers(3, 15, num_examples),
     )
 
 
@@ -50,9 +50,9 @@ def main() -> None:
     print(f"numpy {np.__version__}, python {platform.python_version()}, {platform.machine()}")
     for max_tokens, num_ranks in itertools.product(arguments.max_tokens_per_pack, arguments.num_ranks):
         limits = PackLimits(max_tokens_per_pack=max_tokens, max_crops_per_pack=max_tokens // 128)
-        settings = PlanSettings(batch_size=arguments.batch_size, limits=limits)
+        settings = ScheduleSettings(batch_size=arguments.batch_size, limits=limits)
         start = time.perf_counter()
-        plan = plan_epoch(lengths, settings, seed=0, epoch=0)
+        plan = schedule_epoch(lengths, settings, seed=0, epoch=0)
         order = time.perf_counter() - start
         tokens = packs = slowest = 0
         for number in range(len(plan)):

@@ -42,7 +42,7 @@ from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.parts import add_lora, freeze
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
-from phi3v.packing.schedule import EpochPlan, PlanSettings
+from phi3v.packing.schedule import EpochSchedule, ScheduleSettings
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.train.audit import ALWAYS_ZERO
 from phi3v.train.engines import Engine, EngineSettings, build_engine
@@ -117,7 +117,7 @@ class Data:
         limits = PackLimits(max_tokens_per_pack=max_tokens_per_pack, max_crops_per_pack=4)
         order = np.array([example for step in STEPS for example in step])
         bounds = np.cumsum([0, *map(len, STEPS)])
-        plan = EpochPlan(Lengths.of(self.encoded), PlanSettings(batch_size=1, limits=limits), order, bounds)
+        plan = EpochSchedule(Lengths.of(self.encoded), ScheduleSettings(batch_size=1, limits=limits), order, bounds)
         reading = Reading(image_token_id=IMAGE_TOKEN, num_crops=NUM_CROPS)
         return list(training_packs(self.encoded, plan, reading, rank=ranks.rank, num_ranks=ranks.num))
 
@@ -137,7 +137,7 @@ def make_data(folder: Path) -> Data:
         ids = np.array([*start, *text], dtype=np.int32)
         return Encoded(
             ids=ids,
-            supervised=np.arange(len(ids)) >= len(ids) - 3 - number % 4,
+            loss_mask=np.arange(len(ids)) >= len(ids) - 3 - number % 4,
             prefix=0 if page is None else len(start),
             images=() if page is None else (str(folder / f"{page}.png"),),
             image_sizes=() if page is None else (hd_size(*sizes[page], NUM_CROPS),),

@@ -34,7 +34,7 @@ from phi3v.model.parts import add_lora, freeze, recompute_layers
 from phi3v.packing.loader import Reading
 from phi3v.packing.loss import weighted_cross_entropy
 from phi3v.packing.pack import Pack, make_pack
-from phi3v.packing.schedule import EpochPlan, PlanSettings, plan_epoch
+from phi3v.packing.schedule import EpochSchedule, ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 TOLERANCE = 1e-5
@@ -213,19 +213,19 @@ def plan_of(
     batch_size: int | None = None,
     epoch: int = 0,
     **how: Any,
-) -> EpochPlan:
+) -> EpochSchedule:
     """The plan of an epoch; by default of one step, in one pack."""
     limits = PackLimits(max_tokens_per_pack=tokens, max_crops_per_pack=crops, original_max=border, share_prefix=share)
     lengths = Lengths.of(encoded)
     if batch_size is None:
         batch_size = len(encoded) if how.get("questions", "all") == "all" else lengths.num_pages
-    return plan_epoch(lengths, PlanSettings(batch_size=batch_size, limits=limits, **how), seed=0, epoch=epoch)
+    return schedule_epoch(lengths, ScheduleSettings(batch_size=batch_size, limits=limits, **how), seed=0, epoch=epoch)
 
 
 def packs_of(
     encoded: Sequence[Encoded],
     processor: Phi3VProcessor,
-    plan: EpochPlan | None = None,
+    plan: EpochSchedule | None = None,
     *,
     step: int = 0,
     num_ranks: int = 1,
@@ -353,7 +353,7 @@ def test_expected_is_the_mean_over_all_draws(model, processor, encoded, one_by_o
     few = [encoded[name] for name in names]
     possible = itertools.product(names[:3], names[3:5], names[5:])
     draws = {frozenset(draw): weighted(one_by_one, mean(draw)) for draw in possible}
-    epochs: dict[frozenset[str], EpochPlan] = {}
+    epochs: dict[frozenset[str], EpochSchedule] = {}
     for epoch in range(100):
         plan = plan_of(few, questions="random", epoch=epoch)
         epochs.setdefault(frozenset(names[number] for number in plan.examples(0)), plan)
@@ -387,21 +387,21 @@ def test_tokens_weigh_alike_when_asked(model, processor, encoded, one_by_one, an
 
 
 def test_supervised_rows_are_rows_of_all(model, processor, encoded):
-    """Last layer, norm and head at every token of the pack, against those at the supervised rows alone."""
+    """Last layer, norm and head at every token of the pack, against those at the target rows alone."""
     (pack,) = packs_of([*encoded.values()], processor)
     pruned = packed(model, [pack])
     model.zero_grad(set_to_none=True)
     logits = model.lm_head(model.model.decode_layout(model.model.embed_pack(pack), pack.layout))
     assert len(logits) == pack.tokens
-    losses = F.cross_entropy(logits[pack.rows], pack.targets, reduction="none")
-    (loss := (losses * pack.weights).sum()).backward()
+    losses = F.cross_entropy(logits[pack.target_rows], pack.targets, reduction="none")
+    (loss := (losses * pack.loss_weights).sum()).backward()
     assert_same(pruned, Result.of(model, loss))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_logits_in_chunks_are_logits(model, processor, encoded, one_by_one, rows, monkeypatch):
     (pack,) = packs_of([*encoded.values()], processor)
-    assert pack.rows.shape[0] > 50
+    assert pack.target_rows.shape[0] > 50
     monkeypatch.setattr(model, "loss_rows_per_chunk", rows)
     with memory_of_logits() as largest:
         found = packed(model, [pack])

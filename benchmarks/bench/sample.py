@@ -19,7 +19,7 @@ from phi3v.model.parts import add_lora, freeze, set_precision
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.packing.loader import Reading, training_packs
 from phi3v.packing.pack import Pack
-from phi3v.packing.schedule import PlanSettings, Step, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, Step, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 Mode = Literal["full", "frozen", "lora", "qlora"]
@@ -111,7 +111,9 @@ def packs_of(
 ) -> tuple[list[Pack], Step]:
     """One optimizer step over all the examples, laid out as `savings` say."""
     limits = replace(limits, share_prefix="pages" in savings, pack="packs" in savings)
-    plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0)
+    plan = schedule_epoch(
+        Lengths.of(encoded), ScheduleSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0
+    )
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
     micros = list(training_packs(encoded, plan, reading))
     return [micro.pack for micro in micros], micros[0].step

@@ -21,8 +21,8 @@ from phi3v.train.flops import Products, training_flops
 
 SAVINGS = {
     "recompute": "activations are kept, not computed again",
-    "logits": "logits at supervised rows only",
-    "rows": "the last layer at supervised rows only",
+    "logits": "logits at target rows only",
+    "rows": "the last layer at target rows only",
     "crops": "CLIP without its last layer and without padding",
     "packs": "several pages in one pass",
     "pages": "a page once for all its questions",
@@ -60,14 +60,14 @@ def loss_of(model: Any, pack: Pack, savings: frozenset[str], num_crops: int) -> 
     inner: Phi3VForCausalLM = unwrap(model)
     with nullcontext() if "crops" in savings else wasteful(inner, pack, num_crops):
         x = inner.model.embed_pack(pack)
-    hidden = inner.model.decode_layout(x, pack.layout, pack.rows if "rows" in savings else None)
+    hidden = inner.model.decode_layout(x, pack.layout, pack.target_rows if "rows" in savings else None)
     if "rows" not in savings and "logits" in savings:
-        hidden = hidden[pack.rows]
+        hidden = hidden[pack.target_rows]
     logits = inner.lm_head(hidden).float()
     if "rows" in savings or "logits" in savings:
-        return weighted_cross_entropy(logits, pack.targets, pack.weights)
-    targets = torch.full((pack.tokens,), -100, device=logits.device).index_copy(0, pack.rows, pack.targets)
-    weights = torch.zeros(pack.tokens, device=logits.device).index_copy(0, pack.rows, pack.weights)
+        return weighted_cross_entropy(logits, pack.targets, pack.loss_weights)
+    targets = torch.full((pack.tokens,), -100, device=logits.device).index_copy(0, pack.target_rows, pack.targets)
+    weights = torch.zeros(pack.tokens, device=logits.device).index_copy(0, pack.target_rows, pack.loss_weights)
     return (F.cross_entropy(logits, targets, ignore_index=-100, reduction="none") * weights).sum()
 
 
@@ -104,9 +104,9 @@ def hardware_flops(model: Any, config: Phi3VConfig, step: Step, savings: frozens
     pairs, clip_layer = 2.0 * one.pair * step.pairs, 2.0 * (one.clip_layer + one.clip_pairs)
     work, crops = needed.of(step), step.crops
     if "rows" not in savings:
-        work += times * one.rest * (step.tokens - step.rows) + 3 * pairs
+        work += times * one.rest * (step.tokens - step.target_rows) + 3 * pairs
         if "logits" not in savings:
-            work += times * one.head * (step.tokens - step.rows)
+            work += times * one.head * (step.tokens - step.target_rows)
     if "crops" not in savings:
         crops = step.examples * shape.images * (shape.num_crops + 1)
         # Crops of zeros go through CLIP, forward and backward, but not through the projector; the last layer forward.

@@ -75,7 +75,7 @@ def test_good_data(data: Path, processor: Phi3VProcessor) -> None:
     encoded = [encode(example, processor) for example in read_jsonl(data)]
     for name, values in {
         "tokens": [one.tokens for one in encoded],
-        "answer_tokens": [one.num_supervised for one in encoded],
+        "answer_tokens": [one.num_targets for one in encoded],
         "crops": [one.crops for one in encoded],
     }.items():
         statistics = getattr(findings, name)

@@ -33,7 +33,7 @@ def coded(one: Example, processor: Phi3VProcessor) -> Encoded:
 
 
 def supervised_spans(encoded: Encoded) -> list[list[int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], encoded.supervised, [False]]).astype(int)))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], encoded.loss_mask, [False]]).astype(int)))
     return [encoded.ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]
 
 
@@ -86,8 +86,8 @@ def test_supervised_are_exactly_the_answers(one: Example, processor: Phi3VProces
     ]
     expected[-1].append(processor.end_of_text_id)
     assert spans == expected
-    assert encoded.num_supervised == sum(map(len, expected))
-    assert not encoded.supervised[encoded.ids == processor.image_token_id].any()
+    assert encoded.num_targets == sum(map(len, expected))
+    assert not encoded.loss_mask[encoded.ids == processor.image_token_id].any()
 
 
 def test_known_ids(processor: Phi3VProcessor) -> None:
@@ -96,7 +96,7 @@ def test_known_ids(processor: Phi3VProcessor) -> None:
     encoded = coded(example(("What is it?", "foo", "a.png")), processor)
     prompt = [1, 32010, 29871, 13, 32044, 1, 29871, 13, 5618, 338, 372, 29973, 32007, 29871, 13, 32001]
     assert encoded.ids.tolist() == [*prompt, 7953, 32007, 29871, 13, 32000]
-    assert encoded.supervised.tolist() == [False] * len(prompt) + [True] * 5
+    assert encoded.loss_mask.tolist() == [False] * len(prompt) + [True] * 5
     assert (encoded.prefix, encoded.prefix_tokens, encoded.tokens, encoded.crops) == (5, 4 + 757, 20 + 757, 5)
 
 
@@ -106,11 +106,11 @@ def test_prompt_is_prefix_of_training(one: Example, closed: bool, processor: Phi
     whole = coded(one, processor)
     asked = questions(one)
     assert len(asked) == len(one.turns)
-    starts = np.flatnonzero(np.diff(whole.supervised.astype(int)) == 1) + 1
+    starts = np.flatnonzero(np.diff(whole.loss_mask.astype(int)) == 1) + 1
     for question, start in zip(asked, starts, strict=True):
         prompt = coded(question, processor)
         assert prompt.ids.tolist() == whole.ids[:start].tolist()
-        assert not prompt.supervised.any()
+        assert not prompt.loss_mask.any()
         assert prompt.images == one.images[: len(prompt.images)]
         assert prompt.ids[-1] == processor.token_ids("<|assistant|>")[0]
         if not closed:
@@ -122,7 +122,7 @@ def test_closed_turns_are_the_turns_one_by_one(one: Example, processor: Phi3VPro
     whole = coded(replace(one, closed_turns=True), processor)
     alone = [coded(replace(one, turns=(turn,)), processor) for turn in one.turns]
     assert whole.ids.tolist() == np.concatenate([turn.ids for turn in alone]).tolist()
-    assert whole.supervised.tolist() == np.concatenate([turn.supervised for turn in alone]).tolist()
+    assert whole.loss_mask.tolist() == np.concatenate([turn.loss_mask for turn in alone]).tolist()
     assert whole.prefix == coded(one, processor).prefix
     if len(one.turns) == 1:
         assert whole.ids.tolist() == coded(one, processor).ids.tolist()
@@ -146,11 +146,11 @@ def test_prefix_ends_with_the_last_image(processor: Phi3VProcessor) -> None:
         assert (encoded.ids[: encoded.prefix] == processor.image_token_id).sum() == number
         if number:
             assert encoded.ids[encoded.prefix - 1] == processor.image_token_id
-            assert not encoded.supervised[: encoded.prefix].any()
+            assert not encoded.loss_mask[: encoded.prefix].any()
             counts = [num_image_tokens(h, w) for h, w in encoded.image_sizes]
             expanded = expand(encoded.ids, processor.image_token_id, counts)
             assert encoded.prefix_tokens == np.flatnonzero(expanded == processor.image_token_id)[-1] + 1
-    prompt = coded(questions(EXAMPLES["turns"])[2], processor)  # nothing supervised: history may be in the prefix
+    prompt = coded(questions(EXAMPLES["turns"])[2], processor)  # no targets: history may be in the prefix
     assert prompt.prefix == np.flatnonzero(prompt.ids == processor.image_token_id)[1] + 1
 
 

@@ -32,7 +32,7 @@ from phi3v.packing.layout import Layout, Tree
 from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.loss import weighted_cross_entropy
 from phi3v.packing.pack import Pack, make_pack
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.train.determinism import deterministic
 from phi3v.train.loop import train
@@ -173,7 +173,9 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
 
 def pack_of(encoded: list[Encoded], processor: Phi3VProcessor) -> Pack:
     limits = PackLimits(max_tokens_per_pack=10**6, max_crops_per_pack=10**6, original_max=BORDER)
-    plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0)
+    plan = schedule_epoch(
+        Lengths.of(encoded), ScheduleSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0
+    )
     _, [[trees]] = plan.packs(0)
     return make_pack(trees, encoded, image_token_id=processor.image_token_id, num_crops=processor.num_crops)
 
@@ -184,7 +186,7 @@ def loss_and_gradients(folder: Path, pack: Pack, device: Any, backend: str, dtyp
     )
     pack = pack.to(device)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-        loss = weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.weights)
+        loss = weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.loss_weights)
     loss.backward()
     # A key bias has no gradient but noise: softmax does not see what is added to all keys.
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "k_proj.bias" not in name}
@@ -212,7 +214,7 @@ def test_loss_and_every_gradient_against_the_cpu(tiny_checkpoint_dir, processor,
 def gradients_of(model: Phi3VForCausalLM, pack: Pack, dtype: torch.dtype) -> dict[str, Tensor]:
     model.zero_grad()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.weights).backward()
+        weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.loss_weights).backward()
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "k_proj.bias" not in name}
     return {name: gradient.double() for name, gradient in named.items()}
 

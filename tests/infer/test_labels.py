@@ -169,7 +169,7 @@ def test_label_tokens_are_those_of_training(tokenizer: str, request: pytest.Fixt
     labels = ["Yes.", " a red circle ", "naïve 日本", "1,000", "\n\nno", "ApplyEyeMakeup"]
     for label, ids in zip(labels, label_tokens(labels, processor), strict=True):
         answered = encode(Example(id="x", turns=(Turn(user="which?", assistant=label),)), processor)
-        learnt = answered.ids[answered.supervised].tolist()
+        learnt = answered.ids[answered.loss_mask].tolist()
         rest = [*processor.token_ids("<|end|>\n"), processor.end_of_text_id][1:]
         assert learnt == [*ids.tolist(), *rest]
         assert ids[-1] == processor.stop_token_ids[0]
@@ -180,7 +180,7 @@ def prompt_of(page: int, num_image_ids: int, question: int) -> Encoded:
     ids = np.concatenate([np.full(num_image_ids, page), np.arange(question)]).astype(np.int32)
     return Encoded(
         ids=ids,
-        supervised=np.zeros(len(ids), dtype=np.bool_),
+        loss_mask=np.zeros(len(ids), dtype=np.bool_),
         prefix=num_image_ids,
         images=(),
         image_sizes=(),
@@ -215,7 +215,7 @@ def test_the_cheaper_sharing_is_chosen(pages: list[tuple[int, list[int]]], num_l
 def test_branches_are_made_in_order() -> None:
     branches = Branches([prompt_of(0, 3, 2), prompt_of(1, 3, 4)], [np.array([7, 8], np.int32), np.array([9], np.int32)])
     assert [len(branch.ids) for branch in branches] == [7, 6, 9, 8]
-    assert [branch.ids[branch.supervised].tolist() for branch in branches] == [[7, 8], [9]] * 2
+    assert [branch.ids[branch.loss_mask].tolist() for branch in branches] == [[7, 8], [9]] * 2
 
 
 def conversations(*answers: str | None) -> list[Example]:

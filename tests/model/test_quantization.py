@@ -27,7 +27,7 @@ from phi3v.model.quantization import Quantization, quantize, read_quantization
 from phi3v.packing.loader import Reading, training_packs
 from phi3v.packing.loss import weighted_cross_entropy
 from phi3v.packing.pack import Pack
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
@@ -77,7 +77,7 @@ def learn(model: Any, packs: Iterable[Pack]) -> tuple[float, dict[str, torch.Ten
     model.zero_grad(set_to_none=True)
     total = 0.0
     for pack in packs:
-        loss = weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.weights)
+        loss = weighted_cross_entropy(model(pack=pack).logits, pack.targets, pack.loss_weights)
         loss.backward()
         total += float(loss.detach())
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -109,9 +109,9 @@ def step(tiny_checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ]
 
     def packs(**limits: Any) -> list[Pack]:
-        plan = plan_epoch(
+        plan = schedule_epoch(
             Lengths.of(encoded),
-            PlanSettings(batch_size=5, limits=PackLimits(max_crops_per_pack=100, original_max=360, **limits)),
+            ScheduleSettings(batch_size=5, limits=PackLimits(max_crops_per_pack=100, original_max=360, **limits)),
             seed=0,
             epoch=0,
         )

@@ -21,7 +21,7 @@ from phi3v.base.errors import InputError
 from phi3v.packing import workers
 from phi3v.packing.loader import Reading, prompt_packs, training_packs
 from phi3v.packing.pack import make_pack
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 IMAGE = 32044
@@ -48,8 +48,8 @@ def encoded(fabricate, images):
 
 
 def plan_of(encoded, **setting):
-    settings = PlanSettings(**{"batch_size": 6, "limits": LIMITS, **setting})
-    return plan_epoch(Lengths.of(encoded), settings, seed=1, epoch=0)
+    settings = ScheduleSettings(**{"batch_size": 6, "limits": LIMITS, **setting})
+    return schedule_epoch(Lengths.of(encoded), settings, seed=1, epoch=0)
 
 
 def with_workers(number, **setting):
@@ -116,7 +116,9 @@ def test_ranks_share_a_step(encoded):
         assert len({batch.step for batch in side_by_side}) == len({batch.last for batch in side_by_side}) == 1
     ids = [sorted(name for batch in batches for name in batch.pack.ids) for batches in (alone, chain(*ranks))]
     assert ids[0] == ids[1] == sorted(example.id for example in encoded)
-    weights = sum(float(batch.pack.weights.sum()) for batches in ranks for batch in batches if batch.step.number == 0)
+    weights = sum(
+        float(batch.pack.loss_weights.sum()) for batches in ranks for batch in batches if batch.step.number == 0
+    )
     assert weights == pytest.approx(1, abs=1e-6)
     assert any(batch.pack.tokens == 0 for batches in ranks for batch in batches)
 
@@ -469,8 +471,8 @@ def test_skipped_examples_come_with_their_pack(encoded, images, tmp_path, num_wo
     assert all(f"{broken}: unreadable image" in example.reason for example in lost)
     for batch, other in zip(batches, whole, strict=True):
         assert {*batch.pack.ids, *(example.id for example in batch.lost)} == set(other.pack.ids)
-        weights = float(batch.pack.weights.sum()) + sum(example.weight for example in batch.lost)
-        assert weights == pytest.approx(float(other.pack.weights.sum()))
+        weights = float(batch.pack.loss_weights.sum()) + sum(example.weight for example in batch.lost)
+        assert weights == pytest.approx(float(other.pack.loss_weights.sum()))
 
 
 def test_prompts_are_never_skipped(fabricate, images, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 from phi3v.base.errors import InputError
 from phi3v.data.image import hd_transform, load_image, num_image_tokens, num_tiles, tiles_of
 from phi3v.packing.pack import Lost, make_pack
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits, PackTree
 
 IMAGE = 32044
@@ -34,12 +34,12 @@ def images(tmp_path_factory):
 
 def expanded(example) -> tuple[list[int], list[bool]]:
     """Ids and supervision of an example with its images written out, by a loop."""
-    ids, supervised, sizes = [], [], iter(example.image_sizes)
-    for token, target in zip(example.ids.tolist(), example.supervised.tolist(), strict=True):
+    ids, loss_mask, sizes = [], [], iter(example.image_sizes)
+    for token, target in zip(example.ids.tolist(), example.loss_mask.tolist(), strict=True):
         times = num_image_tokens(*next(sizes)) if token == IMAGE else 1
         ids += [token] * times
-        supervised += [target] * times
-    return ids, supervised
+        loss_mask += [target] * times
+    return ids, loss_mask
 
 
 def tree_of(*examples: int, weights=None, long=False) -> PackTree:
@@ -48,29 +48,29 @@ def tree_of(*examples: int, weights=None, long=False) -> PackTree:
 
 def check(pack, trees, encoded):
     """Every row of the pack sees exactly what it would see in its example alone, and has its target and weight."""
-    branches = [pair for tree in trees for pair in zip(tree.examples, tree.weights, strict=True)]
+    branches = [pair for tree in trees for pair in zip(tree.examples, tree.loss_weights, strict=True)]
     assert pack.ids == tuple(encoded[example].id for example, _ in branches)
     everything = torch.arange(pack.tokens)
     position = pack.layout.position
     row = 0
     for number, (example, weight) in enumerate(branches):
-        ids, supervised = expanded(encoded[example])
-        prompt = not any(supervised)
-        wanted = [len(ids)] if prompt else [place for place, target in enumerate(supervised) if target]
+        ids, loss_mask = expanded(encoded[example])
+        prompt = not any(loss_mask)
+        wanted = [len(ids)] if prompt else [place for place, target in enumerate(loss_mask) if target]
         for place in wanted:
-            at = pack.rows[row]
+            at = pack.target_rows[row]
             assert pack.branch[row] == number
             assert position[at] == place - 1
             assert pack.targets[row] == (0 if prompt else ids[place])
-            assert pack.weights[row] == torch.tensor(0.0 if prompt else weight, dtype=torch.float32)
+            assert pack.loss_weights[row] == torch.tensor(0.0 if prompt else weight, dtype=torch.float32)
             (seen,) = pack.layout.visible(at[None], everything).nonzero()[:, 1].split(place)
             assert position[seen].tolist() == list(range(place))
             assert pack.input_ids[seen].tolist() == ids[:place]
             row += 1
-        # All tokens of the branch, supervised or not, follow its prefix in order.
+        # All tokens of the branch, targets or not, follow its prefix in order.
         own = (pack.layout.branch == number).nonzero()[:, 0]
         assert pack.input_ids[own].tolist() == ids[encoded[example].prefix_tokens :]
-    assert row == len(pack.rows) == len(pack.targets) == len(pack.weights) == len(pack.branch)
+    assert row == len(pack.target_rows) == len(pack.targets) == len(pack.loss_weights) == len(pack.branch)
     assert [tree.long for tree in pack.layout.trees] == [tree.long for tree in trees]
     pictures = [picture for tree in trees for picture in _pictures(encoded[tree.examples[0]])]
     assert pack.image_sizes.tolist() == [list(size) for _, size in pictures]
@@ -88,7 +88,7 @@ def test_a_tree_of_three_questions_and_lone_examples(fabricate, images):
     wide, tall = images["wide"], images["tall"]
     encoded = [
         fabricate(3, wide, 5, -3, id="a", seed=1),
-        fabricate(6, -2, 4, -3, id="text", seed=2),  # two turns, both supervised
+        fabricate(6, -2, 4, -3, id="text", seed=2),  # two turns, both with targets
         fabricate(3, wide, 2, -1, id="b", seed=3),
         fabricate(3, wide, 9, -4, id="c", seed=4),
         fabricate(2, tall, 1, wide, 4, -2, id="two", seed=5),
@@ -99,15 +99,19 @@ def test_a_tree_of_three_questions_and_lone_examples(fabricate, images):
     check(pack, trees, encoded)
     assert [tree.prefix > 0 for tree in pack.layout.trees] == [True, False, False, True]
     assert [len(tree.branches) for tree in pack.layout.trees] == [3, 1, 1, 1]
-    assert pack.input_ids.dtype == pack.rows.dtype == pack.targets.dtype == pack.branch.dtype == torch.int64
-    assert (pack.weights.dtype, pack.tiles.dtype, pack.image_sizes.dtype) == (torch.float32, torch.uint8, torch.int64)
+    assert pack.input_ids.dtype == pack.target_rows.dtype == pack.targets.dtype == pack.branch.dtype == torch.int64
+    assert (pack.loss_weights.dtype, pack.tiles.dtype, pack.image_sizes.dtype) == (
+        torch.float32,
+        torch.uint8,
+        torch.int64,
+    )
 
 
 def test_the_first_token_of_a_branch_may_be_a_target(fabricate, images):
     encoded = [fabricate(3, images["square"], -2, id=name, seed=seed) for seed, name in enumerate("ab")]
     pack = make_pack([tree_of(0, 1)], encoded, **SETTINGS)
     check(pack, [tree_of(0, 1)], encoded)
-    assert pack.rows[0] == pack.rows[2] == pack.layout.trees[0].prefix - 1
+    assert pack.target_rows[0] == pack.target_rows[2] == pack.layout.trees[0].prefix - 1
     assert pack.branch.tolist() == [0, 0, 1, 1]
 
 
@@ -122,7 +126,7 @@ def test_prompts_have_one_row_each(fabricate, images):
     pack = make_pack(trees, encoded, **SETTINGS)
     check(pack, trees, encoded)
     assert pack.branch.tolist() == [0, 1, 2, 3]
-    assert pack.weights.tolist() == [0, 0, 0, 0]
+    assert pack.loss_weights.tolist() == [0, 0, 0, 0]
 
 
 def test_a_pack_of_text_has_no_tiles(fabricate):
@@ -179,15 +183,15 @@ def test_planned_packs_hold_exactly_their_examples(fabricate, images, share_pref
     limits = PackLimits(
         max_tokens_per_pack=max_tokens, max_crops_per_pack=12, original_max=760, share_prefix=share_prefix
     )
-    setting = PlanSettings(batch_size=len(encoded), limits=limits)
-    plan = plan_epoch(Lengths.of(encoded), setting, seed=0, epoch=0)
+    setting = ScheduleSettings(batch_size=len(encoded), limits=limits)
+    plan = schedule_epoch(Lengths.of(encoded), setting, seed=0, epoch=0)
     step, ranks = plan.packs(0, num_ranks=2)
     total, tokens, crops = 0.0, 0, 0
     for trees in (trees for packs in ranks for trees in packs):
         pack = make_pack(trees, encoded, **SETTINGS)
         check(pack, trees, encoded)
         assert pack.layout.tokens == pack.tokens == sum(tree.tokens for tree in trees)
-        total += float(pack.weights.double().sum())
+        total += float(pack.loss_weights.double().sum())
         tokens += pack.tokens
         crops += pack.crops
     assert (tokens, crops) == (step.tokens, step.crops)
@@ -329,7 +333,7 @@ def test_a_step_without_its_lost_examples_is_a_step_of_the_others(
     limits = PackLimits(max_tokens_per_pack=max_tokens, max_crops_per_pack=12, original_max=760)
     lengths = Lengths.of(encoded)
     units = len(encoded) if setting.get("questions", "all") == "all" else lengths.num_pages
-    plan = plan_epoch(lengths, PlanSettings(batch_size=units, limits=limits, **setting), seed=0, epoch=0)
+    plan = schedule_epoch(lengths, ScheduleSettings(batch_size=units, limits=limits, **setting), seed=0, epoch=0)
     held = [encoded[example] for example in plan.examples(0)]
     left = [example for example in held if images[lost_image] not in example.images]
     gone = {example.id for example in held} - {example.id for example in left}
@@ -345,17 +349,19 @@ def test_a_step_without_its_lost_examples_is_a_step_of_the_others(
     lost = [example for pack in packs for example in pack.lost]
     assert sorted(example.id for example in lost) == sorted(gone)
     missing = sum(example.weight for example in lost)
-    assert missing + sum(float(pack.weights.double().sum()) for pack in packs) == pytest.approx(1, abs=1e-6)
+    assert missing + sum(float(pack.loss_weights.double().sum()) for pack in packs) == pytest.approx(1, abs=1e-6)
     if not left:
         assert all(pack.tokens == 0 for pack in packs)
         return
     lengths = Lengths.of(left)
     units = len(left) if setting.get("questions", "all") == "all" else lengths.num_pages
-    others = plan_epoch(lengths, PlanSettings(batch_size=units, limits=limits, **setting), seed=0, epoch=0)
-    wanted = {left[example].id: weight for example, weight in zip(others.examples(0), others.weights(0), strict=True)}
+    others = schedule_epoch(lengths, ScheduleSettings(batch_size=units, limits=limits, **setting), seed=0, epoch=0)
+    wanted = {
+        left[example].id: weight for example, weight in zip(others.examples(0), others.loss_weights(0), strict=True)
+    }
     found = {
         pack.ids[branch]: float(weight) / (1 - missing)
         for pack in packs
-        for branch, weight in zip(pack.branch, pack.weights, strict=True)
+        for branch, weight in zip(pack.branch, pack.loss_weights, strict=True)
     }
     assert found == pytest.approx(wanted, rel=1e-5)

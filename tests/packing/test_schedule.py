@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3v.base.errors import InputError
-from phi3v.packing.schedule import PlanSettings, pack_trees, plan_epoch, plan_prompts
+from phi3v.packing.schedule import ScheduleSettings, pack_trees, schedule_epoch, schedule_prompts
 from phi3v.packing.trees import Lengths, PackLimits, PackTree
 
 WAYS = [*product(("all", "random"), ("example", "token")), ("expected", "example")]
@@ -25,14 +25,14 @@ def some_lengths(draw):
     first = {number: place for place, number in enumerate(dict.fromkeys(page))}
     count = len(page)
     branch = draw(st.lists(st.integers(2, 60), min_size=count, max_size=count))
-    supervised = draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    num_targets = draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
     prefix = np.array([pages[number][1] for number in page], dtype=np.int64)
     return Lengths(
         page=np.array([first[number] for number in page], dtype=np.int64),
         tokens=prefix + branch,
         prefix=prefix,
         crops=np.array([pages[number][2] for number in page], dtype=np.int64),
-        supervised=np.array(supervised, dtype=np.int64),
+        num_targets=np.array(num_targets, dtype=np.int64),
     )
 
 
@@ -50,10 +50,10 @@ some_limits = st.builds(
 def some_plan(draw):
     lengths, (questions, weighting) = draw(some_lengths()), draw(st.sampled_from(WAYS))
     units = len(lengths) if questions == "all" else lengths.num_pages
-    setting = PlanSettings(
+    setting = ScheduleSettings(
         batch_size=draw(st.integers(1, units)), questions=questions, weighting=weighting, limits=draw(some_limits)
     )
-    return plan_epoch(lengths, setting, seed=draw(st.integers(0, 99)), epoch=draw(st.integers(0, 9)))
+    return schedule_epoch(lengths, setting, seed=draw(st.integers(0, 99)), epoch=draw(st.integers(0, 9)))
 
 
 def steps_of(plan, num_ranks=1):
@@ -66,7 +66,7 @@ def weight_of_example(ranks) -> dict[int, float]:
         for packs in ranks
         for pack in packs
         for tree in pack
-        for pair in zip(tree.examples, tree.weights, strict=True)
+        for pair in zip(tree.examples, tree.loss_weights, strict=True)
     ]
     assert len(dict(pairs)) == len(pairs), "an example twice in a step"
     return dict(pairs)
@@ -98,8 +98,8 @@ def test_the_weights_of_a_step_are_the_objective_on_any_number_of_ranks(plan, nu
     for (_, alone), (_, ranks) in zip(steps_of(plan), steps_of(plan, num_ranks), strict=True):
         weights = weight_of_example(ranks)
         assert weights == weight_of_example(alone)
-        assert sum(weight * lengths.supervised[i] for i, weight in weights.items()) == pytest.approx(1, rel=1e-12)
-        loss_of = {i: np.random.default_rng(i).random(lengths.supervised[i]) for i in weights}
+        assert sum(weight * lengths.num_targets[i] for i, weight in weights.items()) == pytest.approx(1, rel=1e-12)
+        loss_of = {i: np.random.default_rng(i).random(lengths.num_targets[i]) for i in weights}
         ours = sum(weight * loss_of[i].sum() for i, weight in weights.items())
         if setting.weighting == "token":
             expected = np.concatenate(list(loss_of.values())).mean()
@@ -158,22 +158,24 @@ def test_trees_are_pages_and_are_cut_only_where_they_must_be(plan):
 @given(plan=some_plan())
 def test_a_plan_is_a_function_of_its_inputs(plan):
     inputs = {"seed": 5, "epoch": 3}
-    one, two = (plan_epoch(plan.lengths, plan.settings, **inputs) for _ in range(2))
+    one, two = (schedule_epoch(plan.lengths, plan.settings, **inputs) for _ in range(2))
     assert steps_of(one, 3) == steps_of(two, 3)
     # A step needs none of the steps before it: resuming is asking for the suffix.
-    fresh = plan_epoch(plan.lengths, plan.settings, **inputs)
+    fresh = schedule_epoch(plan.lengths, plan.settings, **inputs)
     assert [fresh.packs(number) for number in reversed(range(len(fresh)))] == steps_of(one)[::-1]
 
 
 def pages_of(*questions: int, **columns) -> Lengths:
     page = np.repeat(np.arange(len(questions)), questions)
-    values = {"tokens": 30, "prefix": 20, "crops": 2, "supervised": 3, **columns}
+    values = {"tokens": 30, "prefix": 20, "crops": 2, "num_targets": 3, **columns}
     return Lengths(page=page, **{name: np.full(len(page), value) for name, value in values.items()})
 
 
 def plan_of(lengths, *, seed=0, epoch=0, max_tokens=1000, max_crops=100, batch_size=2, **setting):
     limits = PackLimits(max_tokens_per_pack=max_tokens, max_crops_per_pack=max_crops)
-    return plan_epoch(lengths, PlanSettings(batch_size=batch_size, limits=limits, **setting), seed=seed, epoch=epoch)
+    return schedule_epoch(
+        lengths, ScheduleSettings(batch_size=batch_size, limits=limits, **setting), seed=seed, epoch=epoch
+    )
 
 
 def test_the_order_is_pinned():
@@ -254,7 +256,7 @@ def test_packs_of_a_realistic_mix_are_nearly_full():
         tokens=sizes[:, 0] + text,
         prefix=sizes[:, 0],
         crops=sizes[:, 1],
-        supervised=np.full(2000, 10),
+        num_targets=np.full(2000, 10),
     )
     steps = [step for step, _ in steps_of(plan_of(lengths, batch_size=200, max_tokens=16384, max_crops=120))]
     assert sum(step.tokens for step in steps) / sum(step.packs * 16384 for step in steps) > 0.95
@@ -263,7 +265,9 @@ def test_packs_of_a_realistic_mix_are_nearly_full():
 @given(lengths=some_lengths(), limits=some_limits, num_ranks=st.integers(1, 3), pages_at_once=st.integers(1, 13))
 def test_prompts_are_planned_once_within_the_budget_with_room_to_grow(lengths, limits, num_ranks, pages_at_once):
     growth, seen = 7, []
-    for ranks in plan_prompts(lengths, limits, max_new_tokens=growth, num_ranks=num_ranks, pages_at_once=pages_at_once):
+    for ranks in schedule_prompts(
+        lengths, limits, max_new_tokens=growth, num_ranks=num_ranks, pages_at_once=pages_at_once
+    ):
         assert len({len(packs) for packs in ranks}) == 1
         pages = set()
         for pack in (pack for packs in ranks for pack in packs):
@@ -287,15 +291,15 @@ def test_prompts_are_planned_once_within_the_budget_with_room_to_grow(lengths, l
 def test_settings_that_make_no_sense_name_the_flags():
     limits = PackLimits(max_tokens_per_pack=100, max_crops_per_pack=10)
     with pytest.raises(InputError, match=r"--questions expected .* --weighting token"):
-        PlanSettings(batch_size=4, questions="expected", weighting="token", limits=limits)
+        ScheduleSettings(batch_size=4, questions="expected", weighting="token", limits=limits)
     with pytest.raises(InputError, match="--batch-size is 0"):
-        PlanSettings(batch_size=0, limits=limits)
+        ScheduleSettings(batch_size=0, limits=limits)
     with pytest.raises(InputError, match=r"--batch-size 6 is larger than the training data \(5 examples\)"):
         plan_of(pages_of(3, 2), batch_size=6)
     with pytest.raises(InputError, match=r"--batch-size 3 is larger than the training data \(2 pages\)"):
         plan_of(pages_of(3, 2), batch_size=3, questions="expected")
     with pytest.raises(InputError, match="training example 1 has no answer token"):
-        plan_of(pages_of(3, 2, supervised=0))
+        plan_of(pages_of(3, 2, num_targets=0))
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_lengths_of_examples(fabricate, images):
     assert lengths.tokens.tolist() == [3 + one + 7, 8, 2 + 1 + 2 * one + 3]
     assert lengths.prefix.tolist() == [3 + one, 0, 0]
     assert lengths.crops.tolist() == [5, 0, 10]
-    assert lengths.supervised.tolist() == [2, 1, 4]
+    assert lengths.num_targets.tolist() == [2, 1, 4]
     assert lengths.tokens.dtype == np.int64
     assert Lengths.of([]).num_pages == 0
 
@@ -57,7 +57,7 @@ def test_lengths_of_examples(fabricate, images):
 def lengths_of(*examples: tuple[int, int, int, int]) -> Lengths:
     """From (page, prefix, branch, crops) of each example."""
     page, prefix, branch, crops = np.array(examples, dtype=np.int64).T
-    return Lengths(page=page, tokens=prefix + branch, prefix=prefix, crops=crops, supervised=np.ones_like(page))
+    return Lengths(page=page, tokens=prefix + branch, prefix=prefix, crops=crops, num_targets=np.ones_like(page))
 
 
 def trees(lengths, *, growth=0, **limits):
@@ -78,7 +78,7 @@ def test_a_tree_over_the_budget_is_cut_and_pays_its_prefix_again():
     assert [part.examples for part in parts] == [(0, 1), (2, 3), (4,)]
     assert [part.tokens for part in parts] == [90, 90, 75]
     assert [part.crops for part in parts] == [3, 3, 3]
-    assert [weight for part in parts for weight in part.weights] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert [weight for part in parts for weight in part.loss_weights] == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
 def test_an_example_over_the_budget_is_a_tree_of_its_own():

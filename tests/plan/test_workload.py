@@ -19,7 +19,7 @@ def test_known_lengths_are_of_as_many_pages_and_questions(name: str) -> None:
     lengths = known_lengths(known, 16)
     assert (len(lengths), lengths.num_pages) == (known.examples, known.pages)
     assert np.bincount(lengths.page).min() >= known.examples // known.pages
-    assert (lengths.tokens - lengths.prefix > lengths.supervised).all()
+    assert (lengths.tokens - lengths.prefix > lengths.num_targets).all()
 
 
 def test_a_page_of_docvqa_is_a_letter() -> None:

@@ -42,7 +42,7 @@ def test_tokens_and_what_carries_loss(tiny_data: Path, tiny_model_dir: Path, tmp
     for entry, example in zip(found["entries"], encoded, strict=True):
         learnt = [at for start, end in entry["learnt"] for at in range(start, end)]
         assert entry["tokens"] == example.ids.tolist()
-        assert learnt == np.flatnonzero(example.supervised).tolist()
+        assert learnt == np.flatnonzero(example.loss_mask).tolist()
         assert len(entry["tokens"]) - len(entry["image_tokens"]) + sum(entry["image_tokens"]) == example.tokens
         assert f"{example.tokens} tokens · {example.crops} crops" in entry["foot"]
     two_turns = found["entries"][-1]

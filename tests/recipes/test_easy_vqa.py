@@ -288,6 +288,6 @@ def test_examples_encode_to_few_tokens(prepared: Path) -> None:
         encoded = encode(example, processor)
         answer = processor.tokenizer.encode(example.answers[0], add_special_tokens=False)
         ends = processor.tokenizer.encode("<|end|>\n<|endoftext|>", add_special_tokens=False)
-        assert encoded.ids[encoded.supervised].tolist() == [*answer, *ends]
+        assert encoded.ids[encoded.loss_mask].tolist() == [*answer, *ends]
         lengths[encoded.tokens - 313] += 1
     assert max(lengths) <= 26

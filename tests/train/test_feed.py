@@ -272,7 +272,7 @@ def red(data: TrainingData) -> set[str]:
 
 
 def total_weight(packs: Sequence[MicroBatch]) -> float:
-    return float(torch.cat([micro.pack.weights for micro in packs]).double().sum())
+    return float(torch.cat([micro.pack.loss_weights for micro in packs]).double().sum())
 
 
 def test_the_others_weigh_for_what_is_lost(broken: TrainingData) -> None:
@@ -284,7 +284,7 @@ def test_the_others_weigh_for_what_is_lost(broken: TrainingData) -> None:
     assert total_weight(packs) == pytest.approx(1)
     of = {name: 0.0 for micro in packs for name in micro.pack.ids}
     for micro in packs:
-        for branch, weight in zip(micro.pack.branch.tolist(), micro.pack.weights.tolist(), strict=True):
+        for branch, weight in zip(micro.pack.branch.tolist(), micro.pack.loss_weights.tolist(), strict=True):
             of[micro.pack.ids[branch]] += weight
     assert list(of.values()) == pytest.approx([1 / len(of)] * len(of)), "all alike"
     assert step.counts(1.0)["examples"] == 14 - len(red(data))

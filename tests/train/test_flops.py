@@ -18,7 +18,7 @@ from phi3v.model.parts import add_lora, freeze
 from phi3v.packing.layout import Layout
 from phi3v.packing.loader import Reading, training_packs
 from phi3v.packing.loss import weighted_cross_entropy
-from phi3v.packing.schedule import PlanSettings, Step, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, Step, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.train.flops import achieved, peak_tflops, training_flops
 
@@ -49,12 +49,14 @@ def encoded(processor: Phi3VProcessor, tmp_path: Path) -> list[Encoded]:
 def products(model: Any, encoded: list[Encoded], processor: Phi3VProcessor) -> tuple[float, Step]:
     """Operations in matrix products, forward and backward, without those of attention, and the step they are of."""
     limits = PackLimits(max_tokens_per_pack=9999, max_crops_per_pack=99)
-    plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0)
+    plan = schedule_epoch(
+        Lengths.of(encoded), ScheduleSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0
+    )
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
     (micro,) = training_packs(encoded, plan, reading)
     with FlopCounterMode(display=False) as counter:
         logits = model(pack=micro.pack).logits
-        weighted_cross_entropy(logits, micro.pack.targets, micro.pack.weights).backward()
+        weighted_cross_entropy(logits, micro.pack.targets, micro.pack.loss_weights).backward()
     aten = torch.ops.aten
     counts = counter.get_flop_counts()["Global"]
     return sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.bmm)), micro.step
@@ -94,17 +96,19 @@ def test_weights_cost_what_torch_counts(
 def test_pairs_are_those_of_the_dense_mask(encoded: list[Encoded], processor: Phi3VProcessor) -> None:
     for share in (True, False):
         limits = PackLimits(max_tokens_per_pack=9999, max_crops_per_pack=99, share_prefix=share)
-        plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0)
+        plan = schedule_epoch(
+            Lengths.of(encoded), ScheduleSettings(batch_size=len(encoded), limits=limits), seed=0, epoch=0
+        )
         reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
         (micro,) = training_packs(encoded, plan, reading)
         layout: Layout = micro.pack.layout
         everything = torch.arange(layout.tokens)
         assert micro.step.pairs == int(layout.visible(everything, everything, None).sum())
-        assert micro.step.rows == micro.pack.rows.shape[0]
+        assert micro.step.target_rows == micro.pack.target_rows.shape[0]
 
 
 def test_the_real_model_costs_what_its_sizes_say() -> None:
-    """A page of 17 crops, 2443 tokens with 10 of them supervised: 17.7 TFLOP in the decoder's weights, forward."""
+    """A page of 17 crops, 2443 tokens with 10 of them targets: 17.7 TFLOP in the decoder's weights, forward."""
     with torch.device("meta"):
         model = Phi3VForCausalLM(Phi3VConfig())
     freeze(model, ())

@@ -29,7 +29,7 @@ from phi3v.model import Phi3VForCausalLM
 from phi3v.model.loading import load_model
 from phi3v.model.vision import ImageEmbedding
 from phi3v.packing.loss import weighted_cross_entropy
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.train import checkpoint, scoring
 from phi3v.train.engines import replicated
@@ -165,7 +165,7 @@ def test_the_logged_loss_is_the_mean_over_examples_of_their_mean(
     train(run := settings_for(max_steps=2, warmup_steps=2))
     model, processor = load_model(run.base.model)
     encoded = [encode(example, processor) for example in read_jsonl(tiny_data)]
-    plan = plan_epoch(Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
+    plan = schedule_epoch(Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
     for step, entry in enumerate(log_of(run.keeping.out)):
         losses = [_loss(model, processor, encoded[index]) for index in plan.examples(step)]
         assert len(losses) == 4
@@ -174,7 +174,7 @@ def test_the_logged_loss_is_the_mean_over_examples_of_their_mean(
 
 def _plan_settings(run: Run) -> Any:
     limits = PackLimits(max_tokens_per_pack=8192, max_crops_per_pack=64)
-    return PlanSettings(batch_size=run.data.batch_size, limits=limits)
+    return ScheduleSettings(batch_size=run.data.batch_size, limits=limits)
 
 
 def _loss(model: Any, processor: Phi3VProcessor, example: Encoded) -> float:
@@ -182,9 +182,9 @@ def _loss(model: Any, processor: Phi3VProcessor, example: Encoded) -> float:
     counts = [num_image_tokens(*size) for size in example.image_sizes]
     ids = torch.from_numpy(expand(example.ids, processor.image_token_id, counts)).long()
     text = ids != processor.image_token_id
-    supervised = torch.zeros_like(text)
-    supervised[text] = torch.from_numpy(example.supervised[example.ids != processor.image_token_id])
-    labels = ids.masked_fill(~supervised, -100)
+    loss_mask = torch.zeros_like(text)
+    loss_mask[text] = torch.from_numpy(example.loss_mask[example.ids != processor.image_token_id])
+    labels = ids.masked_fill(~loss_mask, -100)
     pictures = processor("<|image_1|>", [Image.open(example.images[0])]) if example.images else {}
     images = {name: pictures[name] for name in ("pixel_values", "image_sizes") if name in pictures}
     with torch.no_grad():
@@ -503,7 +503,7 @@ def examples_of(run: Run, step: int, data: Path | None = None) -> set[str]:
     """Ids of the examples of a step of the first epoch, the first being 1; `data` is where the pictures still are."""
     processor = Phi3VProcessor.from_pretrained(run.base.model)
     encoded = [encode(example, processor) for example in read_jsonl(data or run.data.train)]  # type: ignore[arg-type]
-    plan = plan_epoch(Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
+    plan = schedule_epoch(Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
     return {encoded[index].id for index in plan.examples(step - 1)}
 
 

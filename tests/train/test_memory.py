@@ -17,7 +17,7 @@ from phi3v.model.loading import load_config
 from phi3v.model.parts import add_lora, freeze, set_precision
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.packing.loader import Reading, training_packs
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.train.memory import estimate, layers_to_recompute
 
@@ -172,7 +172,7 @@ def test_a_layer_keeps_what_is_said(
     processor = Phi3VProcessor.from_pretrained(tiny_checkpoint_dir, num_crops=1)
     encoded = [encode(example, processor) for example in read_jsonl(tiny_data)]
     limits = PackLimits(max_tokens_per_pack=9999, max_crops_per_pack=99)
-    plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=14, limits=limits), seed=0, epoch=0)
+    plan = schedule_epoch(Lengths.of(encoded), ScheduleSettings(batch_size=14, limits=limits), seed=0, epoch=0)
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
     (micro,) = training_packs(encoded, plan, reading)
     measured, estimated = [], []

@@ -20,7 +20,7 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.packing.loader import Reading, training_packs
 from phi3v.packing.loss import weighted_cross_entropy
-from phi3v.packing.schedule import PlanSettings, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.train import loop as training
 from phi3v.train.audit import GradientAudit
@@ -126,7 +126,9 @@ def test_all_that_learns_is_reached_and_nothing_else(tiny_checkpoint_dir, data, 
     processor = Phi3VProcessor.from_pretrained(tiny_checkpoint_dir)
     encoded = [encode(example, processor) for example in read_jsonl(data)]
     limits = PackLimits(max_tokens_per_pack=1000, max_crops_per_pack=100, original_max=360)
-    plan = plan_epoch(Lengths.of(encoded), PlanSettings(batch_size=len(encoded) // 2, limits=limits), seed=0, epoch=0)
+    plan = schedule_epoch(
+        Lengths.of(encoded), ScheduleSettings(batch_size=len(encoded) // 2, limits=limits), seed=0, epoch=0
+    )
     reading = Reading(image_token_id=processor.image_token_id, num_crops=processor.num_crops)
 
     model = built(tiny_checkpoint_dir, replace(MODES[mode], activation_checkpointing=recompute))
@@ -137,7 +139,7 @@ def test_all_that_learns_is_reached_and_nothing_else(tiny_checkpoint_dir, data, 
     unreached = []
     reached: set[str] = set()
     for micro in training_packs(encoded, plan, reading):
-        weighted_cross_entropy(model(pack=micro.pack).logits, micro.pack.targets, micro.pack.weights).backward()
+        weighted_cross_entropy(model(pack=micro.pack).logits, micro.pack.targets, micro.pack.loss_weights).backward()
         if not micro.last:
             continue
         assert micro.step.crops > 0

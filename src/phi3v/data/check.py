@@ -212,7 +212,7 @@ class Checker:
         if self.max_tokens is not None and encoded.tokens > self.max_tokens:
             notes.problems.append(f"{encoded.tokens:,} tokens, more than {self.max_tokens:,}")
             return None
-        return Measure(encoded.tokens, encoded.num_supervised, encoded.crops)
+        return Measure(encoded.tokens, encoded.num_targets, encoded.crops)
 
 
 def _decode(image: str) -> ImageInfo | str:

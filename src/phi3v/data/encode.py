@@ -64,13 +64,13 @@ class Encoded:
     """A conversation as token ids, one id per image.
 
     ids          int32 [n], each image one `<|image|>` id (`expand` makes the model's input)
-    supervised   bool [n], whether a token carries loss; all False in a prompt for generation
-    prefix       ids[:prefix] ends with the last image; 0 without images, or with a supervised token before the last
+    loss_mask    bool [n], whether a token carries loss; all False in a prompt for generation
+    prefix       ids[:prefix] ends with the last image; 0 without images, or with a target token before the last
     images       paths, in order of appearance; image_sizes their padded (h, w) in pixels
     """
 
     ids: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     prefix: int
     images: tuple[str, ...]
     image_sizes: tuple[tuple[int, int], ...]
@@ -93,8 +93,8 @@ class Encoded:
         return sum(num_tiles(h, w) + 1 for h, w in self.image_sizes)
 
     @property
-    def num_supervised(self) -> int:
-        return int(self.supervised.sum())
+    def num_targets(self) -> int:
+        return int(self.loss_mask.sum())
 
     @property
     def _image_tokens(self) -> int:
@@ -104,9 +104,9 @@ class Encoded:
 def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], tuple[int, int]] = read_size) -> Encoded:
     """Token ids and labels of a conversation; `sizes` gives the (width, height) of an image file.
 
-    Supervised are, in every turn, the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
+    The targets of every turn are the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
     conversation (of every turn, with `closed_turns`). If the last turn lacks its answer, it is a prompt for generation
-    and nothing is supervised. White space at the start of an answer has no tokens, because `<|assistant|>` swallows it.
+    and no token carries loss. White space at the start of an answer has no tokens, because `<|assistant|>` swallows it.
     Raises InputError, naming the example, if tags and images do not match, a text holds `<|image|>`, or an image cannot
     be read.
     """
@@ -132,15 +132,15 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
         ids.append(processor.end_of_text_id)
         answers[-1] = (answers[-1][0], len(ids))
     array = np.array(ids, dtype=np.int32)
-    supervised = np.zeros(len(ids), dtype=np.bool_)
+    loss_mask = np.zeros(len(ids), dtype=np.bool_)
     for start, end in answers:
-        supervised[start:end] = True
+        loss_mask[start:end] = True
     places = np.flatnonzero(array == processor.image_token_id)
     prefix = int(places[-1]) + 1 if len(places) else 0
     return Encoded(
         ids=array,
-        supervised=supervised,
-        prefix=0 if supervised[:prefix].any() else prefix,
+        loss_mask=loss_mask,
+        prefix=0 if loss_mask[:prefix].any() else prefix,
         images=images,
         image_sizes=image_sizes,
         id=example.id,

@@ -147,4 +147,4 @@ class Branches(Sequence[Encoded]):
     def __getitem__(self, number: int) -> Encoded:  # type: ignore[override]  # no slices
         prompt, label = self.prompts[number // len(self.labels)], self.labels[number % len(self.labels)]
         ids = np.concatenate([prompt.ids, label])
-        return replace(prompt, ids=ids, supervised=np.arange(len(ids)) >= len(prompt.ids))
+        return replace(prompt, ids=ids, loss_mask=np.arange(len(ids)) >= len(prompt.ids))

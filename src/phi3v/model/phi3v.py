@@ -5,7 +5,7 @@ Deliberate differences from the published code:
 - image positions carry the id of `<|image|>`; the published negative ids are accepted and converted;
 - the number of image positions is checked against the images;
 - without a cache, a padded batch runs as a pack, so padding costs nothing and affects nothing;
-- one call, `model(pack=...)`, runs whole trees of examples and returns logits at the supervised rows only.
+- one call, `model(pack=...)`, runs whole trees of examples and returns logits at the target rows only.
 
 Parameters, their names and their shapes are the published ones (592 tensors at the real size).
 """
@@ -270,16 +270,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         learn: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits in float32, [B, L, V], or [B, k, V] with `logits_to_keep`; with `pack`, [R, V] at `pack.rows`.
+        """Logits in float32, [B, L, V], or [B, k, V] with `logits_to_keep`; with `pack`, [R, V] at `pack.target_rows`.
 
         `labels` [B, L] (-100 ignored, shifted inside) adds the mean cross entropy as `loss`. A pack carries its own
         targets and weights: with `learn` its `loss` is returned, and no logits.
         """
         if pack is not None:
-            hidden = self.model.decode_layout(self.model.embed_pack(pack), pack.layout, pack.rows)
+            hidden = self.model.decode_layout(self.model.embed_pack(pack), pack.layout, pack.target_rows)
             if not learn:
                 return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())
-            of_rows = loss_of_rows(self.lm_head, hidden, pack.targets, pack.weights, self.loss_rows_per_chunk)
+            of_rows = loss_of_rows(self.lm_head, hidden, pack.targets, pack.loss_weights, self.loss_rows_per_chunk)
             return CausalLMOutputWithPast(loss=of_rows)
         cache = past_key_values if cache is None else cache
         out = self.model(

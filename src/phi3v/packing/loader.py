@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from phi3v.data.encode import Encoded
 from phi3v.packing.pack import Lost, OnBadExample, Pack, make_pack
-from phi3v.packing.schedule import EpochPlan, PackPlan, Step, plan_prompts
+from phi3v.packing.schedule import EpochSchedule, PackTrees, Step, schedule_prompts
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.packing.workers import Log, packs_by_workers
 
@@ -78,7 +78,7 @@ class PromptBatch(NamedTuple):
 
 def training_packs(
     encoded: Sequence[Encoded],
-    plan: EpochPlan,
+    plan: EpochSchedule,
     reading: Reading,
     *,
     first_step: int = 0,
@@ -92,7 +92,7 @@ def training_packs(
     pack that no worker survives or returns from.
     """
 
-    def orders() -> Iterator[tuple[tuple[Step, bool], PackPlan]]:
+    def orders() -> Iterator[tuple[tuple[Step, bool], PackTrees]]:
         for number in range(first_step, len(plan)):
             step, ranks = plan.packs(number, num_ranks)
             for index, trees in enumerate(ranks[rank]):
@@ -117,9 +117,9 @@ def prompt_packs(
     Raises InputError as `training_packs` does, and for every image that cannot be read: no prompt is skipped.
     """
 
-    def orders() -> Iterator[tuple[tuple[int, ...], PackPlan]]:
+    def orders() -> Iterator[tuple[tuple[int, ...], PackTrees]]:
         lengths = Lengths.of(encoded)
-        for ranks in plan_prompts(lengths, limits, max_new_tokens=max_new_tokens, num_ranks=num_ranks):
+        for ranks in schedule_prompts(lengths, limits, max_new_tokens=max_new_tokens, num_ranks=num_ranks):
             for trees in ranks[rank]:
                 yield tuple(number for tree in trees for number in tree.examples), trees
 
@@ -131,7 +131,7 @@ class _Order(NamedTuple):
     """What a pack is made from: its trees, and their examples by number."""
 
     number: int
-    trees: PackPlan
+    trees: PackTrees
     encoded: dict[int, Encoded]
     reading: Reading
 
@@ -157,7 +157,7 @@ class _Order(NamedTuple):
 
 
 def _read(
-    encoded: Sequence[Encoded], orders: Iterable[tuple[About, PackPlan]], reading: Reading, log: Log
+    encoded: Sequence[Encoded], orders: Iterable[tuple[About, PackTrees]], reading: Reading, log: Log
 ) -> Iterator[tuple[About, Pack]]:
     """The packs, in order, each with what `orders` says about it."""
     ordered: deque[About] = deque()

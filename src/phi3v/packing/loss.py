@@ -1,4 +1,4 @@
-"""The loss: a weighted sum of cross entropies over supervised rows."""
+"""The loss: a weighted sum of cross entropies over target rows."""
 
 from __future__ import annotations
 

@@ -55,9 +55,9 @@ class Pack:
     layout        where trees, prefixes and branches lie; the branches are the examples, in order
     tiles         [n, 3, 336, 336] uint8, the local crops of all images; the model makes the global views
     image_sizes   [images, 2] int64, padded (h, w) in pixels of every image, in the order of the tokens
-    rows          [R] int64, tokens whose next token in their branch is a target; of a prompt, its last token
+    target_rows   [R] int64, tokens whose next token in their branch is a target; of a prompt, its last token
     targets       [R] int64, the next token (0 for a prompt)
-    weights       [R] float32, the loss is the sum of weight * cross entropy (0 for a prompt)
+    loss_weights  [R] float32, the loss is the sum of weight * cross entropy (0 for a prompt)
     branch        [R] int64, the example of each row, as its number in the pack
     ids           [B] the examples' ids
     lost          the examples that should be here and are not; none unless `on_bad_example="skip"`
@@ -67,9 +67,9 @@ class Pack:
     layout: Layout
     tiles: Tensor
     image_sizes: Tensor
-    rows: Tensor
+    target_rows: Tensor
     targets: Tensor
-    weights: Tensor
+    loss_weights: Tensor
     branch: Tensor
     ids: tuple[str, ...]
     lost: tuple[Lost, ...] = ()
@@ -138,14 +138,14 @@ def make_pack(
         except InputError as error:
             examples = [encoded[index] for index in tree.examples]
             lost += [
-                Lost(example.id, example.where, str(error), weight * example.num_supervised)
-                for example, weight in zip(examples, tree.weights, strict=True)
+                Lost(example.id, example.where, str(error), weight * example.num_targets)
+                for example, weight in zip(examples, tree.loss_weights, strict=True)
             ]
             if on_bad_example == "stop":
                 raise InputError(str(lost[0])) from error
             continue
         image_sizes += first.image_sizes
-        for index, weight in zip(tree.examples, tree.weights, strict=True):
+        for index, weight in zip(tree.examples, tree.loss_weights, strict=True):
             example = encoded[index]
             tokens, targets_at = _expanded(example, image_token_id)
             if not branches:
@@ -170,9 +170,9 @@ def make_pack(
         layout=Layout.of(layout),
         tiles=torch.cat([torch.zeros(0, 3, CROP, CROP, dtype=torch.uint8), *shown]),
         image_sizes=torch.tensor(image_sizes, dtype=torch.int64).reshape(-1, 2),
-        rows=_joined(rows, torch.int64),
+        target_rows=_joined(rows, torch.int64),
         targets=_joined(targets, torch.int64),
-        weights=_joined(weights, torch.float32),
+        loss_weights=_joined(weights, torch.float32),
         branch=_joined(branch, torch.int64),
         ids=tuple(names),
         lost=tuple(lost),
@@ -180,10 +180,10 @@ def make_pack(
 
 
 def _expanded(example: Encoded, image_token_id: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The ids with every image's id repeated, and the places of the supervised tokens among them."""
+    """The ids with every image's id repeated, and the places of the target tokens among them."""
     repeats = np.ones(len(example.ids), dtype=np.int64)
     repeats[example.ids == image_token_id] = [num_image_tokens(h, w) for h, w in example.image_sizes]
-    return np.repeat(example.ids, repeats), np.flatnonzero(np.repeat(example.supervised, repeats))
+    return np.repeat(example.ids, repeats), np.flatnonzero(np.repeat(example.loss_mask, repeats))
 
 
 class _Images:

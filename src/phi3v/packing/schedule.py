@@ -19,12 +19,12 @@ from phi3v.packing.trees import Floats, Ints, Lengths, PackLimits, PackTree, mak
 
 Questions = Literal["all", "expected", "random"]
 Weighting = Literal["example", "token"]
-PackPlan = tuple[PackTree, ...]
+PackTrees = tuple[PackTree, ...]
 """The trees of a pack, one forward pass of one rank; may be empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings:
+class ScheduleSettings:
     """What makes an optimizer step."""
 
     batch_size: int
@@ -36,8 +36,8 @@ class PlanSettings:
     expectation of that draw."""
 
     weighting: Weighting = "example"
-    """`example`: mean over the supervised tokens of each example, then over the examples. `token`: mean over all
-    supervised tokens of the step."""
+    """`example`: mean over the target tokens of each example, then over the examples. `token`: mean over all
+    target tokens of the step."""
 
     limits: PackLimits
 
@@ -63,21 +63,21 @@ class Step(NamedTuple):
     crops: int
     packs: int
     """Packs of every rank: equal, so that some may be empty."""
-    rows: int
+    target_rows: int
     """Target rows: tokens whose next token carries loss."""
     pairs: int
     """Pairs of a query token and a key token that it sees: the work of attention."""
 
 
 @dataclass(frozen=True)
-class EpochPlan:
+class EpochSchedule:
     """The steps of one epoch: step k sees the examples `order[bounds[k]:bounds[k + 1]]`, page by page.
 
     Only the order is held. A step is packed when it is asked for, so that a run resumes at any step at no cost.
     """
 
     lengths: Lengths = field(repr=False)
-    settings: PlanSettings
+    settings: ScheduleSettings
     order: Ints = field(repr=False)
     bounds: Ints = field(repr=False)
 
@@ -89,7 +89,7 @@ class EpochPlan:
         """The examples of a step."""
         return self.order[self.bounds[step] : self.bounds[step + 1]]
 
-    def weights(self, step: int) -> Floats:
+    def loss_weights(self, step: int) -> Floats:
         """Loss weight of every target token of each example of a step, in the order of `examples(step)`.
 
         With n target tokens in an example, E examples and S target tokens in the step, and q questions of a page among
@@ -100,18 +100,18 @@ class EpochPlan:
             token               1 / S
         """
         examples = self.examples(step)
-        supervised = self.lengths.supervised[examples]
+        num_targets = self.lengths.num_targets[examples]
         if self.settings.weighting == "token":
-            return np.full(len(examples), 1.0 / supervised.sum())
+            return np.full(len(examples), 1.0 / num_targets.sum())
         if self.settings.questions == "expected":
             _, page, questions = np.unique(self.lengths.page[examples], return_inverse=True, return_counts=True)
-            return 1.0 / (supervised * questions[page] * len(questions))
-        return 1.0 / (supervised * len(examples))
+            return 1.0 / (num_targets * questions[page] * len(questions))
+        return 1.0 / (num_targets * len(examples))
 
-    def packs(self, step: int, num_ranks: int = 1) -> tuple[Step, list[list[PackPlan]]]:
+    def packs(self, step: int, num_ranks: int = 1) -> tuple[Step, list[list[PackTrees]]]:
         """The counts of a step, and its packs by rank. The examples and their weights do not depend on the ranks."""
         examples = self.examples(step)
-        trees = make_trees(examples, self.weights(step), self.lengths, self.settings.limits)
+        trees = make_trees(examples, self.loss_weights(step), self.lengths, self.settings.limits)
         ranks = pack_trees(trees, self.settings.limits, num_ranks)
         counts = Step(
             number=step,
@@ -120,7 +120,7 @@ class EpochPlan:
             tokens=sum(tree.tokens for tree in trees),
             crops=sum(tree.crops for tree in trees),
             packs=len(ranks[0]),
-            rows=int(self.lengths.supervised[examples].sum()),
+            target_rows=int(self.lengths.num_targets[examples].sum()),
             pairs=self._pairs(trees),
         )
         return counts, ranks
@@ -134,14 +134,14 @@ class EpochPlan:
         return int((prefixes * (prefixes + 1) // 2).sum() + (branch * prefix + branch * (branch + 1) // 2).sum())
 
 
-def plan_epoch(lengths: Lengths, settings: PlanSettings, *, seed: int, epoch: int) -> EpochPlan:
+def schedule_epoch(lengths: Lengths, settings: ScheduleSettings, *, seed: int, epoch: int) -> EpochSchedule:
     """The steps of an epoch: pages in a new order, each with all its questions (`random`: one of them).
 
     Every example is seen once an epoch (`random`: every page once). A step holds exactly `batch_size` examples or
     pages, the last one of an epoch the rest. With `questions="all"` a step border may cut a page in two. Raises
     InputError for an example without a target, and when the batch is larger than the data.
     """
-    unlabelled = np.flatnonzero(lengths.supervised == 0)
+    unlabelled = np.flatnonzero(lengths.num_targets == 0)
     if len(unlabelled):
         raise InputError(f"training example {unlabelled[0] + 1} has no answer token to learn from")
     num_units = len(lengths) if settings.questions == "all" else lengths.num_pages
@@ -164,7 +164,7 @@ def plan_epoch(lengths: Lengths, settings: PlanSettings, *, seed: int, epoch: in
         bounds = np.arange(0, len(order), settings.batch_size)
     if bounds[-1] < len(order):
         bounds = np.append(bounds, len(order))
-    return EpochPlan(lengths, settings, order, bounds)
+    return EpochSchedule(lengths, settings, order, bounds)
 
 
 def _random_bits(seed: int, epoch: int, purpose: Literal["pages", "question"], count: int) -> np.ndarray:
@@ -173,9 +173,9 @@ def _random_bits(seed: int, epoch: int, purpose: Literal["pages", "question"], c
     return np.random.PCG64(source).random_raw(count)
 
 
-def plan_prompts(
+def schedule_prompts(
     lengths: Lengths, limits: PackLimits, *, max_new_tokens: int, num_ranks: int = 1, pages_at_once: int = 256
-) -> Iterator[list[list[PackPlan]]]:
+) -> Iterator[list[list[PackTrees]]]:
     """Packs by rank for generation: every prompt once over all ranks, each page with all its prompts.
 
     Pages keep their order, `pages_at_once` of them are packed together. Every branch leaves room for `max_new_tokens`.
@@ -189,7 +189,7 @@ def plan_prompts(
         yield pack_trees(trees, limits, num_ranks)
 
 
-def pack_trees(trees: Sequence[PackTree], limits: PackLimits, num_ranks: int) -> list[list[PackPlan]]:
+def pack_trees(trees: Sequence[PackTree], limits: PackLimits, num_ranks: int) -> list[list[PackTrees]]:
     """Packs by rank, the same number for every rank, within both limits except for a tree that exceeds one alone.
 
     Best-fit decreasing finds how few packs are needed. That number, rounded up to a multiple of the ranks, is then
@@ -199,7 +199,7 @@ def pack_trees(trees: Sequence[PackTree], limits: PackLimits, num_ranks: int) ->
     bins = _best_fit(trees, limits)
     num_packs = max(1, -(-len(bins) // num_ranks)) * num_ranks
     bins = _even_fit(trees, limits, num_packs) or bins
-    packs: list[PackPlan] = [tuple(bin.trees) for bin in sorted(bins, key=lambda bin: -bin.load)]
+    packs: list[PackTrees] = [tuple(bin.trees) for bin in sorted(bins, key=lambda bin: -bin.load)]
     packs += [()] * (num_packs - len(packs))
     rounds = [packs[start : start + num_ranks] for start in range(0, num_packs, num_ranks)]
     # Packs of a round run side by side and are alike in size; every second round is dealt backwards.

@@ -63,15 +63,15 @@ class Lengths:
     crops: Ints
     """Crops of the page, global and local, the same for all examples of a page."""
 
-    supervised: Ints
+    num_targets: Ints
     """Tokens that carry loss; 0 for a prompt."""
 
     @classmethod
     def of(cls, encoded: Iterable[Encoded]) -> Lengths:
         """The lengths of encoded examples; the iterable is read once."""
-        rows = ((page, e.tokens, e.prefix_tokens, e.crops, e.num_supervised) for page, e in _paged(encoded))
-        page, tokens, prefix, crops, supervised = np.fromiter(rows, dtype=(np.int64, 5)).T.copy()
-        return cls(page=page, tokens=tokens, prefix=prefix, crops=crops, supervised=supervised)
+        rows = ((page, e.tokens, e.prefix_tokens, e.crops, e.num_targets) for page, e in _paged(encoded))
+        page, tokens, prefix, crops, num_targets = np.fromiter(rows, dtype=(np.int64, 5)).T.copy()
+        return cls(page=page, tokens=tokens, prefix=prefix, crops=crops, num_targets=num_targets)
 
     def __len__(self) -> int:
         return len(self.page)
@@ -89,8 +89,8 @@ class PackTree(NamedTuple):
     """A tree before it is made: its examples are the branches, in order."""
 
     examples: tuple[int, ...]
-    weights: tuple[float, ...]
-    """Loss weight of every supervised token of each example."""
+    loss_weights: tuple[float, ...]
+    """Loss weight of every target token of each example."""
     long: bool
     tokens: int
     crops: int
@@ -139,7 +139,9 @@ def make_trees(
         if at is not None and trees[at].tokens + branch <= max(budget, prefix + budget // 8):
             tree = trees[at]
             trees[at] = tree._replace(
-                examples=(*tree.examples, example), weights=(*tree.weights, weight), tokens=tree.tokens + branch
+                examples=(*tree.examples, example),
+                loss_weights=(*tree.loss_weights, weight),
+                tokens=tree.tokens + branch,
             )
         else:
             newest[page, long] = len(trees)

@@ -19,7 +19,7 @@ import torch
 from phi3v.base.config import Optimizer, Run
 from phi3v.base.hardware import name_of
 from phi3v.base.ranks import ALONE
-from phi3v.packing.schedule import PlanSettings, Step, plan_epoch
+from phi3v.packing.schedule import ScheduleSettings, Step, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 from phi3v.plan.devices import Hardware
 from phi3v.plan.workload import Work
@@ -244,8 +244,8 @@ def look_at(work: Work, run: Run, num_ranks: int) -> tuple[list[Step], dict[str,
         max_crops_per_pack=run.data.max_crops_per_pack,
         original_max=work.config.original_max_position_embeddings,
     )
-    settings = PlanSettings(batch_size=run.data.batch_size, questions=run.data.questions, limits=limits)
-    plan = plan_epoch(work.lengths, settings, seed=run.keeping.seed, epoch=0)
+    settings = ScheduleSettings(batch_size=run.data.batch_size, questions=run.data.questions, limits=limits)
+    plan = schedule_epoch(work.lengths, settings, seed=run.keeping.seed, epoch=0)
     looked_at = [plan.packs(number, num_ranks) for number in range(min(len(plan), STEPS_LOOKED_AT))]
     largest = largest_pack(work.lengths, [packs for _, packs in looked_at])
     return [step for step, _ in looked_at], largest, len(plan)

@@ -41,7 +41,7 @@ class Known(NamedTuple):
     """Tokens before and between the images."""
     after: int
     """Tokens of a question and its answer."""
-    supervised: int
+    num_targets: int
     source: str
 
 
@@ -65,7 +65,7 @@ def known_lengths(known: Known, num_crops: int) -> Lengths:
         tokens=all_equal(prefix + known.after),
         prefix=all_equal(prefix),
         crops=all_equal(known.images * (num_tiles(h, w) + 1)),
-        supervised=all_equal(known.supervised),
+        num_targets=all_equal(known.num_targets),
     )
 
 

@@ -215,7 +215,7 @@ def _crops(path: str, num_crops: int, pixels: int) -> dict[str, Any]:
 
 def _tokens(encoded: Encoded) -> dict[str, Any]:
     """Ids, the ranges of them that carry loss, and the number of vectors that stand for every image."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], encoded.supervised, [False]]))).tolist()
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], encoded.loss_mask, [False]]))).tolist()
     return {
         "tokens": encoded.ids.tolist(),
         "learnt": list(pairwise(edges))[::2],

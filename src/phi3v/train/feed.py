@@ -30,7 +30,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
 from phi3v.packing.ondisk import OnDisk
 from phi3v.packing.pack import Lost
-from phi3v.packing.schedule import EpochPlan, PlanSettings, plan_epoch
+from phi3v.packing.schedule import EpochSchedule, ScheduleSettings, schedule_epoch
 from phi3v.packing.trees import Lengths, PackLimits
 
 
@@ -41,7 +41,7 @@ class TrainingData:
     examples: Sequence[Example]
     encoded: Sequence[Encoded]
     lengths: Lengths
-    settings: PlanSettings
+    settings: ScheduleSettings
     reading: Reading
     seed: int
     steps_per_epoch: int
@@ -49,9 +49,9 @@ class TrainingData:
     questions: list[Example]
     scoring: Scoring
 
-    def plan(self, epoch: int) -> EpochPlan:
+    def plan(self, epoch: int) -> EpochSchedule:
         """The optimizer steps of an epoch."""
-        return plan_epoch(self.lengths, self.settings, seed=self.seed, epoch=epoch)
+        return schedule_epoch(self.lengths, self.settings, seed=self.seed, epoch=epoch)
 
     def examples_of(self, step: int, num_ranks: int) -> list[list[str]]:
         """Ids of the examples of a step, the first being 0, by rank."""
@@ -71,7 +71,7 @@ class TrainingData:
     def statistics(self) -> dict[str, Any]:
         """Statistics of the training examples, as the run folder keeps them for the report."""
         lengths = self.lengths
-        columns = {"tokens": lengths.tokens, "answer tokens": lengths.supervised, "crops": lengths.crops}
+        columns = {"tokens": lengths.tokens, "answer tokens": lengths.num_targets, "crops": lengths.crops}
         return {name: asdict(Statistics.of(column)) for name, column in columns.items()}
 
 
@@ -92,7 +92,7 @@ def read_data(
     sizes = {image: (w, h) for image, (h, w) in known.items()}  # padded sizes, which are padded no further
     examples, encoded = encode_all(iter_jsonl(run.data.train, run.data.image_root), processor, ranks, sizes)
     lengths = Lengths.of(encoded)
-    settings = PlanSettings(
+    settings = ScheduleSettings(
         batch_size=run.data.batch_size,
         questions=run.data.questions,
         weighting=run.data.weighting,
@@ -111,7 +111,7 @@ def read_data(
         pin_memory=torch.cuda.is_available(),
         on_bad_example=run.data.on_bad_example,
     )
-    steps_per_epoch = len(plan_epoch(lengths, settings, seed=run.keeping.seed, epoch=0))
+    steps_per_epoch = len(schedule_epoch(lengths, settings, seed=run.keeping.seed, epoch=0))
     return TrainingData(
         examples=examples,
         encoded=encoded,
@@ -224,7 +224,7 @@ class StepPacks:
             raise InputError(f"no example of a step can be read: {self.lost[0].where}: {self.lost[0].reason}")
         else:
             left = 1.0 - sum(lost.weight for lost in self.lost)
-            rest = [m._replace(pack=replace(m.pack, weights=m.pack.weights / left)) for m in packs]
+            rest = [m._replace(pack=replace(m.pack, loss_weights=m.pack.loss_weights / left)) for m in packs]
             self.images = ranks.any(any(micro.pack.crops for micro in packs))
         self.first, self.first_wait = rest[0], self.wait
         self.rest = ((0.0, micro) for micro in rest[1:])

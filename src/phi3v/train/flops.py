@@ -2,7 +2,7 @@
 
 The rule of counting: what the objective needs and no more. 2 operations per weight and token forward; backward as many
 for the gradient of the input and, if the weight learns, as many for its own; attention over the visible pairs alone
-(causal: half of all); the head, and the last layer but its keys and values, at supervised rows; crops that are padding
+(causal: half of all); the head, and the last layer but its keys and values, at target rows; crops that are padding
 never. Recomputed activations do not count, nor do adapters (1 or 2 %), norms and activation functions. A picture of one
 tile counts as two crops, though its global view is that tile and CLIP runs once.
 """
@@ -76,13 +76,13 @@ class Flops:
     per_pair: float
     """A query token and a key token that it sees."""
     per_row: float
-    """A supervised row: what only such rows go through."""
+    """A target row: what only such rows go through."""
     per_crop: float
     """A crop: CLIP and the projector."""
 
     def of(self, step: Step) -> float:
         """Operations of one optimizer step, over all ranks."""
-        work = self.per_token * step.tokens + self.per_pair * step.pairs + self.per_row * step.rows
+        work = self.per_token * step.tokens + self.per_pair * step.pairs + self.per_row * step.target_rows
         return work + self.per_crop * step.crops
 
 
@@ -120,9 +120,9 @@ def recomputing_flops(model: nn.Module, config: Phi3VConfig, step: Step, layers:
     one, in_decoder = Products.of(config), min(layers, config.num_hidden_layers)
     learns = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vision")
     in_clip = layers - in_decoder if learns else 0
-    whole = min(in_decoder, config.num_hidden_layers - 1)  # the last layer runs its supervised rows alone
+    whole = min(in_decoder, config.num_hidden_layers - 1)  # the last layer runs its target rows alone
     decoder = whole * ((one.keys + one.rest) * step.tokens + one.pair * step.pairs)
-    decoder += (in_decoder - whole) * (one.keys * step.tokens + one.rest * step.rows)
+    decoder += (in_decoder - whole) * (one.keys * step.tokens + one.rest * step.target_rows)
     return 2.0 * (decoder + in_clip * (one.clip_layer + one.clip_pairs) * step.crops)
 
 

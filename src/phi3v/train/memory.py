@@ -11,7 +11,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.parts import part_of
 from phi3v.model.vision import PATCHES
 from phi3v.packing.loss import ROWS_PER_CHUNK
-from phi3v.packing.schedule import PackPlan
+from phi3v.packing.schedule import PackTrees
 from phi3v.packing.trees import Lengths
 from phi3v.train.adamw import BYTES
 from phi3v.train.engines import Parallel
@@ -36,13 +36,13 @@ SHARED: dict[Parallel, tuple[str, ...]] = {
 }
 
 
-def largest_pack(lengths: Lengths, steps: Iterable[list[list[PackPlan]]]) -> dict[str, int]:
-    """Most tokens, crops and supervised rows of any pack of some steps, whose packs are given by rank."""
+def largest_pack(lengths: Lengths, steps: Iterable[list[list[PackTrees]]]) -> dict[str, int]:
+    """Most tokens, crops and target rows of any pack of some steps, whose packs are given by rank."""
     packs = [pack for step in steps for of_rank in step for pack in of_rank]
     return {
         "tokens": max(sum(tree.tokens for tree in pack) for pack in packs),
         "crops": max(sum(tree.crops for tree in pack) for pack in packs),
-        "rows": max(sum(int(lengths.supervised[i]) for tree in pack for i in tree.examples) for pack in packs),
+        "rows": max(sum(int(lengths.num_targets[i]) for tree in pack for i in tree.examples) for pack in packs),
     }
 
 

@@ -34,7 +34,7 @@ class Network(nn.Module):
 
     def forward(self, pack: Any, learn: bool = True) -> Any:
         logits = self.second(self.first(pack.inputs).tanh()).float()
-        return SimpleNamespace(logits=logits, loss=weighted_cross_entropy(logits, pack.targets, pack.weights))
+        return SimpleNamespace(logits=logits, loss=weighted_cross_entropy(logits, pack.targets, pack.loss_weights))
 
 
 def engine_for(kind: Any, ranks: Ranks, **optim: Any) -> Replicated:
