@@ -33,7 +33,7 @@ NEEDING = {
     "convert video-folder videos --out frames": "phi3v[video]",
     f"{TRAIN} --qlora --out qlora": "phi3v[qlora]",
     f"{TRAIN} --optimizer adamw-8bit --out adamw": "phi3v[qlora]",
-    **{f"{TRAIN} --track {name} --out {name}": name for name in ("tensorboard", "wandb", "mlflow", "trackio")},
+    **{f"{TRAIN} --track {name} --out {name}": name for name in ("tensorboard", "wandb", "mlflow")},
 }
 
 

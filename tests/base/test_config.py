@@ -114,7 +114,7 @@ def test_a_folder_without_config_json_is_no_run(tmp_path: Path) -> None:
             "--optimizer adamw-bf16 cannot be combined with --dtype fp32: its weights are bf16",
         ),
         ({"eval_every_steps": 5}, "--eval-every-steps needs --eval"),
-        ({"track": ("no_such_tracker",)}, "--track no_such_tracker: must be tensorboard, wandb, mlflow, trackio"),
+        ({"track": ("no_such_tracker",)}, "--track no_such_tracker: must be tensorboard, wandb, mlflow"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_flag(flags: dict, message: str, settings_for: MAKE) -> None:

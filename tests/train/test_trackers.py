@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ AGAIN = [(2, {"loss": 0.25}), (3, {"loss": 0.125})]
 def nobody_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No settings of the user's, and nobody logged in anywhere."""
     for name in list(os.environ):
-        if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_")):
+        if name.startswith(("WANDB_", "MLFLOW_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
@@ -172,41 +170,6 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "other/mlflow.db").exists()
     (run,) = client.search_runs([client.get_experiment_by_name("theirs").experiment_id])
     assert (run.info.run_name, run.data.metrics["loss"]) == ("other", 0.25)
-
-
-# -- trackio ---------------------------------------------------------------------------------------------------------
-
-TRACKIO = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_trackers import AGAIN, FIRST, tell
-
-folder = Path(sys.argv[1])
-where = tell("trackio", folder, 0, FIRST)
-tell("trackio", folder, 1, AGAIN)
-import trackio
-from trackio.sqlite_storage import SQLiteStorage
-(run,) = trackio.Api().runs("phi3v")
-logs = SQLiteStorage.get_logs("phi3v", run.name, run_id=run.id)
-print(json.dumps([where, run.name, run.config, logs]))
-"""
-
-
-@needs("trackio")
-def test_trackio(tmp_path: Path) -> None:
-    """In a process of its own: where trackio keeps things is settled when it is imported."""
-    folder = tmp_path / "run"
-    command = [sys.executable, "-c", TRACKIO, str(folder), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (line,) = done.stdout.splitlines()  # it advertises itself elsewhere
-    where, name, settings, logs = json.loads(line)
-    assert where == f"TRACKIO_DIR={folder / 'trackio'} trackio show --project phi3v"
-    assert (folder / "trackio/phi3v.db").exists()
-    assert name == "run"
-    assert settings.items() >= FLAT.items()
-    kept = [(log["step"], key, log[key]) for log in logs for key in ("loss", "eval/accuracy") if key in log]
-    assert kept == [(step, key, value) for step, numbers in FIRST + AGAIN for key, value in numbers.items()]
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------

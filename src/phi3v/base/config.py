@@ -269,7 +269,7 @@ class Keeping:
     seed: NonNegativeInt = 42
     """Seed of the data order, the adapters and dropout."""
 
-    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Experiment trackers that receive the log."""
 
     profile_steps: str | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from networkx.utils import UnionFind
+
 from phi3v.base.errors import InputError
 
 
@@ -33,20 +35,8 @@ def split(images: Sequence[Sequence[str]], fraction: float, seed: int) -> list[b
 
 
 def _groups(images: Sequence[Sequence[str]]) -> list[list[int]]:
-    """The examples that common images connect, by union-find."""
-    leader = list(range(len(images)))  # an earlier example of the same group, or the example itself
-
-    def first(example: int) -> int:
-        while leader[example] != example:
-            leader[example] = example = leader[leader[example]]
-        return example
-
-    shown_by: dict[str, int] = {}
+    """The examples that common images connect, in the order of the first of each group."""
+    examples, shown_by = UnionFind(range(len(images))), dict[str, int]()
     for example, shown in enumerate(images):
-        for image in shown:
-            one, other = sorted((first(example), first(shown_by.setdefault(image, example))))
-            leader[other] = one
-    groups: dict[int, list[int]] = {}
-    for example in range(len(images)):
-        groups.setdefault(first(example), []).append(example)
-    return list(groups.values())
+        examples.union(example, *(shown_by.setdefault(image, example) for image in shown))
+    return sorted(map(sorted, examples.to_sets()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import jinja2
 
 from phi3v.base.cards import Card
 from phi3v.base.config import Run
@@ -25,13 +25,6 @@ from phi3v.plan.rows import Row
 
 FILE = Path(__file__).with_name("machines.toml")
 PAGES = "https://learn.microsoft.com/azure/virtual-machines/sizes/gpu-accelerated/"
-AZURE_IMAGE = "mcr.microsoft.com/azureml/openmpi5.0-cuda12.6-ubuntu24.04"
-HEAD_OF_JOB = """\
-# az ml job create --file THIS --resource-group GROUP --workspace-name WORKSPACE
-# In a checkout of phi3v. The cluster, once:
-# {cluster}
-"""
-
 SPARE_MINUTES = 15
 """The part of a job's time that remains for loading, the last step and a checkpoint."""
 
@@ -114,76 +107,44 @@ def azure_job(row: Row, machine: Machine, data: Path | None = None) -> str:
     rendezvous = "--node_rank=$NODE_RANK --master_addr=$MASTER_ADDR --master_port=$MASTER_PORT"
     # Azure ML does not see its placeholders in single quotes, which the shell needs around "$": double quotes do.
     start = re.sub(r"'(\$\{\{[^']+)'", r'"\1"', row.command_for(run, rendezvous))
-    content = {
-        "$schema": "https://azuremlschemas.azureedge.net/latest/commandJob.schema.json",
-        "type": "command",
-        "experiment_name": "phi3v",
-        "display_name": row.run.keeping.out.name,
-        "code": ".",
-        "command": f"{_install(row)} && {start}",
-        **({"inputs": {"data": {"type": "uri_folder", "path": str(data.resolve())}}} if data else {}),
-        "outputs": {"runs": {"type": "uri_folder", "mode": "rw_mount"}},
-        "environment": {
-            "image": AZURE_IMAGE,
-            "conda_file": {"channels": ["conda-forge"], "dependencies": ["python=3.12", "pip"]},
-        },
-        "compute": f"azureml:{machine.cluster}",
-        # One process per node: torchrun, which starts one per GPU. Azure sets the variables of the rendezvous.
-        "distribution": {"type": "pytorch", "process_count_per_instance": 1},
-        "resources": {"instance_count": row.hardware.nodes, "shm_size": "64g"},
-        "limits": {"timeout": 60 * _minutes(row)},
-    }
-    return HEAD_OF_JOB.format(cluster=create_cluster(machine, row.hardware.nodes)) + _yaml(content)
+    cluster = {"cluster": machine.cluster, "cluster_command": create_cluster(machine, row.hardware.nodes)}
+    return _filled("azure.yml.jinja", row, start=start, data=data and data.resolve(), **cluster)
 
 
 def sky_task(row: Row, data: Path | None = None) -> str:
     """A task of SkyPilot, for `sky launch FILE` in a checkout of phi3v. `data` as in `azure_job`."""
-    name = row.run.keeping.out.name
     accelerator = load_catalog().skypilot.get(row.hardware.card.name, row.hardware.card.name)
-    run = _relocated(row.run, data, "/data", "/runs")
-    rendezvous = (
-        '--node_rank=$SKYPILOT_NODE_RANK --master_addr=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) --master_port=29500'
-    )
-    bucket = {"/runs": {"name": "phi3v-runs", "mode": "MOUNT"}}
-    content = {
-        "name": name,
-        "num_nodes": row.hardware.nodes,
-        "resources": {"accelerators": f"{accelerator}:{row.hardware.num_gpus}", "disk_size": 256},
-        "workdir": ".",
-        "file_mounts": bucket if data is None else {**bucket, "/data": str(data)},
-        "setup": _install(row),
-        "run": row.command_for(run, rendezvous),
-    }
-    head = "# sky launch THIS    (in a checkout of phi3v; the bucket phi3v-runs holds the run folder)\n"
-    return head + _yaml(content)
+    first = '$(echo "$SKYPILOT_NODE_IPS" | head -n 1)'
+    rendezvous = f"--node_rank=$SKYPILOT_NODE_RANK --master_addr={first} --master_port=29500"
+    start = row.command_for(_relocated(row.run, data, "/data", "/runs"), rendezvous)
+    return _filled("skypilot.yaml.jinja", row, start=start, data=data, accelerator=accelerator)
 
 
 def slurm_script(row: Row) -> str:
     """A batch script for SLURM's `sbatch`. If its time ends before the run does, it queues itself again."""
-    minutes, hardware, out = _minutes(row), row.hardware, row.run.keeping.out
-    run = replace(row.run, keeping=replace(row.run.keeping, max_minutes=minutes - SPARE_MINUTES, resume="auto"))
+    keeping = replace(row.run.keeping, max_minutes=_minutes(row) - SPARE_MINUTES, resume="auto")
     rendezvous = '--rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$MASTER_ADDR:29500"'
-    return f"""\
-#!/bin/bash
-#SBATCH --job-name={out.name}
-#SBATCH --nodes={hardware.nodes}
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={hardware.num_gpus}
-#SBATCH --cpus-per-task={8 * hardware.num_gpus}
-#SBATCH --time={minutes // 60:02}:{minutes % 60:02}:00
-#SBATCH --requeue
-#SBATCH --output=%x-%j.log
-#SBATCH --open-mode=append
+    start = row.command_for(replace(row.run, keeping=keeping), rendezvous)
+    return _filled("slurm.sh.jinja", row, start=start, metrics=shlex.quote(str(keeping.out / "metrics.json")))
 
-# Checkout, environment, data and --out must lie on a file system that all nodes share.
-set -euo pipefail
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-srun {row.command_for(run, rendezvous)}
-
-# --max-minutes ends the run in time, with a checkpoint; an unfinished run continues in a new job.
-test -e {shlex.quote(str(out / "metrics.json"))} || scontrol requeue "$SLURM_JOB_ID"
-"""
+def _filled(template: str, row: Row, **values: Any) -> str:
+    """A template of this folder with the values of a row and others."""
+    extras = f"[{','.join(row.extras)}]" if row.extras else ""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("phi3v.plan", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return templates.get_template(template).render(
+        name=row.run.keeping.out.name,
+        nodes=row.hardware.nodes,
+        num_gpus=row.hardware.num_gpus,
+        minutes=_minutes(row),
+        install=f"pip install --quiet {shlex.quote('.' + extras)}",
+        **values,
+    )
 
 
 def _relocated(run: Run, data: Path | None, data_folder: str, runs_folder: str) -> Run:
@@ -202,16 +163,7 @@ def _relocated(run: Run, data: Path | None, data_folder: str, runs_folder: str) 
     return replace(run, data=replace(run.data, **paths), keeping=keeping)
 
 
-def _install(row: Row) -> str:
-    """The command that installs phi3v from the checkout that a job runs in."""
-    return f"pip install --quiet '.[{','.join(row.extras)}]'" if row.extras else "pip install --quiet ."
-
-
 def _minutes(row: Row) -> int:
     """The time to request: twice the planned time plus an hour, in whole hours; a day at most, or if it is unknown."""
     hours = None if row.hours_per_epoch is None else row.hours_per_epoch * row.run.optim.epochs
     return 60 * (24 if hours is None else min(24, math.ceil(2 * hours) + 1))
-
-
-def _yaml(content: dict[str, Any]) -> str:
-    return str(yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True))

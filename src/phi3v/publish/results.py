@@ -47,15 +47,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Metrics:
-    """metrics.json of a run."""
-
-    before: dict[str, int | float] | None = None
-    final: dict[str, int | float] | None = None
-    baselines: dict[str, int | float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Published:
     """The score published for the recipe and mode of a run, as a share of 1."""
 
@@ -95,15 +86,16 @@ class Results:
             raise InputError(f"{path}: not a run folder (no config.json, log.jsonl, metrics.json or predictions.jsonl)")
         if "questions" in metrics:  # of `phi3v evaluate`, which writes the scores and the tables of labels
             metrics = {"final": {name: value for name, value in metrics.items() if name != "labels"}}
-        scores = convert(metrics, _Metrics, str(path / "metrics.json"))
+        scores = {
+            name: convert(metrics.get(name) or {}, dict[str, int | float], f"{path / 'metrics.json'}: {name}")
+            for name in ("before", "final", "baselines")
+        }
         lines = [(f"{run.log_file}:{number}", line.get("kind"), line) for number, line in enumerate(log, start=1)]
         return cls(
             name=name or path.resolve().name,
             settings=settings,
             environment=run.environment,
-            before=scores.before or {},
-            final=scores.final or {},
-            baselines=scores.baselines or {},
+            **scores,
             steps=_by_step(convert(line, Step, place) for place, kind, line in lines if kind == "step"),
             evaluations=_by_step(convert(line, Evaluation, place) for place, kind, line in lines if kind == "eval"),
             skipped=sum(kind == "skip" for _, kind, _ in lines),

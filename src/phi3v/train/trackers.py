@@ -1,4 +1,4 @@
-"""Trackers that receive the numbers of `log.jsonl` too: TensorBoard, Weights & Biases, MLflow, trackio.
+"""Trackers that receive the numbers of `log.jsonl` too: TensorBoard, Weights & Biases, MLflow.
 
 Each keeps a run under the name of its folder, and in that folder, unless the user's environment names another place: no
 network is used unasked. A resumed run continues the tracked run that it began, whose id is in `trackers.json`.
@@ -9,8 +9,6 @@ a run of their own, wandb's counts steps that cannot go back, and each needs the
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import uuid
@@ -146,31 +144,7 @@ class MLflow(Tracker):
         self.mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
-class Trackio(Tracker):
-    """Where TRACKIO_DIR says (it counts when trackio is first imported), else in `trackio/`."""
-
-    name = "trackio"
-
-    def start(self, settings: dict[str, Any], first_step: int) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str((self.folder.path / "trackio").resolve()))
-        import trackio
-        from trackio.utils import TRACKIO_DIR
-
-        self.where = f"TRACKIO_DIR={TRACKIO_DIR} trackio show --project {PROJECT}"
-        how: dict[str, Any] = {"resume": "allow", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-        with contextlib.redirect_stdout(io.StringIO()):  # it advertises itself
-            self.run = trackio.init(project=PROJECT, name=self.title, config=settings, **how)
-        self._finish = trackio.finish
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(numbers), step=step)
-
-    def finish(self, *, failed: bool) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._finish()  # the run's own would leave it to be finished again at exit, aloud
-
-
-TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (TensorBoard, Wandb, MLflow, Trackio)}
+TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (TensorBoard, Wandb, MLflow)}
 
 
 def start_trackers(
