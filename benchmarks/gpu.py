@@ -42,7 +42,7 @@ from phi3v.packing.trees import PackLimits
 from phi3v.recipes.easy_vqa import build_tokenizer
 from phi3v.train.adamw import weight_dtype
 from phi3v.train.engines import EngineSettings, build_engine
-from phi3v.train.flops import achieved, device_peak_tflops, training_flops
+from phi3v.train.flops import achieved, peak_tflops, training_flops
 from phi3v.train.optim import build_optimizer
 
 EVERYTHING: dict[str, Any] = {"questions": 4, "frozen": (), "adapters": False, "nf4": False, "recompute": False}
@@ -138,7 +138,7 @@ def measure(name: str, *, pages: int, steps: int, tiny: bool) -> dict[str, Any]:
         "pages_per_s": step.pages / took,
         "questions_per_s": step.examples / took,
         "tokens_per_s": step.tokens / took,
-        **achieved(flops.of(step), took, 1, device_peak_tflops(device, dtype)),
+        **achieved(flops.of(step), took, 1, peak_tflops(device, dtype)),
         "peak_gb": peak_memory_gb(device),
         "gradient_norm": norms[-1],
         "seconds": seconds[2:],

@@ -24,7 +24,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
 from phi3v.base.hardware import environment, pick_device, pick_dtype, pick_tokens_per_pack
 from phi3v.packing.trees import PackLimits
-from phi3v.train.flops import device_peak_tflops
+from phi3v.train.flops import peak_tflops
 
 
 def bench(
@@ -116,7 +116,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
     Busy machines are slow now and then, hence the best of many.
     """
-    if (known := device_peak_tflops(device, dtype)) is not None:
+    if (known := peak_tflops(device, dtype)) is not None:
         return known * 1e12
     size, seconds = 2048, []
     a = torch.randn(size, size, device=device, dtype=dtype)

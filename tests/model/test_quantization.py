@@ -278,7 +278,7 @@ def test_a_pack_without_tokens_gives_gradients_of_zeros(tiny_checkpoint_dir: Pat
     model = adapted(quantized(tiny_checkpoint_dir))
     empty = make_pack([], [], image_token_id=packs[0].layout.tokens, num_crops=1)
     logits = model(pack=empty).logits
-    weighted_cross_entropy(logits, empty.targets, empty.weights).backward()
+    weighted_cross_entropy(logits, empty.targets, empty.loss_weights).backward()
     assert logits.shape == (0, 432)
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 

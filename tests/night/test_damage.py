@@ -64,7 +64,7 @@ def test_the_newest_whole_one_is_used_and_the_damaged_ones_make_room(
     run = tmp_path / "run"
     shutil.copytree(killed, run)
     flip(run / "checkpoints/step-000004" / WEIGHTS)
-    broken = ["when", "hashlib:file_digest", [3], "fail"]  # the first two are of the data
+    broken = ["when", "phi3v.train.checkpoint:checksum", [1], "fail"]
     death = ["when", "phi3v.train.checkpoint:save_file", [2], "die"]  # step 4 has been saved anew
     status, said = night.run(run, broken, death, resume="auto", keep_checkpoints=1)
     assert status == -9, said

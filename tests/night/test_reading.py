@@ -15,10 +15,10 @@ LEFT = Callable[[Path], dict[str, Any]]
 STEP = "phi3v.train.loop:seed_step"  # called once at the beginning of every step, before its packs are read
 
 
-@pytest.mark.parametrize("busy_with", ["make_pack", "send_handle"])
+@pytest.mark.parametrize("busy_with", ["loader:make_pack", "workers:send_handle"])
 def test_data_workers_are_killed(busy_with: str, night: Any, left_by: LEFT, tmp_path: Path) -> None:
     """Every other step, while they are busy with a pack, or are handing it over."""
-    busy = ["when", f"phi3v.packing.loader:{busy_with}", list(range(100)), "sleep", 0.3]
+    busy = ["when", f"phi3v.packing.{busy_with}", list(range(100)), "sleep", 0.3]
     killer = ["when", "phi3v.train.engines.replicated:Replicated.step", [1, 3, 5, 7, 9], "kill a worker"]
     by_handle = ["put", "phi3v.packing.workers:THROUGH_PIPE", 1000]
     status, said = night.run(tmp_path / "run", busy, killer, by_handle, num_workers=2)

@@ -180,7 +180,7 @@ def test_find_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", r"x.jsonl:3: not JSON"), ("[1]", r"x.jsonl:3: there is no 'id' in it"), ("\udcff", r"x.jsonl:3: not JSON")],
+    [("{", r"x.jsonl:3: not JSON"), ("[1]", r"x.jsonl:3: there is no 'id' in it"), ("\udcff", r"x.jsonl:3: not UTF-8")],
 )
 def test_lines_that_are_none(line: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"

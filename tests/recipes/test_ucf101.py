@@ -284,7 +284,7 @@ def test_bad_videos_stop(
     for name, reason in (
         ("A_few", "5 frames decode, 8 are needed"),
         ("B_none", "unreadable video"),
-        ("C_cut", "unreadable video"),
+        ("C_cut", "cut short"),
     ):
         assert f"v_{name}.avi: {reason}" in said
     assert not (tmp_path / "out").exists()

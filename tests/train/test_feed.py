@@ -320,7 +320,7 @@ def test_nothing_changes_where_nothing_is_lost(settings_for: MAKE) -> None:
     assert len(found[0]) == len(found[1]) > 4
     for a, b in zip(*found, strict=True):
         assert a.ids == b.ids
-        assert torch.equal(a.weights, b.weights)
+        assert torch.equal(a.loss_weights, b.loss_weights)
         assert torch.equal(a.tiles, b.tiles)
 
 

@@ -113,7 +113,7 @@ def test_the_real_model_costs_what_its_sizes_say() -> None:
         model = Phi3VForCausalLM(Phi3VConfig())
     freeze(model, ())
     cost = training_flops(model, model.config)
-    step = Step(number=0, examples=1, pages=1, tokens=2443, crops=17, packs=1, rows=10, pairs=2443 * 2444 // 2)
+    step = Step(number=0, examples=1, pages=1, tokens=2443, crops=17, packs=1, target_rows=10, pairs=2443 * 2444 // 2)
     assert cost.per_token * step.tokens / 3 == pytest.approx(17.71e12 * 31 / 32, rel=0.01)
     assert cost.per_pair * step.pairs / 3 == pytest.approx(1.17e12 * 31 / 32, rel=0.01)
     assert cost.per_crop * step.crops / 3 == pytest.approx(6.21e12 + 0.11e12, rel=0.01)

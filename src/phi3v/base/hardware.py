@@ -100,12 +100,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Commit of the checkout this module runs from, with a "+" if files are modified; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno", ".") else "")
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

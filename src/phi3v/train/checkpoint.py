@@ -67,7 +67,7 @@ def save_checkpoint(
         state = {"step": step, "metric": metric, "schedule": schedule.state_dict(), "scaler": engine.scaler_state()}
         with disk_errors(target):
             (temporary / STATE).write_text(json.dumps(state))
-            manifest[STATE] = _entry(temporary / STATE)
+            manifest[STATE] = checksum(temporary / STATE)
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         finish(temporary, target)
         forget(folder, step, keep)
@@ -94,7 +94,7 @@ def _write_slices(engine: Engine, file: Path) -> dict[str, Any]:
                 tensors[f"{key}/{part.name}"] = value.detach().contiguous()
     save_file(tensors, file, metadata={"slices": json.dumps(about)})
     flush(file)
-    return {file.name: _entry(file)}
+    return {file.name: checksum(file)}
 
 
 def forget(folder: Path, step: int, keep: int) -> None:
@@ -137,7 +137,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file, or None if every file is as it was written."""
     try:
         for name, entry in read_object(path / MANIFEST).items():
-            if _entry(path / name) != entry:
+            if checksum(path / name) != entry:
                 return f"{path / name} is damaged: its size or SHA-256 is not that of the file that was written"
     except InputError as error:
         return str(error)
@@ -227,6 +227,7 @@ def scores(folder: Path, last: int) -> dict[int, float]:
     return found
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def checksum(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its size and its SHA-256."""
     with open(file, "rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

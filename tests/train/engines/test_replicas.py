@@ -49,7 +49,7 @@ def engine_for(kind: Any, ranks: Ranks, **optim: Any) -> Replicated:
 
 def random_pack() -> Any:
     targets = torch.randint(16, (8,))
-    return SimpleNamespace(inputs=torch.randn(8, 32), targets=targets, weights=torch.full((8,), 1 / 32))
+    return SimpleNamespace(inputs=torch.randn(8, 32), targets=targets, loss_weights=torch.full((8,), 1 / 32))
 
 
 def learn(rank: int, kind: str, folder: Path) -> None:
