@@ -53,8 +53,8 @@ def make_data(folder: Path) -> Path:
     images = folder / "images"
     images.mkdir(parents=True)
     for number, (height, width) in enumerate([(40, 40), (60, 40), (40, 120), (90, 90), (30, 70), (80, 80)]):
-        row, column, colour = np.indices((height, width, 3))
-        pixels = (row * (3 + number) + column * 5 + colour * 80 + number * 40) % 256
+        row, column, color = np.indices((height, width, 3))
+        pixels = (row * (3 + number) + column * 5 + color * 80 + number * 40) % 256
         Image.fromarray(pixels.astype(np.uint8)).save(images / f"{number}.png")
     conversations = []
     for number in range(6):

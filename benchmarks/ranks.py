@@ -74,7 +74,7 @@ class Mode:
 
     frozen: tuple[str, ...] = ()
     adapter: dict[str, Any] | None = None
-    quantised: bool = False
+    quantized: bool = False
     recompute: bool = False
     tied: bool = False
     crops_per_call: int = 64
@@ -86,7 +86,7 @@ MODES = {
     "full": Mode(),
     "frozen": Mode(frozen=("vision", "projector")),
     "lora": Mode(adapter=LORA),
-    "qlora": Mode(adapter=LORA, quantised=True),
+    "qlora": Mode(adapter=LORA, quantized=True),
     "dora": Mode(adapter={**LORA, "dora": True, "rslora": True}),
     "recompute": Mode(recompute=True),
     "tied": Mode(tied=True),
@@ -166,7 +166,7 @@ def build_model(mode: Mode, dtype: torch.dtype) -> Any:
     model: Any = Phi3VForCausalLM(config)
     model.model.vision_embed_tokens.frozen_crops_per_call = mode.crops_per_call
     freeze(model, mode.frozen)
-    if mode.quantised:
+    if mode.quantized:
         quantize(model, Quantization(), compute_dtype=dtype)
     if mode.adapter:
         model = add_lora(model, frozen=mode.frozen, **mode.adapter)

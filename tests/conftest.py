@@ -258,10 +258,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.jsonl: 14 examples, 15 answers, on 5 pages; one has no picture, one has two turns. Pictures in images/."""
     folder = tmp_path_factory.mktemp("tiny_data")
     (folder / "images").mkdir()
-    colours = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "grey": (128, 128, 128)}
+    colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "grey": (128, 128, 128)}
     conversations: list[list[dict[str, Any]]] = []
-    for name, colour in colours.items():
-        Image.new("RGB", (48, 40), colour).save(folder / "images" / f"{name}.png")
+    for name, color in colors.items():
+        Image.new("RGB", (48, 40), color).save(folder / "images" / f"{name}.png")
         asked = {"what is the color": name, "is this red": "yes" if name == "red" else "no", "is it light": "maybe"}
         conversations += [[{"images": [f"{name}.png"], "user": q, "assistant": a}] for q, a in asked.items()]
     conversations.append([{"user": "answer briefly", "assistant": "yes"}])
@@ -368,7 +368,7 @@ def make_video() -> Callable[..., Path]:
     """A function that writes a video of a bright square that moves: `make_video(path, num_frames, ...)`.
 
     direction   (right, down) pixels from frame to frame, around the edges
-    colour      of the square
+    color      of the square
     codec       of FFmpeg; the default in an .avi with the tag XVID is what UCF101 is made of
     """
     av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'phi3v[video]'")
@@ -378,7 +378,7 @@ def make_video() -> Callable[..., Path]:
         num_frames: int = 12,
         *,
         direction: tuple[int, int] = (4, 0),
-        colour: tuple[int, int, int] = (240, 60, 60),
+        color: tuple[int, int, int] = (240, 60, 60),
         size: tuple[int, int] = (64, 48),
         codec: str = "mpeg4",
         options: dict[str, str] | None = None,
@@ -391,7 +391,7 @@ def make_video() -> Callable[..., Path]:
             if codec == "mpeg4":
                 stream.codec_context.codec_tag = "XVID"
             picture = np.full((size[1], size[0], 3), 20, dtype=np.uint8)
-            picture[8:24, 8:24] = colour
+            picture[8:24, 8:24] = color
             for number in range(num_frames):
                 moved = np.roll(picture, (number * direction[1], number * direction[0]), axis=(0, 1))
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
@@ -402,7 +402,7 @@ def make_video() -> Callable[..., Path]:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """The real tokenizer's normaliser, byte fallback, decoder and special tokens over an alphabet and a few words."""
+    """The real tokenizer's normalizer, byte fallback, decoder and special tokens over an alphabet and a few words."""
     letters = ["▁", *map(chr, range(33, 127))]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     merges: dict[tuple[str, str], None] = {}

@@ -71,7 +71,7 @@ def test_what_is_wrong_is_one_line(
     (subset / "val/YoYo/v_YoYo_g01_c01.avi").write_bytes(b"not a video")
     assert script("--out_dir", tmp_path / "out", "--archive", subset) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: 1 of 6 videos cannot be used, ")
+    assert said.err.startswith("error: 1 of 6 videos are unusable, ")
     assert said.err.count("\n") == 1
     assert "v_YoYo_g01_c01.avi: unreadable video" in said.out
     assert not list((tmp_path / "out").glob("*.jsonl"))

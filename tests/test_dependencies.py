@@ -21,7 +21,7 @@ NOT_IMPORTED = {
 
 
 def normal(name: str) -> str:
-    """A distribution's name as PEP 503 normalises it."""
+    """A distribution's name as PEP 503 normalizes it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

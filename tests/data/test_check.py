@@ -123,12 +123,12 @@ def test_several_problems_of_one_example(data: Path, processor: Phi3VProcessor) 
 
 
 def test_warnings(data: Path, processor: Phi3VProcessor) -> None:
-    extra = json.dumps({"id": "n1", "licence": "MIT", "conversations": [{"user": "a<|end|>", "assistant": "b"}]})
+    extra = json.dumps({"id": "n1", "license": "MIT", "conversations": [{"user": "a<|end|>", "assistant": "b"}]})
     data.write_text("\n".join([GOOD[0], extra, extra]))
     findings = check(data, None, processor)
     assert findings.ok
     assert findings.warnings == (
-        f"{data}:2: unknown key 'licence' is ignored (and 1 more line)",
+        f"{data}:2: unknown key 'license' is ignored (and 1 more line)",
         f"{data}:2: turn 1: the model will read <|end|> in the text as a control token (and 1 more line)",
         f"{data}:2: id 'n1' is also on line 1 (and 1 more line)",
     )

@@ -55,7 +55,7 @@ def one(request: pytest.FixtureRequest) -> Example:
 
 
 def test_ids_are_those_of_the_whole_text(one: Example, processor: Phi3VProcessor) -> None:
-    """Chat template, tokenised at once by the plain tokenizer, cut at its image tags only."""
+    """Chat template, tokenized at once by the plain tokenizer, cut at its image tags only."""
     text = processor.apply_chat_template(messages(one)) + "<|endoftext|>"
     expected: list[int] = []
     for number, chunk in enumerate(re.split(r"<\|image_\d+\|>", text)):

@@ -18,7 +18,7 @@ from phi3v.base.errors import InputError
 from phi3v.data.image import (
     CROP,
     EXIF_ORIENTATION,
-    colours,
+    colors,
     global_view,
     hd_padding,
     hd_size,
@@ -255,8 +255,8 @@ def test_padding_is_what_the_transform_adds(size: tuple[int, int]) -> None:
     assert (hd == 255).all(axis=2).sum() == h * w - (h - top - bottom) * (w - left - right)
 
 
-def test_colours_undo_the_normalisation() -> None:
+def test_colors_undo_the_normalization() -> None:
     tiles = torch.arange(256, dtype=torch.uint8).repeat(3 * CROP * CROP // 256 + 1)[: 3 * CROP * CROP]
     tiles = tiles.reshape(1, 3, CROP, CROP)
-    assert torch.equal(colours(normalize(tiles)), tiles)
-    assert colours(torch.full((3, 1, 1), 9.0)).tolist() == [[[255]]] * 3
+    assert torch.equal(colors(normalize(tiles)), tiles)
+    assert colors(torch.full((3, 1, 1), 9.0)).tolist() == [[[255]]] * 3

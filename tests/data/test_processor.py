@@ -99,8 +99,8 @@ def test_special_ids(real: Phi3VProcessor) -> None:
 # --- properties, with any tokenizer -----------------------------------------------------------------------------------
 
 
-def picture(width: int, height: int, colour: int = 0) -> Image.Image:
-    return Image.new("RGB", (width, height), (colour, colour, colour))
+def picture(width: int, height: int, color: int = 0) -> Image.Image:
+    return Image.new("RGB", (width, height), (color, color, color))
 
 
 def test_batch_is_its_prompts_one_by_one(tiny: Phi3VProcessor) -> None:
@@ -234,10 +234,10 @@ def test_save_of_a_tokenizer_that_was_not_loaded_or_was_changed(tiny_processor_d
     assert fresh.num_crops == 2
     assert fresh.token_ids(text) == Phi3VProcessor(tokenizer).token_ids(text)
     assert fresh.tokenizer.chat_template == tokenizer.chat_template
-    fresh.tokenizer.add_tokens(["colour"])
+    fresh.tokenizer.add_tokens(["color"])
     fresh.save_pretrained(tmp_path / "changed")
     again = Phi3VProcessor.from_pretrained(tmp_path / "changed")
-    assert len(again.token_ids("colour")) < len(Phi3VProcessor(tokenizer).token_ids("colour"))
+    assert len(again.token_ids("color")) < len(Phi3VProcessor(tokenizer).token_ids("color"))
 
 
 def test_published_files_stay_published(real: Phi3VProcessor, real_tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_paths_stay_in_the_root(data: Path) -> None:
         ({**GOOD, "conversations": {}}, "conversations: must be a list, not an object"),
         ({**GOOD, "source": None}, "source: must be a string, not null"),
         ({**GOOD, "anwsers": ["no"]}, "unknown key 'anwsers': did you mean 'answers'?"),
-        ({**GOOD, "licence": "MIT"}, "unknown key 'licence' is ignored"),
+        ({**GOOD, "license": "MIT"}, "unknown key 'license' is ignored"),
         ({**GOOD, "conversations": ["hi"]}, "conversations[0]: must be an object, not a string"),
         (
             {**GOOD, "conversations": [turn(), turn(user=True)]},
@@ -146,7 +146,7 @@ def test_every_problem_of_a_line(data: Path) -> None:
 
 
 def test_strict_reading_stops_at_the_first_problem(data: Path) -> None:
-    write(data, GOOD, {**GOOD, "licence": "MIT"}, "", {**GOOD, "id": 7}, "{")
+    write(data, GOOD, {**GOOD, "license": "MIT"}, "", {**GOOD, "id": 7}, "{")
     with pytest.raises(InputError, match=r"train.jsonl:4: id: must be a string"):
         read_jsonl(data)
     write(data, GOOD, {**GOOD, "conversations": [turn(assistant="")]})

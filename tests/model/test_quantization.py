@@ -22,7 +22,7 @@ from phi3v.data.encode import Example, Turn, encode
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.loading import load_model, save_model
-from phi3v.model.parts import add_lora, count_parameters, freeze, quantised_weights, set_precision, widen
+from phi3v.model.parts import add_lora, count_parameters, freeze, quantized_weights, set_precision, widen
 from phi3v.model.quantization import Quantization, quantize, read_quantization
 from phi3v.packing.loader import Reading, training_packs
 from phi3v.packing.loss import weighted_cross_entropy
@@ -127,7 +127,7 @@ def packs(step: Callable[..., list[Pack]]) -> list[Pack]:
     return step(max_tokens_per_pack=10**6)
 
 
-# -- what is quantised -----------------------------------------------------------------------------------------------
+# -- what is quantized -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def packs(step: Callable[..., list[Pack]]) -> list[Pack]:
     [((), DECODER), (("vision",), DECODER | VISION), (("projector",), DECODER | PROJECTOR)],
     ids=["decoder", "vision", "projector"],
 )
-def test_the_linears_of_the_chosen_parts_are_quantised(tiny_checkpoint_dir, parts, expected) -> None:
+def test_the_linears_of_the_chosen_parts_are_quantized(tiny_checkpoint_dir, parts, expected) -> None:
     model = fresh(tiny_checkpoint_dir)
     freeze(model, ())
     before = {part: every for part, (_, every) in count_parameters(model).items()}
@@ -146,7 +146,7 @@ def test_the_linears_of_the_chosen_parts_are_quantised(tiny_checkpoint_dir, part
     found = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert found == expected
     assert total == sum(seen) == sum(others[f"{name}.weight"].numel() for name in expected)
-    assert len(quantised_weights(model)) == len(seen) == len(expected)
+    assert len(quantized_weights(model)) == len(seen) == len(expected)
     assert all(p is others[name] for name, p in model.named_parameters() if p.dtype != torch.uint8)
     assert {p: every for p, (_, every) in count_parameters(model).items()} == before
     could_learn = {name for name, p in others.items() if p.requires_grad}
@@ -156,7 +156,7 @@ def test_the_linears_of_the_chosen_parts_are_quantised(tiny_checkpoint_dir, part
     assert quantize(model, how, compute_dtype=torch.float32) == 0  # nothing is left
 
 
-def test_every_weight_goes_as_soon_as_it_is_quantised(tiny_checkpoint_dir: Path) -> None:
+def test_every_weight_goes_as_soon_as_it_is_quantized(tiny_checkpoint_dir: Path) -> None:
     model = fresh(tiny_checkpoint_dir)
     weights = [weakref.ref(model.get_submodule(name).weight) for name in DECODER]
     alive = []
@@ -173,7 +173,7 @@ def test_every_weight_goes_as_soon_as_it_is_quantised(tiny_checkpoint_dir: Path)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_weights_are_off_by_half_a_step_of_nf4_at_most(tiny_checkpoint_dir: Path, double_quant: bool) -> None:
     """The widest gap of the 16 values is 0.304, from -1 to -0.696 (arXiv 2305.14314, appendix E), times the largest
-    of 64 weights; a scale that is quantised itself is off by 1 % more."""
+    of 64 weights; a scale that is quantized itself is off by 1 % more."""
     model, original = quantized(tiny_checkpoint_dir, double_quant=double_quant), fresh(tiny_checkpoint_dir)
     for name in DECODER:
         weight = model.get_submodule(name).weight
@@ -193,7 +193,7 @@ def test_two_quantisations_are_the_same_bit_for_bit(tiny_checkpoint_dir: Path, d
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_shell_without_memory_is_quantised_in_shape(tiny_checkpoint_dir: Path) -> None:
+def test_a_shell_without_memory_is_quantized_in_shape(tiny_checkpoint_dir: Path) -> None:
     """What a dry run describes has the parameters of the real thing."""
     real = quantized(tiny_checkpoint_dir, *ALL)
     with torch.device("meta"):
@@ -228,7 +228,7 @@ def values(weight: Any) -> torch.Tensor:
 
 
 def rounded(folder: Path, model: Any, dtype: torch.dtype = torch.float32) -> Phi3VForCausalLM:
-    """The unquantised model with the values of the quantised one."""
+    """The unquantized model with the values of the quantized one."""
     plain = fresh(folder, dtype)
     widen(plain, torch.float32)
     for name, module in model.named_modules():
@@ -285,7 +285,7 @@ def test_a_pack_without_tokens_gives_gradients_of_zeros(tiny_checkpoint_dir: Pat
 
 def test_adapters_learn(tiny_checkpoint_dir: Path, packs: list[Pack]) -> None:
     model = adapted(quantized(tiny_checkpoint_dir, *ALL))
-    packed = [weight.clone() for weight in quantised_weights(model)]
+    packed = [weight.clone() for weight in quantized_weights(model)]
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     assert type(layer).__module__ == "peft.tuners.lora.bnb"  # PEFT's own layer for 4-bit linears
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -294,7 +294,7 @@ def test_adapters_learn(tiny_checkpoint_dir: Path, packs: list[Pack]) -> None:
         losses.append(learn(model, packs)[0])
         optimizer.step()
     assert losses[-1] < losses[0] / 2
-    assert all(map(torch.equal, quantised_weights(model), packed))
+    assert all(map(torch.equal, quantized_weights(model), packed))
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_checkpoint_dir: Path, packs: list[Pack]) -> None:
@@ -308,7 +308,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny_checkpoint_dir: Pat
 
 def test_precision_is_of_the_arithmetic_not_of_the_packed_weights(tiny_checkpoint_dir: Path, packs: list[Pack]) -> None:
     model = quantized(tiny_checkpoint_dir, *ALL)
-    packed = [weight.clone() for weight in quantised_weights(model)]
+    packed = [weight.clone() for weight in quantized_weights(model)]
     with torch.no_grad():
         exact = model.eval()(pack=packs[0]).logits
         set_precision(model.requires_grad_(False), torch.bfloat16)
@@ -317,19 +317,19 @@ def test_precision_is_of_the_arithmetic_not_of_the_packed_weights(tiny_checkpoin
         widen(model, torch.float32)
         assert {p.dtype for p in model.parameters()} == {torch.uint8, torch.float32}
         model(pack=packs[0])
-    assert all(map(torch.equal, quantised_weights(model), packed))
+    assert all(map(torch.equal, quantized_weights(model), packed))
     assert 1e-3 < float((rough - exact).norm() / exact.norm()) < 5e-2
     layer = model.model.layers[0].mlp.down_proj
     assert layer.compute_dtype == layer.weight.quant_state.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
-def test_a_device_quantises_what_it_is_given_and_computes_with_it(tiny_checkpoint_dir, packs, name) -> None:
+def test_a_device_quantizes_what_it_is_given_and_computes_with_it(tiny_checkpoint_dir, packs, name) -> None:
     """Weights go there one by one, the rest of the model afterwards. A tie may fall on the other side on a GPU."""
     device, here = torch.device(name), quantized(tiny_checkpoint_dir, *ALL)
     model = fresh(tiny_checkpoint_dir)
     quantize(model, Quantization(parts=ALL), compute_dtype=torch.float32, device=device)
-    assert {weight.device.type for weight in quantised_weights(model)} == {name}
+    assert {weight.device.type for weight in quantized_weights(model)} == {name}
     for layer in DECODER:
         ours, theirs = (values(net.get_submodule(layer).weight) for net in (here, model))
         assert float((ours - theirs).norm() / ours.norm()) < 0.01
@@ -406,14 +406,14 @@ def test_an_adapter_comes_back_on_the_base_it_was_trained_on(
     assert not hasattr(whole, "quantization")
 
 
-def test_the_base_is_quantised_before_it_is_cast(tiny_checkpoint_dir: Path, tmp_path: Path) -> None:
+def test_the_base_is_quantized_before_it_is_cast(tiny_checkpoint_dir: Path, tmp_path: Path) -> None:
     """What a bf16 chat computes with was trained on float32 weights."""
     model, processor = load_model(tiny_checkpoint_dir)
     quantize(model, Quantization(), compute_dtype=torch.float32)
     model = adapted(model)
     save_model(model, processor, tmp_path / "adapter")
     again, _ = load_model(tmp_path / "adapter", dtype=torch.bfloat16)
-    assert all(map(torch.equal, quantised_weights(again), quantised_weights(model)))
+    assert all(map(torch.equal, quantized_weights(again), quantized_weights(model)))
     assert {p.dtype for name, p in again.named_parameters() if "lora" not in name} == {torch.uint8, torch.bfloat16}
     assert again.get_base_model().model.layers[0].mlp.down_proj.base_layer.compute_dtype == torch.bfloat16
 

@@ -35,16 +35,16 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 
 
 def test_the_metadata_is_what_the_hub_knows(card_of, finished_run: Path) -> None:
-    card = card_of(finished_run, base_model="microsoft/Phi-3.5-vision-instruct", datasets=("owner/colours",))
+    card = card_of(finished_run, base_model="microsoft/Phi-3.5-vision-instruct", datasets=("owner/colors",))
     data = card.data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-text-to-text")
     assert data.base_model == "microsoft/Phi-3.5-vision-instruct"
-    assert data.datasets == ["owner/colours"]
+    assert data.datasets == ["owner/colors"]
     assert data.metrics[0] == "accuracy"
     scores = json.loads((finished_run / "metrics.json").read_text())["final"]
     found = {result.metric_type: result.metric_value for result in data.eval_results}
     assert found == {name: round(value, 4) for name, value in scores.items() if name != "questions"}
-    assert {(r.dataset_type, r.dataset_name) for r in data.eval_results} == {("owner/colours", "train.jsonl")}
+    assert {(r.dataset_type, r.dataset_name) for r in data.eval_results} == {("owner/colors", "train.jsonl")}
 
 
 def test_the_text_says_how_it_was_made_and_how_good_it_is(card_of, finished_run: Path) -> None:

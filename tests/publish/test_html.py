@@ -270,7 +270,7 @@ def test_on_a_phone_nothing_sticks_out(name: str, request: pytest.FixtureRequest
 
 @pytest.mark.parametrize("name", ["report_page", "look_page"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_system_and_can_be_read(
+def test_colors_follow_the_system_and_can_be_read(
     scheme: str, name: str, request: pytest.FixtureRequest, opened: Open
 ) -> None:
     page = opened(request.getfixturevalue(name), color_scheme=scheme)

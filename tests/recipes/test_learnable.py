@@ -29,9 +29,9 @@ SIDE = 64
 TESTED = 200
 
 
-def plain(colour: str, dice: random.Random) -> bytes:
-    """A picture of about that colour."""
-    shade = tuple(max(0, min(255, value + dice.randint(-25, 25))) for value in COLOURS[colour])
+def plain(color: str, dice: random.Random) -> bytes:
+    """A picture of about that color."""
+    shade = tuple(max(0, min(255, value + dice.randint(-25, 25))) for value in COLOURS[color])
     return png(Image.new("RGB", (SIDE, SIDE), shade))
 
 
@@ -40,8 +40,8 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def other(colour: str, dice: random.Random) -> str:
-    return dice.choice([name for name in COLOURS if name != colour])
+def other(color: str, dice: random.Random) -> str:
+    return dice.choice([name for name in COLOURS if name != color])
 
 
 def docvqa(folder: Path, count: int, dice: random.Random, published: ModuleType) -> None:
@@ -73,24 +73,24 @@ def docvqa(folder: Path, count: int, dice: random.Random, published: ModuleType)
 
 
 def hateful_memes(folder: Path, count: int, dice: random.Random, published: ModuleType) -> None:
-    """Does the caption name the colour of the picture? Neither alone tells."""
+    """Does the caption name the color of the picture? Neither alone tells."""
     rows = []
     for number in range(TESTED + count):
-        colour, matches = dice.choice(list(COLOURS)), number % 2 == 0
-        caption = colour if matches else other(colour, dice)
+        color, matches = dice.choice(list(COLOURS)), number % 2 == 0
+        caption = color if matches else other(color, dice)
         prompt = f"The caption says {caption} . Is this meme hateful?"
-        rows.append(([plain(colour, dice)], [(prompt, "Yes." if matches else "No.")]))
+        rows.append(([plain(color, dice)], [(prompt, "Yes." if matches else "No.")]))
     published.write_cauldron(folder, "hateful_memes", rows, num_shards=1)
 
 
 def nlvr2(folder: Path, count: int, dice: random.Random, published: ModuleType) -> None:
-    """Do both photographs have the same colour?"""
+    """Do both photographs have the same color?"""
     folder.mkdir(parents=True)
     for split, size in (("train", count), ("dev", TESTED)):
         lines = []
         for number in range(size):
-            colour, same = dice.choice(list(COLOURS)), number % 2 == 0
-            for side, shown in enumerate((colour, colour if same else other(colour, dice))):
+            color, same = dice.choice(list(COLOURS)), number % 2 == 0
+            for side, shown in enumerate((color, color if same else other(color, dice))):
                 (folder / f"{split}-{number}-0-img{side}.png").write_bytes(plain(shown, dice))
             sentence = {"sentence": "Both are of one color.", "label": str(same), "identifier": f"{split}-{number}-0-0"}
             lines.append(json.dumps({**sentence, **({"directory": 0} if split == "train" else {})}) + "\n")

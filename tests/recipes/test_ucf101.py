@@ -278,7 +278,7 @@ def bad(small: Path, make_video: Callable[..., Path]) -> Path:
 def test_bad_videos_stop(
     bad: Path, tmp_path: Path, made: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InputError, match=r"3 of 18 videos cannot be used, .*v_A_few.*--on_bad_video skip"):
+    with pytest.raises(InputError, match=r"3 of 18 videos are unusable, .*v_A_few.*--on_bad_video skip"):
         made(archive=bad)
     said = "".join(capsys.readouterr().out.split("\n"))
     for name, reason in (

@@ -76,7 +76,7 @@ ADAPTERS = 2 * (2 * (128 + 64 + 128 + 80) + 464)
 
 @pytest.mark.parametrize("mode", ["lora", "qlora"])
 def test_a_dry_run_counts_the_adapters(mode: str, settings_for: MAKE, tmp_path: Path, said: SAID) -> None:
-    """And of four bits every weight, not every byte: whole or quantised, the base has as many."""
+    """And of four bits every weight, not every byte: whole or quantized, the base has as many."""
     if mode == "qlora":
         pytest.importorskip("bitsandbytes", reason="needs pip install 'phi3v[qlora]'")
     assert train(settings_for(dry_run=True, lora_rank=2, freeze_vision_model=True, **{mode: True})) == {}

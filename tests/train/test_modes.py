@@ -51,8 +51,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     for number, (height, width) in enumerate([(40, 40), (50, 40), (40, 100)]):
-        row, column, colour = np.indices((height, width, 3))
-        pixels = (row * (3 + number) + column * 5 + colour * 80) % 256
+        row, column, color = np.indices((height, width, 3))
+        pixels = (row * (3 + number) + column * 5 + color * 80) % 256
         Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{number}.png")
     long = "what is the shape in this picture, red or blue, yes or no, " * 3
     conversations: list[list[tuple[list[int], str, str]]] = [

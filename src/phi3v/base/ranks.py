@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -84,14 +85,13 @@ class Ranks:
 
     def all_do(self, work: Callable[[], T]) -> T:
         """Runs `work` on every rank; if any raises an InputError, all raise the first one."""
-        result, failed = None, None
+        result, failures = None, list[str]()
         try:
             result = work()
         except InputError as error:
-            failed = str(error)
-        failures = [message for messages in self.gather([failed] if failed else []) for message in messages]
-        if failures:
-            raise InputError(failures[0])
+            failures = [str(error)]
+        for message in chain.from_iterable(self.gather(failures)):
+            raise InputError(message)
         return result  # type: ignore[return-value]
 
     def meet(self) -> None:

@@ -164,7 +164,7 @@ def questions(example: Example) -> list[Example]:
 
 
 def prompt_text(example: Example) -> str:
-    """The text of a prompt, with its images as tags: what `encode` tokenises."""
+    """The text of a prompt, with its images as tags: what `encode` tokenizes."""
     return "".join(map(_text, messages(example))) + "<|assistant|>\n"
 
 

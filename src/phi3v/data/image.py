@@ -1,7 +1,7 @@
 """The HD transform: an image of any shape becomes 336x336 crops, bit for bit as in the published processor.
 
 An image is scaled so that at most `num_crops` tiles cover it, and padded with white to whole tiles. The padded image,
-uint8, is what data loading yields. Normalisation and the global view (the whole image resized to one more crop) are
+uint8, is what data loading yields. Normalization and the global view (the whole image resized to one more crop) are
 float operations on the tiles and run on any device. Sizes of padded images are (h, w) in pixels, both multiples of 336;
 sizes of files are (width, height), as in Pillow.
 """
@@ -146,14 +146,14 @@ def tiles_of(hd: NDArray[np.uint8]) -> Tensor:
 
 
 def normalize(tiles: Tensor) -> Tensor:
-    """float32, same shape [..., 3, H, W]: uint8 colours to (x/255 - mean) / std per channel."""
+    """float32, same shape [..., 3, H, W]: uint8 colors to (x/255 - mean) / std per channel."""
     mean = torch.tensor(MEAN, device=tiles.device)[:, None, None]
     std = torch.tensor(STD, device=tiles.device)[:, None, None]
     return tiles.to(torch.float32).div(255).sub_(mean).div_(std)
 
 
 def global_view(tiles: Tensor, h: int, w: int) -> Tensor:
-    """float32 [3, 336, 336]: the padded image of h x w pixels resized to one crop, from its normalised tiles.
+    """float32 [3, 336, 336]: the padded image of h x w pixels resized to one crop, from its normalized tiles.
 
     tiles: float32 [h/336 * w/336, 3, 336, 336]. Bicubic without antialiasing, and overshoot is kept, as published.
     """
@@ -162,7 +162,7 @@ def global_view(tiles: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(image, size=(CROP, CROP), mode="bicubic", align_corners=False)[0]
 
 
-def colours(normalized: Tensor) -> Tensor:
+def colors(normalized: Tensor) -> Tensor:
     """uint8, same shape [..., 3, H, W]: the inverse of `normalize`, clamped to 0..255."""
     mean = torch.tensor(MEAN)[:, None, None]
     std = torch.tensor(STD)[:, None, None]

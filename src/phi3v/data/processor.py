@@ -2,7 +2,7 @@
 
 A plain class over a fast tokenizer and `phi3v.data.image`. Image positions carry the id of `<|image|>`, once per vector
 of the image; the text names images by the tags `<|image_1|>`, `<|image_2|>`, ... in ascending order. As published, the
-text is cut at its tags and every piece is tokenised on its own after a `<s>`.
+text is cut at its tags and every piece is tokenized on its own after a `<s>`.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Phi3VProcessor:
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text: one image id and a `<s>` for each tag, no `<s>` in front. The tags' numbers do not matter.
 
-        Tokenising the text in parts, cut before special tokens, gives the same ids, because no special token of this
+        Tokenizing the text in parts, cut before special tokens, gives the same ids, because no special token of this
         tokenizer swallows what precedes it.
         """
         check_text(text)

@@ -28,9 +28,7 @@ def split(images: Sequence[Sequence[str]], fraction: float, seed: int) -> list[b
             for example in group:
                 held_out[example] = True
     if len(set(held_out)) < 2:
-        raise InputError(
-            f"--val-fraction {fraction} is impossible: images connect {len(images)} examples to {len(groups)} groups"
-        )
+        raise InputError(f"--val-fraction {fraction}: images connect {len(images)} examples to {len(groups)} groups")
     return held_out
 
 

@@ -1,7 +1,7 @@
 """The tokenizer of a model folder, whoever wrote its files.
 
 tokenizer.json is read whole, and of the other files only the few settings that matter. AutoTokenizer would not do: it
-takes LlamaTokenizer from tokenizer_config.json, whose own normaliser tokenises the newline after a special token
+takes LlamaTokenizer from tokenizer_config.json, whose own normalizer tokenizes the newline after a special token
 differently (14 of the 36 golden texts, transformers 5.17 and 5.23). Nor would `from_pretrained`, because
 tokenizer_config.json may name files, arguments and tokens of its own.
 """

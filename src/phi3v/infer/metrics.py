@@ -64,7 +64,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity as the original recipe has it: case counts, and half wrong is wrong.
+    """Average normalized Levenshtein similarity as the original recipe has it: case counts, and half wrong is wrong.
 
     With NL = Levenshtein distance / length of the longer text: 1 - NL where NL < 0.5, else 0 (Biten et al. 2019,
     arXiv:1907.00490, tau = 0.5). An empty prediction scores 0, and so does every one where no answer is known.
@@ -95,7 +95,7 @@ def anls_official(prediction: str, answers: Sequence[str]) -> float:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA v2 accuracy: an answer that three of ten annotators gave is right (Antol et al. 2015, arXiv:1505.00468).
 
-    min(1, matches / 3), averaged over the ten leave-one-out sets of nine annotators. Texts are always normalised; the
+    min(1, matches / 3), averaged over the ten leave-one-out sets of nine annotators. Texts are always normalized; the
     official evaluation skips that where all annotators agree, and then fails "Yes" against ten times "yes". Fewer than
     ten answers are no votes but accepted alternatives, and the metric is `accuracy`.
     """

@@ -50,10 +50,8 @@ def stream(
     inputs = processor(prompt_text(example), list(example.images)).to(next(model.parameters()).device)
     tokens, most = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if tokens + sampling.max_new_tokens > most:
-        raise InputError(
-            f"the conversation has {tokens:,} tokens; with an answer of up to {sampling.max_new_tokens:,} "
-            f"(--max-new-tokens) it must not exceed the model's {most:,}"
-        )
+        both = f"the conversation's {tokens:,} tokens and --max-new-tokens {sampling.max_new_tokens:,}"
+        raise InputError(f"{both} together exceed the model's {most:,} tokens")
     return _written(model, processor, inputs, sampling, dtype)
 
 

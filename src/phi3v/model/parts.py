@@ -117,6 +117,6 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def quantised_weights(model: nn.Module) -> list[nn.Parameter]:
+def quantized_weights(model: nn.Module) -> list[nn.Parameter]:
     """The packed weights of 4-bit layers: constants, of which every rank holds all."""
     return [parameter for parameter in model.parameters() if parameter.dtype == torch.uint8]

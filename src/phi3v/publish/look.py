@@ -22,7 +22,7 @@ from phi3v.data.check import CheckedLine, check, check_lines, counted
 from phi3v.data.encode import Encoded, encode
 from phi3v.data.image import (
     CROP,
-    colours,
+    colors,
     global_view,
     hd_padding,
     hd_transform,
@@ -196,7 +196,7 @@ def _crops(path: str, num_crops: int, pixels: int) -> dict[str, Any]:
     image = load_image(path)
     hd = hd_transform(image, num_crops)
     h, w, _ = hd.shape
-    squeezed = colours(global_view(normalize(tiles_of(hd)), h, w)).permute(1, 2, 0).numpy()
+    squeezed = colors(global_view(normalize(tiles_of(hd)), h, w)).permute(1, 2, 0).numpy()
     padded, whole = Image.fromarray(hd), Image.fromarray(np.ascontiguousarray(squeezed))
     padded.thumbnail((pixels * w // CROP, pixels * h // CROP))
     whole.thumbnail((pixels, pixels))

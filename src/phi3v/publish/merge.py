@@ -44,9 +44,9 @@ class Merged(NamedTuple):
 def merge(run: str, /, *, out: Path) -> Path:
     """Merge the adapter of a LoRA or QLoRA run into its base model.
 
-    The result is a checkpoint in the published layout, in the base model's own precision: not quantised, even if the
-    adapter was trained on a quantised base. Its logits are compared with those of the base and the adapter before
-    anything is written, and with those of the model that was trained if that was quantised. `phi3v export` merges too,
+    The result is a checkpoint in the published layout, in the base model's own precision: not quantized, even if the
+    adapter was trained on a quantized base. Its logits are compared with those of the base and the adapter before
+    anything is written, and with those of the model that was trained if that was quantized. `phi3v export` merges too,
     and adds a model card and what other programs need.
 
     Args:
@@ -77,7 +77,7 @@ def merge_adapter(folder: Path, device: torch.device) -> Merged:
     """Merge the adapter in a folder into its base, on `device`. Raises InputError if that changes the logits."""
     quantized = None
     if how := read_quantization(folder):
-        say(f"loading the model as it was trained, on its base in {how}, then the unquantised one")
+        say(f"loading the model as it was trained, on its base in {how}, then the unquantized one")
         quantized = probe(*load_model(folder, device=device), device)
     model, processor = load_model(folder, as_trained=False)
     own = model.dtype
@@ -90,19 +90,12 @@ def merge_adapter(folder: Path, device: torch.device) -> Merged:
     set_precision(merged, own)
     after = probe(merged, processor, device)
     difference, limit = distance(after, before), TOLERANCE[own]
-    say(
-        f"logits before and after merging differ by {difference:.1e} "
-        f"(relative, {name_of(own)}; at most {limit:.0e} allowed)"
-    )
+    say(f"merging changed the logits by {difference:.1e} (relative, {name_of(own)}; at most {limit:.0e} is allowed)")
     if not difference <= limit:
-        raise InputError(
-            f"{folder}: merging changed the model, its logits differ by {difference:.1e}; nothing was written"
-        )
+        raise InputError(f"{folder}: merging changed the logits by {difference:.1e}; nothing was written")
     if quantized is not None:
-        say(
-            f"the merged model is not quantised: its logits differ by {distance(after, quantized):.1e} (relative) "
-            "from those of the model that was trained"
-        )
+        gap = distance(after, quantized)
+        say(f"the merged model is not quantized: its logits differ by {gap:.1e} (relative) from the trained model's")
     set_precision(merged, own)
     return Merged(merged, processor, read_adapter_config(folder)["base_model_name_or_path"], before, after)
 

@@ -5,7 +5,7 @@
     settings(options) -> Run              the run that learns the task; touches no file
     prepare(run, options) -> Run          makes what the run still needs (idempotent), and returns it as it is trained
 
-The module docstring says what the task is, where its data comes from under which licence, and what was scored. A recipe
+The module docstring says what the task is, where its data comes from under which license, and what was scored. A recipe
 of your own begins as a copy of `forkme.py`. `table`, `conversion` and `sources` hold what recipes share.
 """
 

@@ -1,10 +1,10 @@
-"""easy-VQA: questions about the shape and the colour in a small image. The embedded default, for any computer.
+"""easy-VQA: questions about the shape and the color in a small image. The embedded default, for any computer.
 
 Task      "what color is the circle?", "is there not a red shape in the image?"; 13 answers, among them yes and no
-Source    the PyPI package easy-vqa 1.0 by Victor Zhou (github.com/vzhou842/easy-VQA), MIT licence
+Source    the PyPI package easy-vqa 1.0 by Victor Zhou (github.com/vzhou842/easy-VQA), MIT license
 Split     as published: 4,000 images with 38,575 questions to train on, 1,000 with 9,673 to test on
 Model     a small Phi-3.5-vision in the published layout, made here and starting from random weights; its tokenizer has
-          the published normaliser, special tokens and byte fallback, and whole words for the words of the questions
+          the published normalizer, special tokens and byte fallback, and whole words for the words of the questions
 Scores    accuracy on the test split: majority answer 37.3 %, best answer per question text (blind) 67.0 %; this run
           84.6 % after three epochs, nine minutes on two cores with AVX2 in float32 (with AVX512, 80.9 %)
 """

@@ -3,7 +3,7 @@
 Task      "Does this meme promote hate speech?\\nAnswer yes or no." The answers are "Yes." and "No."; the Cauldron asks
           in eleven wordings, of which this is one
 Source    HuggingFaceM4/the_cauldron, hateful_memes; or the challenge's own files, train.jsonl and dev_seen.jsonl with
-          img/ (hatefulmemeschallenge.com, under Meta's licence for research)
+          img/ (hatefulmemeschallenge.com, under Meta's license for research)
 Split     the Cauldron's first 500 rows to evaluate on and the rest to train on, as in the original recipe (both are of
           the challenge's train.jsonl); of the challenge train.jsonl and dev_seen.jsonl
 Scores    accuracy; area under the ROC curve from the log-probabilities of the two answers

@@ -160,9 +160,8 @@ def download(repository: str, *patterns: str, flag: str = "--data-dir") -> Path:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # no network, no access
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{repository} cannot be read from the Hub ({reason}): name a folder that holds it with {flag}"
-        ) from error
+        message = f"{repository} cannot be read from the Hub ({reason}): name its folder with {flag}"
+        raise InputError(message) from error
 
 
 def nothing_found(folder: Path, task: str, expected: Iterable[str]) -> InputError:

@@ -185,7 +185,7 @@ def _write(
             advance(1)
     if bad and on_bad_video == "stop":
         raise InputError(
-            f"{len(bad)} of {len(videos)} videos cannot be used, {bad[0]}; leave them out with --on_bad_video skip"
+            f"{len(bad)} of {len(videos)} videos are unusable, {bad[0]}; --on_bad_video skip leaves them out"
         )
 
 

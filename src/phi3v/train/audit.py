@@ -59,7 +59,5 @@ class GradientAudit:
         elif self.steps_with_images >= STEPS_TO_REACH_ALL:
             name = min(self.unreached)
             more = f" and {len(self.unreached) - 1} more" if len(self.unreached) > 1 else ""
-            raise InputError(
-                f"gradient audit: {name}{more} should learn, but got no gradient "
-                f"in {self.steps_with_images} steps with images"
-            )
+            steps = f"{self.steps_with_images} steps with images"
+            raise InputError(f"gradient audit: {name}{more} should learn, but got no gradient in {steps}")

@@ -33,7 +33,7 @@ def build_model(
     if tuning.qlora:
         how = Quantization(double_quant=tuning.double_quant, parts=tuning.quantize)
         total = count_parameters(model)["decoder"][1]
-        with progress_bar("quantising", total, "weights", show=run.keeping.progress and not shell) as advance:
+        with progress_bar("quantizing", total, "weights", show=run.keeping.progress and not shell) as advance:
             quantize(model, how, compute_dtype=dtype, device=None if shell else ranks.device, advance=advance)
     if tuning.adapters:
         model = add_lora(

@@ -105,9 +105,8 @@ def learn(job: Job) -> None:
             result = engine.step()
         total, stops = ranks.total(float(loss), float(job.stop.reason is not None), meet=False)
         if trouble := trouble_of(total, result):
-            raise InputError(
-                f"step {step}: the {trouble} is not finite; its examples are {', '.join(ids_of(job, step))}"
-            )
+            names = ", ".join(ids_of(job, step))
+            raise InputError(f"step {step}: the {trouble} is not finite; its examples are {names}")
         if not result.skipped:
             job.schedule.step()
         seconds = time.monotonic() - started + batch.first_wait

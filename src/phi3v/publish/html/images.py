@@ -64,7 +64,7 @@ def thumbnail(path: str, pixels: int) -> Entry:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image as WebP; a drawing of few colours without loss, which is smaller."""
+    """The image as WebP; a drawing of few colors without loss, which is smaller."""
     buffer = io.BytesIO()
     drawing = image.getcolors(256) is not None
     image.save(buffer, "WEBP", quality=QUALITY, lossless=drawing)

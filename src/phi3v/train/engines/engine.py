@@ -232,7 +232,7 @@ def empty_twin(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> Any:
 
 
 def empty(twin: nn.Module) -> None:
-    """Frees the weights of a twin, except for the quantised ones, which it shares."""
+    """Frees the weights of a twin, except for the quantized ones, which it shares."""
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.new_empty(0)

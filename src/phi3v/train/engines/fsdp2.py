@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from phi3v.base.ranks import Ranks
-from phi3v.model.parts import quantised_weights
+from phi3v.model.parts import quantized_weights
 from phi3v.packing.pack import Pack
 from phi3v.train.engines.engine import EngineSettings, TorchEngine, empty, empty_twin, rounded, unwrap
 
@@ -23,7 +23,7 @@ class Sharded(TorchEngine):
     """Each decoder layer, each layer of a vision tower that learns, and the rest are gathered when they run."""
 
     def __init__(self, model: Any, ranks: Ranks, settings: EngineSettings) -> None:
-        whole = set(quantised_weights(model))  # packed four-bit values are not split
+        whole = set(quantized_weights(model))  # packed four-bit values are not split
         self.twin = empty_twin(model, shared=whole)
         network = unwrap(model).model
         tower = network.vision_embed_tokens.img_processor.vision_model

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from phi3v.base.errors import InputError
 from phi3v.base.ranks import Ranks
 from phi3v.model.decoder import Phi3VDecoderLayer
-from phi3v.model.parts import quantised_weights
+from phi3v.model.parts import quantized_weights
 from phi3v.model.vision import CLIPEmbeddings
 from phi3v.packing.pack import Pack
 from phi3v.train.engines.engine import (
@@ -39,7 +39,7 @@ class Zero(Engine):
         super().__init__(model, ranks, settings)
         deepspeed = _deepspeed()
         self.stage, dtype = stage, settings.dtype
-        self.twin: Any = empty_twin(model, shared=quantised_weights(model)) if stage == 3 else None
+        self.twin: Any = empty_twin(model, shared=quantized_weights(model)) if stage == 3 else None
         learns = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         exact = {name: p for name, p in learns.items() if torch.promote_types(p.dtype, dtype) != dtype}
         self.optimizer = settings.make_optimizer(model)
@@ -143,7 +143,7 @@ class Zero(Engine):
             if twin.is_floating_point():
                 with self._gathered([self.parameters[name]]):
                     twin.data = self.parameters[name].detach().clone()
-        with self._gathered(quantised_weights(self.model)):  # the twin's own, too
+        with self._gathered(quantized_weights(self.model)):  # the twin's own, too
             try:
                 yield self.twin
             finally:
@@ -160,7 +160,7 @@ class Zero(Engine):
             elif target.is_floating_point():
                 with self._gathered([parameter]):
                     target.data = rounded(parameter.detach(), dtype).clone()
-        self._gathered(quantised_weights(self.model)).__enter__()  # for good
+        self._gathered(quantized_weights(self.model)).__enter__()  # for good
         return model
 
     def _gathered(self, parameters: list[Any]) -> AbstractContextManager[Any]:
