@@ -354,7 +354,7 @@ def test_empty_and_odd_logs(run: Path) -> None:
             '{"final": {"accuracy": "high"}}',
             r"metrics\.json: final.*: must be an integer or a number",
         ),
-        ("metrics.json", '{"final": 7}', r"metrics\.json: final: must be an object or null, not an integer"),
+        ("metrics.json", '{"final": 7}', r"metrics\.json: final: must be an object, not an integer"),
         ("lengths.json", '{"tokens": {"mean": 1}}', r"lengths\.json: tokens: p50: is missing"),
         ("published.json", '{"score": 7}', r"published\.json: model: is missing"),
     ],

@@ -141,8 +141,8 @@ def damage(path: Path) -> str | None:
                 return f"{path / name} is damaged: its size or SHA-256 is not that of the file that was written"
     except InputError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
+    except OSError as error:  # of a read that fails midway, it does not name the file
+        return f"{path / name}: {error.strerror}"
     return None
 
 
