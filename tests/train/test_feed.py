@@ -302,8 +302,7 @@ def test_what_another_rank_has_lost_counts(rank: int, broken: TrainingData) -> N
     mine, others = packs_of(rank), packs_of(1 - rank)
     lost = [[lost for micro in packs for lost in micro.lost] for packs in (mine, others)]
     rest = 1 - sum(one.weight for some in lost for one in some)
-    timed = ((0.0, micro) for micro in mine[1:])
-    step = StepPacks(first=mine[0], rest=timed, first_wait=0.0, epoch=1.0, images=True)
+    step = StepPacks(first=mine[0], rest=iter(mine[1:]), epoch=1.0, images=True)
     step = step.without_lost(Two(rank=rank, others=lost[1]))
     assert {one.id for one in step.lost} == red(data)
     assert total_weight(list(step.packs())) == pytest.approx(total_weight(mine) / rest)

@@ -21,6 +21,7 @@ import phi3v.packing.loss as loss_room
 import phi3v.train.loop as room
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError
+from phi3v.base.ranks import Ranks
 from phi3v.data.encode import Encoded, encode, expand
 from phi3v.data.image import num_image_tokens
 from phi3v.data.processor import Phi3VProcessor
@@ -189,6 +190,23 @@ def _loss(model: Any, processor: Phi3VProcessor, example: Encoded) -> float:
     images = {name: pictures[name] for name in ("pixel_values", "image_sizes") if name in pictures}
     with torch.no_grad():
         return model.eval()(input_ids=ids[None], labels=labels[None], **images).loss.item()
+
+
+def test_the_ranks_meet_once_a_step(settings_for: MAKE, log_of: LOG, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first pack, however many it has; the loss is summed without another meeting."""
+    meetings, sums, total = [], [], Ranks.total
+
+    def summed(ranks: Ranks, *values: float, meet: bool = True) -> list[float]:
+        sums.append(meet)
+        return total(ranks, *values, meet=meet)
+
+    monkeypatch.setattr(Ranks, "meet", lambda ranks: meetings.append(ranks))
+    monkeypatch.setattr(Ranks, "total", summed)
+    monkeypatch.setattr(room.GradientAudit, "check", lambda *unused, **more: None)  # it has meetings in the first steps
+    train(run := settings_for(max_steps=4, max_tokens_per_pack=340, eval_before=False))
+    assert max(entry["packs"] for entry in log_of(run.keeping.out)) > 1
+    assert len(meetings) == len(sums) == 4
+    assert not any(sums)
 
 
 # -- which weights learn ---------------------------------------------------------------------------------------------

@@ -197,9 +197,9 @@ class StepPacks:
     """The packs of one optimizer step on this rank, the time spent waiting for them, and what could not be read."""
 
     first: MicroBatch
-    rest: Iterator[tuple[float, MicroBatch]]
-    first_wait: float
+    rest: Iterator[MicroBatch]
     epoch: float
+    """Epochs that are done after the step."""
     images: bool
     """Whether any example of the step, on any rank, has an image."""
     wait: float = 0.0
@@ -207,27 +207,24 @@ class StepPacks:
     """Examples of the step, on all ranks, that are skipped; the others' weights make up for them."""
 
     def packs(self) -> Iterator[MicroBatch]:
-        micro, self.wait = self.first, self.first_wait
-        yield micro
+        yield (micro := self.first)
         while not micro.last:
-            waited, micro = next(self.rest)
-            self.wait += waited
+            before = time.monotonic()
+            micro = next(self.rest)
+            self.wait += time.monotonic() - before
             yield micro
 
     def without_lost(self, ranks: Ranks) -> StepPacks:
         """The step with all its packs read, and their weights such that the loss is the mean over what was read."""
         packs = list(self.packs())
         self.lost = [lost for found in ranks.gather([lost for micro in packs for lost in micro.lost]) for lost in found]
-        if not self.lost:
-            rest = packs
-        elif len(self.lost) == self.first.step.examples:
+        if len(self.lost) == self.first.step.examples:
             raise InputError(f"no example of a step can be read: {self.lost[0].where}: {self.lost[0].reason}")
-        else:
+        if self.lost:
             left = 1.0 - sum(lost.weight for lost in self.lost)
-            rest = [m._replace(pack=replace(m.pack, loss_weights=m.pack.loss_weights / left)) for m in packs]
+            packs = [m._replace(pack=replace(m.pack, loss_weights=m.pack.loss_weights / left)) for m in packs]
             self.images = ranks.any(any(micro.pack.crops for micro in packs))
-        self.first, self.first_wait = rest[0], self.wait
-        self.rest = ((0.0, micro) for micro in rest[1:])
+        self.first, self.rest = packs[0], iter(packs[1:])
         return self
 
     def counts(self, seconds: float) -> dict[str, Any]:
@@ -255,27 +252,19 @@ class StepPacks:
 def steps(data: TrainingData, ranks: Ranks, *, first_step: int) -> Iterator[StepPacks]:
     """The optimizer steps from `first_step` (from 0) to the last, over as many epochs as it takes."""
 
-    def timed() -> Iterator[tuple[float, MicroBatch]]:
+    def every_pack() -> Iterator[MicroBatch]:
         epoch, within = divmod(first_step, data.steps_per_epoch)
         while True:
-            packs = training_packs(
-                data.encoded,
-                data.plan(epoch),
-                data.reading,
-                first_step=within,
-                rank=ranks.rank,
-                num_ranks=ranks.num,
-                log=say,
+            plan = data.plan(epoch)
+            yield from training_packs(
+                data.encoded, plan, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, log=say
             )
-            before = time.monotonic()
-            for micro in packs:
-                yield time.monotonic() - before, micro
-                before = time.monotonic()
             epoch, within = epoch + 1, 0
 
-    stream = ranks.own(timed())
-    for step in range(first_step, data.total_steps):
-        wait, first = next(stream)
-        epoch, images = (step + 1) / data.steps_per_epoch, first.step.crops > 0
-        packs = StepPacks(first=first, rest=stream, first_wait=wait, epoch=epoch, images=images)
+    stream = ranks.own(every_pack())
+    for step in range(first_step + 1, data.total_steps + 1):
+        before = time.monotonic()
+        first = next(stream)
+        wait, epoch = time.monotonic() - before, step / data.steps_per_epoch
+        packs = StepPacks(first=first, rest=stream, epoch=epoch, images=first.step.crops > 0, wait=wait)
         yield packs.without_lost(ranks) if data.reading.on_bad_example == "skip" else packs

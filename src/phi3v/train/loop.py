@@ -91,9 +91,9 @@ def learn(job: Job) -> None:
     for step in range(job.first_step + 1, data.total_steps + 1):
         seed_step(run.keeping.seed, step - 1, ranks.rank)
         with job.profiler.step(step):
+            started = time.monotonic()
             with missing_rank_named(job, step):
                 batch = next(feed)
-                started = time.monotonic()
                 ranks.meet()  # every rank is here with its data: what follows waits for all of them
             loss = torch.zeros((), device=ranks.device)
             for micro in batch.packs():
@@ -109,7 +109,7 @@ def learn(job: Job) -> None:
             raise InputError(f"step {step}: the {trouble} is not finite; its examples are {names}")
         if not result.skipped:
             job.schedule.step()
-        seconds = time.monotonic() - started + batch.first_wait
+        seconds = time.monotonic() - started
         log.step(
             {
                 "step": step,
