@@ -125,9 +125,7 @@ def test_an_error_of_the_model_is_raised_by_the_generator(talker: Any, asked: An
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(talker: Any, asked: tuple[Turn, ...]) -> None:
     with pytest.raises(InputError, match=r"1 image tags \(1\), 0 images were given"):
         stream(*talker, (Turn(user="<|image_1|> what", assistant=None),), Sampling())
-    with pytest.raises(
-        InputError, match=r"3\d\d tokens and --max-new-tokens 131,000 together exceed .* 131,072"
-    ):
+    with pytest.raises(InputError, match=r"3\d\d tokens and --max-new-tokens 131,000 together exceed .* 131,072"):
         stream(*talker, asked, Sampling(max_new_tokens=131_000))
 
 
