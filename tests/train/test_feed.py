@@ -297,7 +297,7 @@ def test_what_another_rank_has_lost_counts(rank: int, broken: TrainingData) -> N
     data = broken
 
     def packs_of(rank: int) -> list[MicroBatch]:
-        return list(training_packs(data.encoded, data.plan(0), data.reading, rank=rank, num_ranks=2))
+        return list(training_packs(data.encoded, data.schedule(0), data.reading, rank=rank, num_ranks=2))
 
     mine, others = packs_of(rank), packs_of(1 - rank)
     lost = [[lost for micro in packs for lost in micro.lost] for packs in (mine, others)]

@@ -1,4 +1,4 @@
-"""From a conversation to token ids and labels: the one encode path of training, evaluation and chat.
+"""From a conversation to token ids and their loss mask: the one encode path of training, evaluation and chat.
 
 The text of a conversation is the chat template's, `<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>\\n` turn by turn,
 with `<s>` in front and `<|endoftext|>` once at the very end, or in every turn with `closed_turns`. An image is one
@@ -102,7 +102,7 @@ class Encoded:
 
 
 def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], tuple[int, int]] = read_size) -> Encoded:
-    """Token ids and labels of a conversation; `sizes` gives the (width, height) of an image file.
+    """Token ids and loss mask of a conversation; `sizes` gives the (width, height) of an image file.
 
     The targets of every turn are the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
     conversation (of every turn, with `closed_turns`). If the last turn lacks its answer, it is a prompt for generation

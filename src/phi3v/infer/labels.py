@@ -6,6 +6,7 @@ The score of a label is log p(label | page, question), the sum over its own toke
 `<|endoftext|>`) does not depend on the answer and is left out, also of the length that decides the RoPE regime.
 
 Every label is a branch. What the branches of a page share is computed once; `share` decides what that is.
+`metrics.likeliest` chooses among the scores.
 """
 
 from __future__ import annotations

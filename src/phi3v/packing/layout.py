@@ -2,9 +2,9 @@
 
 A pack is one flat sequence of tokens. It holds trees laid end to end; a tree is a prefix (the page) followed by its
 branches (the examples that share it). A token sees itself and the earlier tokens of its own branch, plus the whole
-prefix of its tree; a prefix token sees the earlier prefix. Nothing sees another tree or another branch. Positions of
-every branch continue from the end of the prefix, so that each example has exactly the positions it would have alone.
-The package docstring has a drawing.
+prefix of its tree; a prefix token sees itself and the prefix before it. Nothing sees another tree or another branch.
+Positions of every branch continue from the end of the prefix, so that each example has exactly the positions it would
+have alone. The package docstring has a drawing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 
 class Tree(NamedTuple):
-    """A prefix of `prefix` tokens and branches of `branches[i]` tokens each; `long` is the RoPE regime of all."""
+    """A prefix of `prefix` tokens and branches of `branches[i]` tokens each; `long`: whether they use the long
+    RoPE factors."""
 
     prefix: int
     branches: tuple[int, ...]

@@ -44,7 +44,7 @@ class Reading:
     """Pause before the first retry; every further one is twice as long: 1 + 2 + 4 + 8 + 16 + 32 = 63 s in all."""
 
     timeout_s: float = 300.0
-    """How long to wait for workers of which none delivers anything, as when a read hangs for ever; 0 waits for ever.
+    """How long to wait while no worker delivers anything, as when a read hangs; 0 waits forever.
     Must be longer than all retries; shorter than the 10 minutes after which NCCL gives up on a rank that waits."""
 
     on_bad_example: OnBadExample = "stop"
@@ -64,8 +64,8 @@ class MicroBatch(NamedTuple):
 
     @property
     def lost(self) -> tuple[Lost, ...]:
-        """The examples that were skipped. With w their weights over all packs and ranks of the step, the loss and the
-        gradients of the step, divided by 1 - w, are those of the step without them."""
+        """The examples that were skipped. Let w be their summed weight over all packs and ranks of the step: loss and
+        gradients divided by 1 - w are those of the step without them."""
         return self.pack.lost
 
 
@@ -78,7 +78,7 @@ class PromptBatch(NamedTuple):
 
 def training_packs(
     encoded: Sequence[Encoded],
-    plan: EpochSchedule,
+    schedule: EpochSchedule,
     reading: Reading,
     *,
     first_step: int = 0,
@@ -93,8 +93,8 @@ def training_packs(
     """
 
     def orders() -> Iterator[tuple[tuple[Step, bool], PackTrees]]:
-        for number in range(first_step, len(plan)):
-            step, ranks = plan.packs(number, num_ranks)
+        for number in range(first_step, len(schedule)):
+            step, ranks = schedule.packs(number, num_ranks)
             for index, trees in enumerate(ranks[rank]):
                 yield (step, index == step.packs - 1), trees
 

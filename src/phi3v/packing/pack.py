@@ -41,7 +41,7 @@ class Lost(NamedTuple):
     where: str
     reason: str
     weight: float
-    """Its share of the step's loss: the weights of all target rows of a step add up to 1, and these are missing."""
+    """The sum of its rows' loss weights; those of a whole step add up to 1."""
 
     def __str__(self) -> str:
         return f"{self.where}: example {self.id}: {self.reason}"
@@ -55,7 +55,7 @@ class Pack:
     layout        where trees, prefixes and branches lie; the branches are the examples, in order
     tiles         [n, 3, 336, 336] uint8, the local crops of all images; the model makes the global views
     image_sizes   [images, 2] int64, padded (h, w) in pixels of every image, in the order of the tokens
-    target_rows   [R] int64, tokens whose next token in their branch is a target; of a prompt, its last token
+    target_rows   [R] int64, the token before each target; of a prompt, its last token
     targets       [R] int64, the next token (0 for a prompt)
     loss_weights  [R] float32, the loss is the sum of weight * cross entropy (0 for a prompt)
     branch        [R] int64, the example of each row, as its number in the pack

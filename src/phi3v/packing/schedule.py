@@ -90,7 +90,7 @@ class EpochSchedule:
         return self.order[self.bounds[step] : self.bounds[step + 1]]
 
     def loss_weights(self, step: int) -> Floats:
-        """Loss weight of every target token of each example of a step, in the order of `examples(step)`.
+        """One per example of a step, in the order of `examples(step)`: the loss weight of each of its target tokens.
 
         With n target tokens in an example, E examples and S target tokens in the step, and q questions of a page among
         P pages:
@@ -141,9 +141,9 @@ def schedule_epoch(lengths: Lengths, settings: ScheduleSettings, *, seed: int, e
     pages, the last one of an epoch the rest. With `questions="all"` a step border may cut a page in two. Raises
     InputError for an example without a target, and when the batch is larger than the data.
     """
-    unlabelled = np.flatnonzero(lengths.num_targets == 0)
-    if len(unlabelled):
-        raise InputError(f"training example {unlabelled[0] + 1} has no answer token to learn from")
+    unanswered = np.flatnonzero(lengths.num_targets == 0)
+    if len(unanswered):
+        raise InputError(f"training example {unanswered[0] + 1} has no answer token to learn from")
     num_units = len(lengths) if settings.questions == "all" else lengths.num_pages
     if settings.batch_size > num_units:
         unit = "examples" if settings.questions == "all" else "pages"

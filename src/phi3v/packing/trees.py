@@ -26,11 +26,12 @@ class PackLimits:
     """What one pack may hold, and where the RoPE regime changes."""
 
     max_tokens_per_pack: int
-    """Tokens of all trees of a pack together. An example that has more gets a pack of its own. The questions of a page
-    may use at least an eighth of this limit, even past it, before the page is computed again in another tree."""
+    """Tokens of all trees of a pack together. A tree that has more is a pack by itself. The
+    branches of a tree may always take up an eighth of this limit, even where the tree then exceeds it; beyond that the
+    page is computed again in another tree."""
 
     max_crops_per_pack: int
-    """Tiles and global views of all images of a pack together. A page that has more gets a pack of its own."""
+    """Tiles and global views of all images of a pack together. A tree that has more is a pack by itself."""
 
     original_max: int = 4096
     """An example uses the long RoPE factors when it has more tokens than this."""
@@ -58,7 +59,7 @@ class Lengths:
     """Tokens of each example with its image tokens expanded: prefix and branch."""
 
     prefix: Ints
-    """Tokens of the prefix, the same for all examples of a page; 0 if the page is one example's own."""
+    """Tokens of the prefix, the same for all examples of a page; 0 without images, or if one follows an answer."""
 
     crops: Ints
     """Crops of the page, global and local, the same for all examples of a page."""
@@ -90,7 +91,7 @@ class PackTree(NamedTuple):
 
     examples: tuple[int, ...]
     loss_weights: tuple[float, ...]
-    """Loss weight of every target token of each example."""
+    """One per example: the loss weight of each of its target tokens."""
     long: bool
     tokens: int
     crops: int

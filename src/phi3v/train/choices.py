@@ -70,8 +70,8 @@ def pick_recompute(run: Run, config: Phi3VConfig, data: TrainingData, ranks: Ran
     if run.tuning.activation_checkpointing != "auto" or ranks.device.type != "cuda":
         return every if run.tuning.activation_checkpointing == "full" else 0
     shell = build_model(run, choices.attention, choices.dtype, ranks, 0, shell=config)
-    plan = data.plan(0)
-    packs = [plan.packs(step, ranks.num)[1] for step in range(min(len(plan), STEPS_LOOKED_AT))]
+    schedule = data.schedule(0)
+    packs = [schedule.packs(step, ranks.num)[1] for step in range(min(len(schedule), STEPS_LOOKED_AT))]
     largest = largest_pack(data.lengths, packs)
 
     def needed(layers: int) -> float:

@@ -21,7 +21,7 @@ from phi3v.train.memory import largest_pack
 def describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, ranks: Ranks, choices: Choices) -> None:
     """Prints the resolved run. `model` may be on the meta device."""
     lengths, limits = data.lengths, data.settings.limits
-    first, packs = data.plan(0).packs(0, ranks.num)
+    first, packs = data.schedule(0).packs(0, ranks.num)
     memory = memory_of(run, model, config, largest_pack(lengths, [packs]), ranks, choices)
     _row("model", escape(run.base.model))
     _row(

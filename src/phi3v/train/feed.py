@@ -49,14 +49,14 @@ class TrainingData:
     questions: list[Example]
     scoring: Scoring
 
-    def plan(self, epoch: int) -> EpochSchedule:
+    def schedule(self, epoch: int) -> EpochSchedule:
         """The optimizer steps of an epoch."""
         return schedule_epoch(self.lengths, self.settings, seed=self.seed, epoch=epoch)
 
     def examples_of(self, step: int, num_ranks: int) -> list[list[str]]:
         """Ids of the examples of a step, the first being 0, by rank."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        _, packs = self.plan(epoch).packs(within, num_ranks)
+        _, packs = self.schedule(epoch).packs(within, num_ranks)
         return [[self.encoded[i].id for pack in of_rank for tree in pack for i in tree.examples] for of_rank in packs]
 
     @property
@@ -255,9 +255,9 @@ def steps(data: TrainingData, ranks: Ranks, *, first_step: int) -> Iterator[Step
     def every_pack() -> Iterator[MicroBatch]:
         epoch, within = divmod(first_step, data.steps_per_epoch)
         while True:
-            plan = data.plan(epoch)
+            schedule = data.schedule(epoch)
             yield from training_packs(
-                data.encoded, plan, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, log=say
+                data.encoded, schedule, data.reading, first_step=within, rank=ranks.rank, num_ranks=ranks.num, log=say
             )
             epoch, within = epoch + 1, 0
 
