@@ -395,6 +395,9 @@ def test_an_unknown_recipe(fails) -> None:
         ("train --lora docvqa", "the recipe comes first: phi3v train docvqa ..."),
         ("train --recipe no.py", "--recipe no.py: no such file; `phi3v recipes forkme` prints a template"),
         ("report", "report needs a run folder: phi3v report RUN [RUN ...]"),
+        ("check data.jsonl --num-workers -2", "--num-workers -2: must be at least 0"),
+        ("check data.jsonl --num-crops 0", "--num-crops 0: must be at least 1"),
+        ("check data.jsonl --max-tokens 9", "--max-tokens needs --model, whose tokenizer counts them"),
         ("--completion tcsh", "--completion tcsh: it must be bash, zsh, fish"),
     ],
 )

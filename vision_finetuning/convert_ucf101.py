@@ -13,4 +13,4 @@ from phi3v.recipes.ucf101 import convert
 if __name__ == "__main__":
     if root := os.environ.get("PHI3V_DATA"):  # a folder with the data sets as they were downloaded
         convert = partial(convert, archive=Path(root) / "ucf101")
-    sys.exit(status_of(lambda: tyro.cli(convert, use_underscores=True)))
+    sys.exit(status_of(lambda: tyro.cli(convert, use_underscores=True, config=[tyro.conf.DisallowNone])))

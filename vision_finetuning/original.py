@@ -61,7 +61,7 @@ def parser(task: Task, recipe: ModuleType) -> argparse.ArgumentParser:
     flag("data_dir", type=Path, required=needed, help="the data set as it was downloaded (ucf101: as converted)")
     if task == "docvqa":
         flag("full_train", action="store_true", help="train on all of DocVQA, not on the mini set")
-    flag("use_flash_attention", action="store_true", help="the fastest exact attention at hand; which one is said")
+    flag("use_flash_attention", action="store_true", help="use the fastest exact attention available, and print which")
     flag("bf16", action="store_true", help="bf16, where the hardware has it; default: fp16 with loss scaling")
     flag("use_lora", action="store_true", help="train adapters")
     flag("use_qlora", action="store_true", help="train adapters over 4-bit weights")
@@ -81,7 +81,7 @@ def parser(task: Task, recipe: ModuleType) -> argparse.ArgumentParser:
     flag("lora_rank", type=int, default=64)
     flag("lora_alpha_ratio", type=float, default=2.0, help="alpha is the rank times this")
     flag("lora_dropout", type=float, default=0.0)
-    flag("freeze_vision_model", action="store_true", help="the image embedder does not learn")
+    flag("freeze_vision_model", action="store_true", help="freeze the image embedder")
     return made
 
 

@@ -165,7 +165,7 @@ GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
         ({**GOOD, "conversations": say("What?", " ")}, "turn 1: the answer is missing"),
         ({**GOOD, "conversations": say("What?", "x")[::-1]}, "a message of 'assistant' out of turn"),
         ({**GOOD, "conversations": [{"from": "tool", "value": "x"}]}, "a message of 'tool' out of turn"),
-        ({**GOOD, "conversations": []}, "conversations: Expected array of length >= 1"),
+        ({**GOOD, "conversations": []}, "conversations: is empty"),
         ({**GOOD, "conversations": "x"}, "conversations cannot be a string"),
         ({**GOOD, "conversations": ["x"]}, "must be an object, not a string"),
         ({**GOOD, "conversations": [{"from": "human"}]}, "value or content is missing"),

@@ -279,7 +279,7 @@ class Keeping:
     """Show a progress bar."""
 
     dry_run: bool = False
-    """Print the resolved run and stop."""
+    """Check the data, print all settings and the estimated memory, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +311,7 @@ class Run:
                 raise InputError(f"--{part}-learning-rate has no effect: the {part} is frozen")
         for tracker in self.keeping.track:
             if importlib.util.find_spec(tracker) is None:  # before anything is loaded
-                raise InputError(f"--track {tracker}: it is not installed (pip install {tracker})")
+                raise InputError(f"--track {tracker}: it is not installed (pip install 'phi3v[track]')")
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "dora", "rslora"):
             if not self.tuning.adapters and values[name] != getattr(Tuning, name):
                 raise InputError(f"--{name.replace('_', '-')} has no effect without --lora or --qlora")

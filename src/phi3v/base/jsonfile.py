@@ -120,6 +120,8 @@ def _explain(error: msgspec.ValidationError, kind: Any) -> tuple[str, str]:
     path = where.rstrip("`").removeprefix("$").lstrip(".")
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
         return f"{path}.{missing[1]}".lstrip("."), "is missing"
+    if re.fullmatch(r"Expected `\w+` of length >= 1", text):
+        return path, "is empty"
     if bound := re.fullmatch(r"Expected `\w+` (>=|>|<=|<) ([\d.]+)", text):
         return path, f"must be {BOUNDS[bound[1]]} {float(bound[2]):g}"
     if got := re.fullmatch(r"Expected `([\w |]+)`, got `(\w+)`", text):

@@ -41,11 +41,11 @@ def convert(
             images or videos for every class.
         source: The file, or the folder that holds the folders.
         out: The folder to make.
-        image_root: Folder the image paths in SOURCE are relative to, and may not lead out of. Default: SOURCE's own.
-        question: What is asked of class folders. Default: to classify, with all classes named.
+        image_root: Folder the image paths are relative to, and may not lead out of. Default: the file's own.
+        question: The question about class folders. Default: to classify, naming all classes.
         num_frames: Frames of a video, at equal distances.
         val_fraction: Share of the examples that goes to val.jsonl. Those that share an image stay together.
-        seed: Of the choice of those examples.
+        seed: Seed of that choice.
         progress: Show a progress bar.
     """
     folders = format in FOLDERS

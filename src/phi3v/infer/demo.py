@@ -72,10 +72,10 @@ def demo(
 
     Args:
         model: A run folder (its final model), or a model or adapter folder, or a name on the Hub.
-        compare: Another model that answers beside it. `base`: the one that MODEL was fine-tuned from.
+        compare: Another model that answers beside it. `base`: the one that the first was fine-tuned from.
         max_new_tokens: Longest answer, in tokens. It can be changed on the page.
         temperature: 0 always takes the most likely token; higher is more varied. It can be changed on the page.
-        host: Address to listen at. Any but the loopback lets others in, without a password.
+        host: Address to listen on. Any but 127.0.0.1 lets others in, without a password.
         port: Port to listen at. Default: the first free one from 7860 on.
     """
     check_flags(locals(), demo)

@@ -68,7 +68,7 @@ def predict(
         limit: Answer only this many questions, evenly spread.
         max_new_tokens: Longest answer, in tokens.
         labels: A closed set: the prediction is the most likely label, and the log-probabilities of all are written.
-        on_bad_example: When an image or a text cannot be used. stop: end, naming it. skip: its line says the `error`.
+        on_bad_example: When an image or a text cannot be used. stop: end, naming it. skip: its line has an `error`.
         progress: Show a progress bar.
     """
     check_flags(locals(), predict)

@@ -48,6 +48,10 @@ class Start(NamedTuple):
     run: Run
 
 
+EXTRA_OF_DATA = dict.fromkeys(("docvqa", "hateful-memes", "nlvr2"), "hub") | {"ucf101": "video", "easy-vqa": "easy-vqa"}
+"""What a recipe needs to read its data."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One way to train: a run on given devices, with its memory and speed."""
@@ -88,7 +92,8 @@ class Row:
     def extras(self) -> list[str]:
         """Extras of the package that the run needs."""
         bitsandbytes = self.run.tuning.qlora or self.run.optim.optimizer == "adamw-8bit"
-        return ["deepspeed"] * self.engine.startswith("zero") + ["qlora"] * bitsandbytes
+        of_data = [EXTRA_OF_DATA[name] for name in self.start.words[2:3] if name in EXTRA_OF_DATA]
+        return ["deepspeed"] * self.engine.startswith("zero") + ["qlora"] * bitsandbytes + of_data
 
     @property
     def summary(self) -> str:

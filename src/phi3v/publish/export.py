@@ -53,9 +53,10 @@ def export(
     docs/serve.md says how to serve it.
 
     Args:
-        run: A run folder, or a model or adapter folder, whose card has less in it.
+        run: A run folder. A model or adapter folder works too, with less in its card.
         out: Where it goes. It must not exist.
-        base_model: Name on the Hub of the model that was tuned, for the card. Default: the run's, if it is one.
+        base_model: Name on the Hub of the model that was tuned, for the card. Default: the run's
+            base model, if that is a name on the Hub.
         dataset: Names of its data sets on the Hub, for the card.
         push: Upload it to the Hub under this name, owner/model.
         private: With --push: only the owner can see it.

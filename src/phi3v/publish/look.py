@@ -63,7 +63,7 @@ def look(
         image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
         model: Show the tokens of this model's tokenizer, and cut images by its num_crops.
         num_crops: Tiles an image may be cut into. Default: the model's own, 4 without a model.
-        out: The page. Default: DATA.html beside DATA.
+        out: The page. Default: the data file's name with .html, beside it.
         limit: Examples in the page, evenly spread, those with problems first.
         picture_mb: Megabytes of images in the page.
         crop_size: Pixels of a crop of 336 in the page.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from rich.markup import escape
 from torch import Tensor
@@ -75,6 +74,8 @@ def source_folder(run: str, out: Path) -> Path:
 
 def merge_adapter(folder: Path, device: torch.device) -> Merged:
     """Merge the adapter in a folder into its base, on `device`. Raises InputError if that changes the logits."""
+    from peft.tuners.lora import LoraLayer  # after phi3v.model.quantization, which silences bitsandbytes
+
     quantized = None
     if how := read_quantization(folder):
         say(f"loading the model as it was trained, on its base in {how}, then the unquantized one")

@@ -61,8 +61,8 @@ class Options(TaskOptions):
     """What the task can be asked for."""
 
     data_dir: Path | None = None
-    """A folder that convert_ucf101.py made, or one with the data set as it was downloaded, packed or unpacked. Default:
-    the subset is downloaded from the Hugging Face Hub."""
+    """A folder that convert_ucf101.py made, or one with UCF101_subset.tar.gz or with the unpacked videos. Default: the
+    subset is downloaded from the Hugging Face Hub."""
 
     num_frames: int | None = None
     """Frames of a video that is still to be converted. Default: 8."""
