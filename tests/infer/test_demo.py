@@ -115,7 +115,7 @@ def test_what_cannot_be_asked_is_said_in_one_line(talker: Speaker, red: str, tmp
         with pytest.raises(InputError) as caught:
             next(converse([talker], [()], text, files, SHORT))
         assert re.fullmatch(message, str(caught.value))
-    with pytest.raises(InputError, match=r"the conversation has \d+ tokens; with an answer of up to 131,072"):
+    with pytest.raises(InputError, match=r"the conversation's \d+ tokens and --max-new-tokens 131,072"):
         next(converse([talker], [()], "what", [red], Sampling(max_new_tokens=131072)))
 
 
@@ -345,7 +345,6 @@ def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         demo("/no/such/model")
 
 
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # Gradio's
 def test_a_port_that_is_taken_is_named() -> None:
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'phi3v[demo]'")
     with socket.create_server(("127.0.0.1", 0)) as taken:

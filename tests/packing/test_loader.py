@@ -180,9 +180,9 @@ def nothing_stays():
     files = len(os.listdir("/proc/self/fd"))
     yield
     assert multiprocessing.active_children() == []
-    if len(os.listdir("/proc/self/fd")) != files:
+    if len(os.listdir("/proc/self/fd")) > files:
         gc.collect()  # what `pytest.raises` caught holds the frames it came from
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/fd")) <= files  # fewer when the garbage of other tests goes meanwhile
 
 
 @pytest.fixture

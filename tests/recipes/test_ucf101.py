@@ -358,7 +358,7 @@ def test_hostile_and_damaged_archives(small: Path, tmp_path: Path, made: Callabl
     data = tar_of(small)
     (tmp_path / "half.tar").write_bytes(data[: len(data) // 2])
     for name, reason in (
-        ("escape", "evil.avi' .*outside the destination"),
+        ("escape", "evil.avi leads out of its folder"),
         ("half", "unexpected end of data"),
     ):
         with pytest.raises(InputError, match=f"{name}.tar cannot be unpacked: .*{reason}"):
