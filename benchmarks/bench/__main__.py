@@ -8,4 +8,4 @@ from benchmarks.bench.command import bench
 from phi3v.cli import status_of
 
 if __name__ == "__main__":
-    sys.exit(status_of(lambda: tyro.cli(bench, prog="python -m benchmarks.bench")))
+    sys.exit(status_of(lambda: tyro.cli(bench, prog="python -m benchmarks.bench", config=[tyro.conf.DisallowNone])))
