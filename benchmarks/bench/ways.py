@@ -82,6 +82,7 @@ def wasteful(model: Phi3VForCausalLM, pack: Pack, num_crops: int) -> Iterator[No
         x = before_last = tower.pre_layrnorm(tower.embeddings(padded))
         for layer in tower.encoder.layers:
             before_last = x
+            x = x.to(layer.layer_norm1.weight.dtype)  # the last layer never learns and is in the precision of the rest
             if tower.gradient_checkpointing and torch.is_grad_enabled():
                 assert tower._gradient_checkpointing_func is not None
                 x = tower._gradient_checkpointing_func(layer.__call__, x)
