@@ -19,6 +19,30 @@ from phi3v.base.runfolder import RunFolder
 MAKE = Callable[..., Run]
 
 
+def test_files_have_weights_and_names() -> None:
+    data = Data(
+        train=(Path("a.jsonl"), Path("x/b.jsonl:0.5"), Path("c:2")), eval=(Path("d/val.jsonl"), Path("hard=e.jsonl"))
+    )
+    assert data.train_files == {Path("a.jsonl"): 1, Path("x/b.jsonl"): 0.5, Path("c"): 2}
+    assert data.eval_files == {"val": Path("d/val.jsonl"), "hard": Path("e.jsonl")}
+    assert Data(train=Path("a"), eval=None) == Data(train=(Path("a"),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train": (Path("a:2"), Path("a"))}, "--train: a is there twice"),
+        ({"eval": (Path("a/val.jsonl"), Path("b/val.jsonl"))}, "--eval: val is there twice"),
+        ({"train": (Path("a:0"),)}, "--train a:0: a file cannot count 0 times"),
+        ({"early_stopping": 3}, "--early-stopping needs --eval-every-steps"),
+        ({"best": "accuracy"}, "--best needs --eval-every-steps"),
+    ],
+)
+def test_files_and_choices_that_cannot_be_are_refused(flags: dict, message: str, settings_for: MAKE) -> None:
+    with pytest.raises(InputError, match=message):
+        settings_for(**flags).check()
+
+
 def test_a_run_comes_back_from_its_config_json(settings_for: MAKE, tmp_path: Path) -> None:
     flags = {"freeze": ("vision", "projector"), "track": ("tensorboard",), "labels": ("yes", "no"), "lora_alpha": 3.5}
     run = settings_for(eval=Path("a/b.jsonl"), max_minutes=0.5, resume="auto", **flags)

@@ -99,7 +99,7 @@ def test_a_run_in_many_sittings_is_one_run(
         assert f"stopped after step {sitting}, which is saved: the time of --max-minutes is up" in said
         assert not (tmp_path / "run" / "final").exists()
     result = train(run)
-    assert result == {"before": None, "final": None, "baselines": None}
+    assert result == {"step": 4, "before": None, "final": None, "baselines": None}
     assert model_of(tmp_path / "run") == model_of(tmp_path / "whole")
     losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("run", "whole")]
     assert losses[0] == losses[1]
@@ -108,13 +108,13 @@ def test_a_run_in_many_sittings_is_one_run(
     assert "holds this run, finished: nothing is left to do" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("split", ["before", "during", "final"])
+@pytest.mark.parametrize("split", ["before", "during", "last", "final"])
 def test_a_run_stops_in_an_evaluation_without_waiting_for_its_end(
     split: str, settings_for: MAKE, tiny_data: Path, log_of: LOG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two packs of questions: the request comes before the second one. Resumed, all is as if it had not come."""
     flags = {"max_steps": 2, "eval": tiny_data, "eval_every_steps": 1, "max_tokens_per_pack": 700}
-    at = {"before": 1, "during": 2, "final": 3}[split]
+    at, steps = {"before": (1, []), "during": (2, [1]), "last": (3, [1, 2]), "final": (4, [1, 2])}[split]
     real, titles = scoring.predict, []
 
     def predict(*given: Any, **named: Any) -> Any:
@@ -128,9 +128,10 @@ def test_a_run_stops_in_an_evaluation_without_waiting_for_its_end(
     assert train(run) == {}
     assert not (run.keeping.out / "metrics.json").exists()
     saved = sorted(path.name for path in (run.keeping.out / "checkpoints").glob("*"))
-    assert saved == [f"step-{step:06d}" for step in range(1, at)]
-    assert train(run)["final"]["questions"] == 15
-    expected = [("before", 0), ("during", 1), ("final", 2)]
+    assert saved == [f"step-{step:06d}" for step in steps]
+    result = train(run)
+    assert result["final"]["questions"] == 15
+    expected = [("before", 0), ("during", 1), ("during", 2), ("final", result["step"])]
     assert [(entry["split"], entry["step"]) for entry in log_of(run.keeping.out, "eval")] == expected
     assert [entry["step"] for entry in log_of(run.keeping.out)] == [1, 2]
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import groupby, product
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3v.base.errors import InputError
-from phi3v.packing.schedule import ScheduleSettings, pack_trees, schedule_epoch, schedule_prompts
+from phi3v.packing.schedule import ScheduleSettings, pack_trees, schedule_epoch, schedule_evaluation, schedule_prompts
 from phi3v.packing.trees import Lengths, PackLimits, PackTree
 
 WAYS = [*product(("all", "random"), ("example", "token")), ("expected", "example")]
@@ -310,3 +311,63 @@ def test_a_million_examples_are_planned_in_seconds():
     assert time.perf_counter() - start < 3
     assert sum(plan.packs(number)[0].examples for number in range(len(plan))) == 1_000_000
     assert time.perf_counter() - start < 30
+
+
+# -- several files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("questions", ["all", "expected", "random"])
+@pytest.mark.parametrize("weights", [(1, 0.5), (2, 1), (1.5, 0.25)])
+def test_a_file_counts_as_often_as_its_weight_says(questions: str, weights: tuple[float, float]) -> None:
+    """Two files of 6 and 8 pages of two questions: over four epochs each example is seen as often as any other."""
+    page = np.repeat(np.arange(14), 2)
+    ones = np.ones_like(page)
+    lengths = Lengths(page=page, tokens=ones * 20, prefix=ones * 10, crops=ones, num_targets=ones)
+    limits = PackLimits(max_tokens_per_pack=1000, max_crops_per_pack=100)
+    mix = ((12, weights[0]), (16, weights[1]))
+    setting = ScheduleSettings(batch_size=3, questions=questions, limits=limits, mix=mix)
+    plans = [schedule_epoch(lengths, setting, seed=5, epoch=epoch) for epoch in range(4)]
+    assert len({len(plan) for plan in plans}) == 1, "resuming counts steps by epoch"
+    sizes, unit = ((6, 8), page) if questions == "random" else ((12, 16), np.arange(28))
+    for plan in plans:
+        of_first = (unit[plan.order] < sizes[0]).sum()
+        assert (of_first, len(plan.order) - of_first) == (round(sizes[0] * weights[0]), round(sizes[1] * weights[1]))
+    seen = Counter(int(number) for plan in plans for number in unit[plan.order])
+    assert {count for number, count in seen.items() if number < sizes[0]} == {4 * weights[0]}
+    assert {count for number, count in seen.items() if number >= sizes[0]} == {4 * weights[1]}
+    again = schedule_epoch(lengths, setting, seed=5, epoch=3)
+    assert (again.order == plans[3].order).all()
+    assert not np.array_equal(plans[0].order, plans[1].order)
+
+
+def test_files_that_count_once_each_are_one_file() -> None:
+    page = np.repeat(np.arange(14), 2)
+    ones = np.ones_like(page)
+    lengths = Lengths(page=page, tokens=ones * 20, prefix=ones * 10, crops=ones, num_targets=ones)
+    setting = ScheduleSettings(batch_size=3, limits=PackLimits(max_tokens_per_pack=1000, max_crops_per_pack=100))
+    whole = schedule_epoch(lengths, setting, seed=5, epoch=1)
+    parts = schedule_epoch(lengths, replace(setting, mix=((12, 1.0), (16, 1.0))), seed=5, epoch=1)
+    for plan in (whole, parts):
+        assert sorted(plan.order) == list(range(28))
+        assert all(page[a] == page[b] for a, b in plan.order.reshape(-1, 2)), "a page stays together"
+
+
+@given(plan=some_plan(), seed=st.integers(0, 9))
+def test_an_evaluation_sees_some_examples_once_and_their_shares_add_up(plan, seed: int) -> None:
+    lengths, setting = plan.lengths, plan.settings
+    chosen = np.flatnonzero(np.random.default_rng(seed).random(len(lengths)) < 0.7)
+    if not len(chosen):
+        return
+    found = schedule_evaluation(lengths, setting, chosen, pages_at_once=2)
+    assert sorted(found.order) == list(chosen)
+    assert sum(map(found.share, range(len(found)))) == pytest.approx(1)
+    for step in range(len(found)):
+        assert len(set(lengths.page[found.examples(step)])) <= 2
+    weights: dict[int, float] = {}
+    for step in range(len(found)):
+        for example, weight in zip(found.examples(step), found.loss_weights(step), strict=True):
+            weights[int(example)] = weight * found.share(step)
+    whole = schedule_evaluation(lengths, setting, chosen, pages_at_once=10**6)
+    assert len(whole) == 1
+    expected = dict(zip(whole.order.tolist(), whole.loss_weights(0).tolist(), strict=True))
+    assert weights == pytest.approx(expected)

@@ -123,7 +123,7 @@ def test_the_command_for_ones_own_data_too(
     assert [row["mode"] for row in said["rows"]] == list(MODES)
     for row in said["rows"]:
         run = trained(row["command"])
-        assert (run.data.train, run.data.eval, run.keeping.out) == (tiny_data, tiny_data, Path("a b"))
+        assert (run.data.train, run.data.eval, run.keeping.out) == ((tiny_data,), (tiny_data,), Path("a b"))
         assert run.data.batch_size == 4  # of 14 examples, so that an epoch has a few steps
         assert run.data.max_tokens_per_pack == row["max_tokens_per_pack"]
         run.check()

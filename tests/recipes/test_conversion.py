@@ -66,7 +66,7 @@ def sources(data_dir: Path, published: ModuleType) -> list[Source]:
 def test_lines_and_pictures(data_dir: Path, sources: list[Source], published: ModuleType, read: Read) -> None:
     run = prepared(data_dir, sources)
     folder = data_dir / "phi3v" / "task"
-    assert (run.data.train, run.data.eval) == (folder / "train.jsonl", folder / "test.jsonl")
+    assert (run.data.train, run.data.eval) == ((folder / "train.jsonl",), (folder / "test.jsonl",))
     assert [line["conversations"][0].get("images") for line in read(folder / "train.jsonl")] == [
         *(["train/1.png", "train/2.jpg"], ["train/1.png"])
     ]
@@ -121,7 +121,7 @@ def test_a_data_set_may_be_moved(data_dir: Path, sources: list[Source]) -> None:
     moved = data_dir.rename(data_dir.with_name("moved"))
     before = state(moved)
     run = prepared(moved, [replace(sources[0], files=[moved / "data.json"])])
-    assert run.data.train == moved / "phi3v" / "task" / "train.jsonl"
+    assert run.data.train == (moved / "phi3v" / "task" / "train.jsonl",)
     assert state(moved) == before
 
 

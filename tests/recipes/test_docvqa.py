@@ -26,7 +26,7 @@ HINTED = [
 def both(run: Run) -> tuple[Path, Path]:
     assert run.data.train
     assert run.data.eval
-    return run.data.train, run.data.eval
+    return run.data.train[0], run.data.eval[0]
 
 
 def pages(lines: list[dict[str, Any]]) -> list[str]:
@@ -132,12 +132,12 @@ def test_which_form_wins(tmp_path: Path, published: ModuleType, read: Read) -> N
 
 
 def test_a_run_keeps_its_own_files(tmp_path: Path, published: ModuleType) -> None:
-    own = Path("mine.jsonl")
+    own = (Path("mine.jsonl"),)
     run = Run(data=Data(train=own, eval=own))
     assert prepare(run, Options(data_dir=tmp_path / "nowhere")) is run
     published.write_mini(tmp_path)
     prepared = prepare(Run(data=Data(train=own)), Options(data_dir=tmp_path))
-    assert both(prepared) == (own, tmp_path / "phi3v" / "docvqa" / "test.jsonl")
+    assert both(prepared) == (*own, tmp_path / "phi3v" / "docvqa" / "test.jsonl")
 
 
 def test_what_is_missing_is_named(tmp_path: Path, published: ModuleType) -> None:
@@ -151,8 +151,8 @@ def test_what_is_missing_is_named(tmp_path: Path, published: ModuleType) -> None
     write_pages(published, tmp_path)
     with pytest.raises(InputError, match=r"holds only HuggingFaceM4/the_cauldron, docvqa: give --eval, or add"):
         prepare(settings(), options)
-    own = Path("mine.jsonl")
-    assert both(prepare(Run(data=Data(eval=own)), options)) == (tmp_path / "phi3v/docvqa-full/train.jsonl", own)
+    own = (Path("mine.jsonl"),)
+    assert both(prepare(Run(data=Data(eval=own)), options)) == (tmp_path / "phi3v/docvqa-full/train.jsonl", *own)
 
 
 def test_another_subset_of_the_cauldron_is_refused(tmp_path: Path, published: ModuleType) -> None:

@@ -20,7 +20,7 @@ def prepared(folder: Path, **options: Any) -> tuple[Path, Path]:
     run = prepare(settings(), Options(data_dir=folder, **options))
     assert run.data.train
     assert run.data.eval
-    return run.data.train, run.data.eval
+    return run.data.train[0], run.data.eval[0]
 
 
 def answers(lines: list[dict[str, Any]]) -> list[str]:

@@ -107,9 +107,9 @@ def test_the_template_runs(tmp_path: Path, published: ModuleType, read: Read) ->
             lines.append(f'pictures/{split}{number}.png,"what, then, is {number}?",that')
         (tmp_path / f"{split}.csv").write_text("\n".join(lines))
     run = forkme.prepare(forkme.settings(), forkme.Options(data_dir=tmp_path, hint="Be short."))
-    assert run.data.train == tmp_path / "phi3v" / "my-task" / "train.jsonl"
+    assert run.data.train == (tmp_path / "phi3v" / "my-task" / "train.jsonl",)
     turn = {"images": ["train/2.png"], "user": "what, then, is 2?\nBe short.", "assistant": "that"}
-    assert read(run.data.train)[2] == {"id": "train-2", "source": "my-task", "conversations": [turn]}
+    assert read(run.data.train[0])[2] == {"id": "train-2", "source": "my-task", "conversations": [turn]}
     assert len(read(tmp_path / "phi3v" / "my-task" / "test.jsonl")) == 1
 
 

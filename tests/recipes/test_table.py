@@ -133,7 +133,7 @@ def test_golden_settings_and_names(recipe: ModuleType, mode: str | None, refresh
 @pytest.mark.parametrize("recipe", [*GUIDE, forkme], ids=lambda recipe: recipe.__name__)
 def test_every_mode_is_a_run_that_checks(recipe: ModuleType, mode: str | None) -> None:
     run = recipe.settings(recipe.Options(mode=mode))
-    assert (run.data.train, run.data.eval) == (None, None)
+    assert run.data.train == run.data.eval == ()
     replace(run, data=replace(run.data, train=Path("x.jsonl"))).check()
 
 

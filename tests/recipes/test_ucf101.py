@@ -454,7 +454,7 @@ def test_prepare_takes_what_is_converted(small: Path, made: Callable[..., Path])
     before = files_in(out)
     for options in (Options(data_dir=out), Options(data_dir=out, num_frames=4)):
         run = prepare(settings(options), options)
-        assert (run.data.train, run.data.eval) == (out / "ucf101_train.jsonl", out / "ucf101_val.jsonl")
+        assert (run.data.train, run.data.eval) == ((out / "ucf101_train.jsonl",), (out / "ucf101_val.jsonl",))
     assert files_in(out) == before
     with pytest.raises(InputError, match="was converted with --num_frames 4, not 8"):
         prepare(settings(), Options(data_dir=out, num_frames=8))
@@ -464,11 +464,12 @@ def test_prepare_converts_what_was_downloaded(full: FullSet, tmp_path: Path, sma
     options = Options(data_dir=full.folder.parent, split=2, num_frames=3)
     run = prepare(settings(options), options)
     folder = full.folder.parent / "phi3v/ucf101"
-    assert (run.data.train, run.data.eval) == (folder / "ucf101_train.jsonl", folder / "ucf101_test.jsonl")  # no val
+    assert run.data.train == (folder / "ucf101_train.jsonl",)
+    assert run.data.eval == (folder / "ucf101_test.jsonl",)  # no val
     assert all(len(example.images) == 3 for example in read_jsonl(folder / "ucf101_train.jsonl"))
     assert prepare(settings(options), options) == run
     options = Options(data_dir=small, converted_dir=tmp_path / "chosen")
-    assert prepare(settings(options), options).data.eval == tmp_path / "chosen/ucf101_val.jsonl"
+    assert prepare(settings(options), options).data.eval == (tmp_path / "chosen/ucf101_val.jsonl",)
 
 
 def test_prepare_leaves_a_run_with_its_own_data_alone(tiny_data: Path) -> None:
@@ -482,7 +483,7 @@ def test_from_the_videos_to_the_score(small: Path, tmp_path: Path, tiny_model_di
     flags = f"--data-dir {small} --num_frames 2 --model {tiny_model_dir} --num-crops 1 --dtype fp32 --num-workers 0"
     flags += f" --batch-size 3 --max-new-tokens 4 --no-eval-before --no-progress --out {out}"
     assert main(["train", "ucf101", *flags.split()]) == 0
-    assert RunFolder(out).config.data.eval == small / "phi3v/ucf101/ucf101_val.jsonl"
+    assert RunFolder(out).config.data.eval == (small / "phi3v/ucf101/ucf101_val.jsonl",)
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 3
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["baselines"]["majority"] == pytest.approx(1 / 3)

@@ -146,12 +146,12 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_best_is_kept_besides_them(tmp_path: Path) -> None:
-    """0.5 is best until 0.7 comes; a checkpoint without a score never is; the last of equals stays."""
+    """0.5 is best until 0.7 comes; a checkpoint without a score never is; the first of equals stays."""
     state, kept = state_of(1), []
     for number, metric in enumerate([0.5, None, 0.4, 0.7, 0.1, 0.7, None], start=1):
         save_checkpoint(tmp_path, number, **state, keep=1, metric=metric)
         kept.append(sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()))
-    assert kept == [[1], [1, 2], [1, 3], [4], [4, 5], [6], [6, 7]]
+    assert kept == [[1], [1, 2], [1, 3], [4], [4, 5], [4, 6], [4, 7]]
 
 
 def test_what_only_looks_like_a_checkpoint_is_left_alone(saved: tuple[Path, State]) -> None:

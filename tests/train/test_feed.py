@@ -54,8 +54,27 @@ def fed(data: TrainingData, first_step: int, total_steps: int) -> list[list[tupl
 def test_examples_and_questions_are_read_and_counted(settings_for: MAKE, tiny_data: Path) -> None:
     data = data_of(settings_for(eval=tiny_data))
     assert [encoded.id for encoded in data.encoded] == [f"e{number}" for number in range(14)]
-    assert (len(data.lengths), data.lengths.num_pages, data.steps_per_epoch, len(data.questions)) == (14, 5, 4, 15)
-    assert data_of(settings_for()).questions == []
+    assert (len(data.lengths), data.lengths.num_pages, data.steps_per_epoch, len(data.eval_sets[0].questions)) == (
+        14,
+        5,
+        4,
+        15,
+    )
+    assert data_of(settings_for()).eval_sets == ()
+
+
+def test_several_files_are_read_in_order_with_their_weights(
+    settings_for: MAKE, tiny_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_data.parent, tmp_path / "other")
+    other = tmp_path / "other" / tiny_data.name
+    data = data_of(settings_for(train=(tiny_data, Path(f"{other}:0.5")), eval=(tiny_data, Path(f"hard={other}"))))
+    assert len(data.encoded) == 28
+    assert data.settings.mix == ((14, 1.0), (14, 0.5))
+    assert data.lengths.num_pages == 10, "the same images in another file are another page"
+    assert data.steps_per_epoch == 6  # 21 examples, four a step
+    assert [one.name for one in data.eval_sets] == ["train", "hard"]
+    assert data_of(settings_for(train=(tiny_data, other))).settings.mix == ()
 
 
 @pytest.mark.parametrize(

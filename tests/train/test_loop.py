@@ -95,7 +95,33 @@ def test_it_learns_its_examples_by_heart(finished_run: Path, log_of: LOG) -> Non
 
 def test_evaluations_before_during_and_after_are_logged(finished_run: Path, log_of: LOG) -> None:
     found = [(e["split"], e["step"], e["metrics"]["questions"]) for e in log_of(finished_run, "eval")]
-    assert found == [("before", 0, 5), ("during", 60, 5), ("final", 120, 15)]
+    assert found == [("before", 0, 5), ("during", 60, 5), ("during", 120, 5), ("final", 120, 15)]
+
+
+@pytest.mark.parametrize("weighting", ["example", "token"])
+@pytest.mark.parametrize("questions", ["all", "expected", "random"])
+def test_the_validation_loss_is_the_objective_on_the_examples_of_eval(
+    weighting: str, questions: str, settings_for: MAKE, tiny_data: Path, log_of: LOG
+) -> None:
+    """By the forward pass everyone knows; `random` draws in training and has its expectation here."""
+    if (questions, weighting) == ("expected", "token"):
+        pytest.skip("excluded by --questions expected")
+    flags = {"batch_size": 2, "questions": questions, "weighting": weighting, "max_tokens_per_pack": 700}
+    train(run := settings_for(max_steps=1, eval=tiny_data, eval_limit=6, warmup_steps=2, **flags))
+    model, processor = load_model(run.base.model)
+    encoded = [encode(example, processor) for example in read_jsonl(tiny_data)]
+    page = Lengths.of(encoded).page
+    for entry, numbers in zip(log_of(run.keeping.out, "eval"), ([0, 2, 4, 7, 9, 11], range(14)), strict=True):
+        losses = {number: _loss(model, processor, encoded[number]) for number in numbers}
+        if weighting == "token":
+            counts = {number: encoded[number].num_targets for number in numbers}
+            expected = sum(losses[n] * counts[n] for n in numbers) / sum(counts.values())
+        elif questions == "all":
+            expected = sum(losses.values()) / len(losses)
+        else:
+            by_page = [[losses[n] for n in numbers if page[n] == one] for one in {page[n] for n in numbers}]
+            expected = sum(sum(of_page) / len(of_page) for of_page in by_page) / len(by_page)
+        assert entry["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_step_has_exactly_the_batch_and_the_last_of_an_epoch_the_rest(finished_run: Path, log_of: LOG) -> None:
@@ -520,7 +546,7 @@ def nan_at(*packs: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
 def examples_of(run: Run, step: int, data: Path | None = None) -> set[str]:
     """Ids of the examples of a step of the first epoch, the first being 1; `data` is where the pictures still are."""
     processor = Phi3VProcessor.from_pretrained(run.base.model)
-    encoded = [encode(example, processor) for example in read_jsonl(data or run.data.train)]  # type: ignore[arg-type]
+    encoded = [encode(example, processor) for example in read_jsonl(data or run.data.train[0])]
     plan = schedule_epoch(Lengths.of(encoded), _plan_settings(run), seed=run.keeping.seed, epoch=0)
     return {encoded[index].id for index in plan.examples(step - 1)}
 
@@ -636,16 +662,97 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
     assert (run.keeping.out / "final").is_dir()
 
 
-def test_the_best_checkpoint_stays(settings_for: MAKE, tiny_data: Path, monkeypatch) -> None:
-    """Scores 0.1, 0.6, 0.3, 0.6 at steps 2, 4, 6, 8: one is saved when it is better than all before, and kept."""
-    scores = iter([0.0, 0.1, 0.6, 0.3, 0.6, 0.5])
-    monkeypatch.setattr(scoring, "score", lambda predictions: {"accuracy": next(scores), "questions": len(predictions)})
-    flags = {"max_steps": 10, "eval": tiny_data, "eval_limit": 1, "eval_every_steps": 2, "keep_checkpoints": 1}
-    train(run := settings_for(**flags))
+def test_every_file_of_eval_has_its_own_scores(
+    settings_for: MAKE, tiny_data: Path, tmp_path: Path, log_of: LOG
+) -> None:
+    hard = tmp_path / "hard.jsonl"
+    hard.write_text("".join(tiny_data.read_text().splitlines(keepends=True)[:3]))
+    flags = {"eval": (tiny_data, Path(f"few={hard}")), "image_root": tiny_data.parent / "images"}
+    result = train(run := settings_for(max_steps=2, eval_every_steps=1, best="few/loss", **flags))
+    folder = run.keeping.out
+    assert [(entry["step"], entry.get("set")) for entry in log_of(folder, "eval")] == [
+        (step, name) for step in (0, 1, 2, result["step"]) for name in (None, "few")
+    ]
+    few = [entry["metrics"]["loss"] for entry in log_of(folder, "eval") if "set" in entry]
+    assert result["step"] == min((1, 2), key=lambda step: few[step])
+    assert result["sets"]["few"]["final"]["questions"] == 3
+    assert result["sets"]["few"]["before"]["loss"] == few[0]
+    assert len((folder / "predictions.few.jsonl").read_text().splitlines()) == 3
+    assert len((folder / "predictions-before.few.jsonl").read_text().splitlines()) == 3
+    report = (folder / "report.html").read_text()
+    assert "accuracy, few" in report
+    assert "validation, few" in report
+
+
+@pytest.fixture
+def scored(settings_for: MAKE, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """A run of ten steps with an evaluation after every second, whose accuracies are given; it is trained."""
+
+    def prepare(*accuracies: float, **flags: Any) -> Run:
+        scores = iter(accuracies)
+        monkeypatch.setattr(
+            scoring, "score", lambda predictions, *more: {"accuracy": next(scores), "questions": len(predictions)}
+        )
+        chosen = {"max_steps": 10, "eval": tiny_data, "eval_limit": 1, "eval_every_steps": 2, "best": "accuracy"}
+        return settings_for(**{**chosen, "eval_before": False, "keep_checkpoints": 1, "save_every_steps": 1, **flags})
+
+    return prepare
+
+
+def test_the_best_model_is_kept(scored: Callable[..., Run], tmp_path: Path, capsys) -> None:
+    """Of equal ones the first; its checkpoint stays beside the newest."""
+    result = train(run := scored(0.1, 0.6, 0.3, 0.6, 0.5, 0.7))
     found = {
         path.name: json.loads((path / "state.json").read_text()) for path in (run.keeping.out / "checkpoints").iterdir()
     }
-    assert {name: state["metric"] for name, state in found.items()} == {"step-000004": 0.6, "step-000010": None}
+    assert {name: state["metric"] for name, state in found.items()} == {"step-000004": 0.6, "step-000010": 0.5}
+    assert (result["step"], result["final"]["accuracy"]) == (4, 0.7)
+    best = load_file(run.keeping.out / "checkpoints/step-000004" / PART)
+    final = weights(run.keeping.out)
+    assert all(torch.equal(final[name].flatten(), best[f"weight/{name}"]) for name in final if f"weight/{name}" in best)
+    said = capsys.readouterr().out
+    assert "final/ is the model after step 4, the best by accuracy" in said
+    assert "(as it was after step 4)" in said
+    assert "step of the model" in (run.keeping.out / "report.html").read_text()
+    last = train(scored(0.1, 0.6, 0.3, 0.6, 0.7, best="last", out=tmp_path / "last"))
+    assert last["step"] == 10
+    assert not same(weights(tmp_path / "last"), final)
+
+
+def test_a_best_model_that_is_damaged_is_passed_over_aloud(scored: Callable[..., Run], capsys, monkeypatch) -> None:
+    save = room.save_checkpoint
+
+    def damaging(folder: Path, step: int, **named: Any) -> None:
+        path = save(folder, step, **named)
+        if step == 4:
+            (path / PART).write_bytes(b"half")
+
+    monkeypatch.setattr(room, "save_checkpoint", damaging)
+    assert train(scored(0.1, 0.6, 0.3, 0.4, 0.5, 0.7))["step"] == 10
+    assert "step-000004" in capsys.readouterr().out.partition("damaged checkpoint passed over:")[2]
+
+
+def test_a_run_without_gain_ends_early_also_when_it_was_killed_then(
+    scored: Callable[..., Run], tmp_path: Path, log_of: LOG, capsys, monkeypatch
+) -> None:
+    accuracies = (0.1, 0.6, 0.3, 0.6, 0.7)
+    whole = train(scored(*accuracies, early_stopping=2, out=tmp_path / "whole"))
+    assert whole["step"] == 4
+    assert [entry["step"] for entry in log_of(tmp_path / "whole")] == list(range(1, 9))
+    assert "none of 2 evaluations is better than after step 4" in capsys.readouterr().out
+    killed = scored(*accuracies, early_stopping=2, out=tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "finish", lambda *unused: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train(killed)
+    again = scored(0.7, early_stopping=2, out=tmp_path / "killed", resume="auto")
+    assert train(again) == whole
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_a_metric_that_no_evaluation_has_is_refused(scored: Callable[..., Run]) -> None:
+    with pytest.raises(InputError, match=r"--best bleu: the evaluation has no such metric; it has loss, accuracy, "):
+        train(scored(0.1, best="bleu"))
 
 
 def test_a_full_gpu_is_told_what_takes_less(settings_for: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:

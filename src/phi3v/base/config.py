@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import arg
 
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, Fraction, NonNegative, NonNegativeInt, Positive, convert, problem_of
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
@@ -61,11 +64,13 @@ class Base:
 class Data:
     """The data, and how it is divided into steps and packs."""
 
-    train: Path | None = None
-    """Training conversations, one JSON object per line."""
+    train: tuple[Path, ...] = ()
+    """Training conversations, one JSON object per line, in one file or several. FILE:W counts W times in an epoch: of
+    b.jsonl:0.5 every epoch sees another half, c.jsonl:2 is seen twice."""
 
-    eval: Path | None = None
-    """Conversations to evaluate on, in the same format."""
+    eval: tuple[Path, ...] = ()
+    """Conversations to evaluate on, in the same format. Several files, FILE or NAME=FILE, are scored separately; the
+    first decides which model is the best."""
 
     image_root: Path | None = None
     """Folder that image paths are relative to. Default: the folder `images` beside each data file."""
@@ -100,6 +105,36 @@ class Data:
     on_bad_example: Literal["stop", "skip"] = "stop"
     """When an image becomes unreadable during the run. stop: end and name it. skip: continue without its examples
     (the mean is over the others), list them in log.jsonl and count them in the report."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "eval"):  # one file may be given as itself
+            object.__setattr__(self, name, as_files(getattr(self, name)))
+
+    @property
+    def train_files(self) -> dict[Path, float]:
+        """The training files, each with its share of an epoch. Raises InputError for one that is named twice."""
+        parts = [re.fullmatch(r"(.+?)(?::(\d+\.?\d*|\.\d+))?", str(file), re.DOTALL) for file in self.train]
+        return _unique("train", [(Path(part[1]), float(part[2] or 1)) for part in parts if part])
+
+    @property
+    def eval_files(self) -> dict[str, Path]:
+        """The evaluation files by name, by default the file's own. Raises InputError for a name that is given twice."""
+        parts = [re.fullmatch(r"(?:([\w-]+)=)?(.+)", str(file), re.DOTALL) for file in self.eval]
+        return _unique("eval", [(part[1] or Path(part[2]).stem, Path(part[2])) for part in parts if part])
+
+
+def as_files(value: Any) -> tuple[Any, ...]:
+    """Several files as they are, one file as the only one, None as none."""
+    return tuple(value) if isinstance(value, list | tuple) else () if value is None else (Path(value),)
+
+
+def _unique(flag: str, pairs: list[tuple[Key, Value]]) -> dict[Key, Value]:
+    found = dict[Key, Value]()
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"--{flag}: {key} is there twice")
+        found[key] = value
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +271,13 @@ class Evaluation:
     eval_limit: Count | None = None
     """Number of questions, evenly spread, in evaluations before and during training; the final one uses all."""
 
+    best: str = "loss"
+    """Which of the evaluated models becomes `final/`: the best by this metric of the first file of `--eval` (of another
+    one: NAME/METRIC), by default the validation loss. last: the model after the last step, whatever its scores."""
+
+    early_stopping: Count | None = None
+    """End the training after this many evaluations in a row that are no better by `--best`."""
+
     max_new_tokens: Count = 64
     """Maximum length of an answer, in tokens."""
 
@@ -296,12 +338,21 @@ class Run:
 
     def check(self) -> None:
         """Raises InputError, naming the flag to change, for settings that exclude each other."""
-        if self.data.train is None:
+        if not self.data.train:
             raise InputError("--train is missing: name the .jsonl file of training conversations")
+        if not all(self.data.train_files.values()):
+            raise InputError(f"--train {' '.join(map(str, self.data.train))}: a file cannot count 0 times")
         if self.evaluation.labels and self.evaluation.score == "generate":
             raise InputError("--labels has no effect with --score generate: choose labels or both")
-        if self.evaluation.eval_every_steps is not None and self.data.eval is None:
+        if not self.data.eval_files and self.evaluation.eval_every_steps is not None:
             raise InputError("--eval-every-steps needs --eval")
+        for name in ("best", "early_stopping"):
+            if self.evaluation.eval_every_steps is None and getattr(self.evaluation, name) not in (
+                None,
+                "loss",
+                "last",
+            ):
+                raise InputError(f"--{name.replace('_', '-')} needs --eval-every-steps")
         groups = [getattr(self, group.name) for group in dataclasses.fields(self)]
         values = {name: value for group in groups for name, value in vars(group).items()}
         for group in groups:
@@ -361,7 +412,7 @@ def check_flags(values: Mapping[str, Any], of: Callable[..., Any]) -> None:
 # Settings of earlier versions: those that have another name now, and those that are gone.
 RENAMED = {"activation_memory": "activation_checkpointing"}
 REMOVED = {"vision_cache", "vision_cache_dir", "on_nonfinite", "on_full_disk"}
-BEFORE = {"decay": "matrices"}
+BEFORE = {"decay": "matrices", "best": "last"}
 """What runs did that were started before there was a choice."""
 
 
@@ -379,5 +430,6 @@ def run_of(content: Mapping[str, Any], place: str) -> Run:
         values = {RENAMED.get(key, key): value for key, value in values.items() if key not in REMOVED}
         if unknown := sorted(values.keys() - known):
             raise InputError(f"{place}: {name}.{unknown[0]}: no such setting")
+        values |= {key: as_files(values[key]) for key in known & values.keys() & {"train", "eval"}}
         settings[name] = {key: value for key, value in BEFORE.items() if key in known} | values
     return convert(settings, Run, place)

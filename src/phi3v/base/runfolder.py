@@ -43,7 +43,6 @@ class RunFolder:
         self.log_file = self.path / "log.jsonl"
         self.report_file = self.path / "report.html"
         self.predictions_file = self.path / "predictions.jsonl"
-        self.predictions_before_file = self.path / "predictions-before.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
 
@@ -120,10 +119,13 @@ class RunFolder:
         for name, value in contents.items():
             write_text(self.path / f"{name}.json", json.dumps(value, indent=1))
 
-    def save_predictions(self, predictions: Iterable[Mapping[str, Any]], *, before: bool = False) -> None:
-        """One answered question a line."""
+    def save_predictions(
+        self, predictions: Iterable[Mapping[str, Any]], *, before: bool = False, of_set: str = ""
+    ) -> None:
+        """One answered question a line; a further evaluation set has files of its own, predictions.SET.jsonl."""
+        name = f"predictions{'-before' * before}{f'.{of_set}' * bool(of_set)}.jsonl"
         lines = (json.dumps(prediction, ensure_ascii=False) for prediction in predictions)
-        write_text(self.predictions_before_file if before else self.predictions_file, "\n".join(lines) + "\n")
+        write_text(self.path / name, "\n".join(lines) + "\n")
 
     # -- whose folder it is ------------------------------------------------------------------------------------------
 
@@ -163,8 +165,9 @@ class RunFolder:
         before = convert(self.environment.get("data") or {}, dict[str, str], place)
         for flag, digest in digests(run).items():
             if before.get(flag, digest) != digest:
-                path = getattr(run.data, flag)
-                raise InputError(f"--resume: --{flag} {path} has changed since the run began; start a new run with it")
+                name, _, number = flag.partition(" ")
+                path = getattr(run.data, name)[int(number or 1) - 1]
+                raise InputError(f"--resume: --{name} {path} has changed since the run began; start a new run with it")
 
     @contextmanager
     def locked(self) -> Iterator[str]:
@@ -212,10 +215,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def digests(run: Run) -> dict[str, str]:
-    """SHA-256 of the data files, by flag."""
+    """SHA-256 of the data files by flag: "train", "train 2" and so on for further ones, "eval"."""
     found = {}
-    for flag, file in {"train": run.data.train, "eval": run.data.eval}.items():
-        if file is not None:
+    for flag, files in (("train", run.data.train_files), ("eval", run.data.eval_files.values())):
+        for number, file in enumerate(files, start=1):
             with open(file, "rb") as stream:
-                found[flag] = hashlib.file_digest(stream, "sha256").hexdigest()
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[flag if number == 1 else f"{flag} {number}"] = digest
     return found

@@ -34,7 +34,7 @@ def loss_of_rows(
     def of(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return weighted_cross_entropy(head(hidden), targets, weights)
 
-    if hidden_RH.shape[0] <= rows_per_chunk or not torch.is_grad_enabled():
+    if hidden_RH.shape[0] <= rows_per_chunk:
         return of(hidden_RH, targets_R, weights_R)
     chunks = zip(*(torch.split(t, rows_per_chunk) for t in (hidden_RH, targets_R, weights_R)), strict=True)
     losses = [checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

@@ -8,7 +8,7 @@ all ranks, however many packs and ranks there are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -40,6 +40,9 @@ class ScheduleSettings:
     target tokens of the step."""
 
     limits: PackLimits
+
+    mix: tuple[tuple[int, float], ...] = ()
+    """(number of examples, weight) of every data file, in order, where these count differently; empty otherwise."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -108,6 +111,17 @@ class EpochSchedule:
             return 1.0 / (num_targets * questions[page] * len(questions))
         return 1.0 / (num_targets * len(examples))
 
+    def share(self, step: int) -> float:
+        """What the mean of a step counts in the mean over the whole schedule; the shares of all steps add up to 1."""
+
+        def units(examples: Ints) -> int:
+            if self.settings.weighting == "token":
+                return int(self.lengths.num_targets[examples].sum())
+            expected = self.settings.questions == "expected"
+            return len(np.unique(self.lengths.page[examples])) if expected else len(examples)
+
+        return units(self.examples(step)) / units(self.order)
+
     def packs(self, step: int, num_ranks: int = 1) -> tuple[Step, list[list[PackTrees]]]:
         """The counts of a step, and its packs by rank. The examples and their weights do not depend on the ranks."""
         examples = self.examples(step)
@@ -137,27 +151,30 @@ class EpochSchedule:
 def schedule_epoch(lengths: Lengths, settings: ScheduleSettings, *, seed: int, epoch: int) -> EpochSchedule:
     """The steps of an epoch: pages in a new order, each with all its questions (`random`: one of them).
 
-    Every example is seen once an epoch (`random`: every page once). A step holds exactly `batch_size` examples or
-    pages, the last one of an epoch the rest. With `questions="all"` a step border may cut a page in two. Raises
-    InputError for an example without a target, and when the batch is larger than the data.
+    Every example is seen once an epoch (`random`: every page once), unless `mix` has it otherwise. A step holds exactly
+    `batch_size` examples or pages, the last one of an epoch the rest. With `questions="all"` a step border may cut a
+    page in two. Raises InputError for an example without a target, and when the batch is larger than the data.
     """
     unanswered = np.flatnonzero(lengths.num_targets == 0)
     if len(unanswered):
         raise InputError(f"training example {unanswered[0] + 1} has no answer token to learn from")
-    num_units = len(lengths) if settings.questions == "all" else lengths.num_pages
+    examples = _drawn(lengths, settings, seed, epoch)
+    page = lengths.page[examples]
+    unit = np.append(0, page[1:] != page[:-1]).cumsum()  # a page, as often as it is drawn
+    questions = np.bincount(unit)
+    num_units = len(examples) if settings.questions == "all" else len(questions)
     if settings.batch_size > num_units:
-        unit = "examples" if settings.questions == "all" else "pages"
-        raise InputError(f"--batch-size {settings.batch_size} is larger than the training data ({num_units} {unit})")
+        name = "examples" if settings.questions == "all" else "pages"
+        raise InputError(f"--batch-size {settings.batch_size} is larger than the training data ({num_units} {name})")
 
-    questions = np.bincount(lengths.page, minlength=lengths.num_pages)
-    pages = np.argsort(_random_bits(seed, epoch, "pages", lengths.num_pages), kind="stable")
-    place = np.empty_like(pages)
-    place[pages] = np.arange(len(pages))
-    order = np.argsort(place[lengths.page], kind="stable")
-    ends = questions[pages].cumsum()
+    units = np.argsort(_random_bits(seed, epoch, "pages", len(questions)), kind="stable")
+    place = np.empty_like(units)
+    place[units] = np.arange(len(units))
+    order = examples[np.argsort(place[unit], kind="stable")]
+    ends = questions[units].cumsum()
     if settings.questions == "random":
-        draw = _random_bits(seed, epoch, "question", lengths.num_pages) % questions.astype(np.uint64)
-        order = order[ends - questions[pages] + draw.astype(np.int64)[pages]]
+        draw = _random_bits(seed, epoch, "question", len(questions)) % questions.astype(np.uint64)
+        order = order[ends - questions[units] + draw.astype(np.int64)[units]]
     if settings.questions == "expected":
         bounds = np.append(0, ends)[:: settings.batch_size]
     else:
@@ -167,9 +184,60 @@ def schedule_epoch(lengths: Lengths, settings: ScheduleSettings, *, seed: int, e
     return EpochSchedule(lengths, settings, order, bounds)
 
 
-def _random_bits(seed: int, epoch: int, purpose: Literal["pages", "question"], count: int) -> np.ndarray:
+def _drawn(lengths: Lengths, settings: ScheduleSettings, seed: int, epoch: int) -> Ints:
+    """The examples of an epoch, page by page, before the pages are shuffled.
+
+    A file of weight w and n examples (pages, if these are what counts) is gone through in an order of its own, w * n of
+    them an epoch, each epoch from where the one before has stopped: all are seen equally often.
+    """
+    by_page = np.argsort(lengths.page, kind="stable")
+    if not settings.mix:
+        return by_page
+    sizes = np.bincount(lengths.page)
+    starts = sizes.cumsum() - sizes
+
+    def of_pages(pages: Ints) -> Ints:
+        counts = sizes[pages]
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        places: Ints = np.repeat(starts[pages], counts) + within
+        return by_page[places]
+
+    def window(items: Ints, weight: float) -> Ints:
+        count = max(1, round(weight * len(items)))
+        return items[(epoch * count + np.arange(count)) % len(items)]
+
+    drawn, first = [], 0
+    for number, (num_examples, weight) in enumerate(settings.mix):
+        pages = np.unique(lengths.page[first : first + num_examples])
+        pages = pages[np.argsort(_random_bits(seed, number, "mix", len(pages)), kind="stable")]
+        by_example = settings.questions == "all"
+        drawn.append(window(of_pages(pages), weight) if by_example else of_pages(window(pages, weight)))
+        first += num_examples
+    return np.concatenate(drawn)
+
+
+def schedule_evaluation(
+    lengths: Lengths, settings: ScheduleSettings, examples: Ints, pages_at_once: int = 256
+) -> EpochSchedule:
+    """Some examples once, page by page in their order, in steps of `pages_at_once` pages.
+
+    Their mean by `loss_weights` and `share` is the objective on all of them. That of `random` is its expectation.
+    """
+    if settings.questions == "random" and settings.weighting == "example":
+        settings = replace(settings, questions="expected")
+    return EpochSchedule(lengths, settings, *_by_page(lengths.page[examples], pages_at_once, examples))
+
+
+def _by_page(page: Ints, pages_at_once: int, items: Ints) -> tuple[Ints, Ints]:
+    """`items` page by page, `page` being the page of each, and the bounds of portions of `pages_at_once` pages."""
+    order = np.argsort(page, kind="stable")
+    ends = np.flatnonzero(np.diff(page[order], append=-1)) + 1
+    return items[order], np.concatenate([[0], ends[pages_at_once - 1 : -1 : pages_at_once], [len(order)]])
+
+
+def _random_bits(seed: int, epoch: int, purpose: Literal["pages", "question", "mix"], count: int) -> np.ndarray:
     """[count] uint64. Raw bits and a stable sort, because NumPy may change what `Generator.permutation` returns."""
-    source = np.random.SeedSequence([seed, epoch, ("pages", "question").index(purpose)])
+    source = np.random.SeedSequence([seed, epoch, ("pages", "question", "mix").index(purpose)])
     return np.random.PCG64(source).random_raw(count)
 
 
@@ -180,9 +248,7 @@ def schedule_prompts(
 
     Pages keep their order, `pages_at_once` of them are packed together. Every branch leaves room for `max_new_tokens`.
     """
-    order = np.argsort(lengths.page, kind="stable")
-    ends = np.bincount(lengths.page, minlength=lengths.num_pages).cumsum()
-    bounds = [0, *ends[pages_at_once - 1 : -1 : pages_at_once], len(order)]
+    order, bounds = _by_page(lengths.page, pages_at_once, np.arange(len(lengths)))
     for start, end in pairwise(bounds):
         prompts = order[start:end]
         trees = make_trees(prompts, np.zeros(len(prompts)), lengths, limits, growth=max_new_tokens)

@@ -100,7 +100,8 @@ class PackTree(NamedTuple):
 def group(encoded: Iterable[Encoded]) -> Ints:
     """Number of the page of each example, [n], counted in order of first appearance.
 
-    Two examples share a page when their images, with their sizes, and the token ids up to the last image are the same.
+    Two examples of a file share a page when their images, with their sizes, and the token ids up to the last image are
+    the same: a file of several may count more than another in an epoch.
     An example without a prefix (text only, or an image that comes after an answer) has a page to itself.
     """
     return np.fromiter((page for page, _ in _paged(encoded)), dtype=np.int64)
@@ -112,7 +113,8 @@ def _paged(encoded: Iterable[Encoded]) -> Iterator[tuple[int, Encoded]]:
     for index, example in enumerate(encoded):
         key: object = index
         if example.prefix > 0:
-            names = "\0".join((*example.images, "")).encode("utf-8", "surrogatepass")
+            file = example.where.rpartition(":")[0]
+            names = "\0".join((file, *example.images, "")).encode("utf-8", "surrogatepass")
             shared = names + repr(example.image_sizes).encode() + example.ids[: example.prefix].tobytes()
             key = hashlib.blake2b(shared, digest_size=16).digest()  # not the text itself, which would stay
         yield pages.setdefault(key, len(pages)), example

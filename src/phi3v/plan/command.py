@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from phi3v.base.cards import find_card
-from phi3v.base.config import Keeping, Run, check_flags
+from phi3v.base.config import Keeping, Run, as_files, check_flags
 from phi3v.base.console import console, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
@@ -85,7 +85,12 @@ def plan(
     base = replace(
         base,
         base=replace(base.base, model=model or base.base.model, num_crops=num_crops or base.base.num_crops),
-        data=replace(base.data, train=train or base.data.train, eval=eval or base.data.eval, image_root=image_root),
+        data=replace(
+            base.data,
+            train=as_files(train) or base.data.train,
+            eval=as_files(eval) or base.data.eval,
+            image_root=image_root,
+        ),
         keeping=replace(base.keeping, out=out or base.keeping.out),
     )
     name = "" if recipe is None else recipe.replace("_", "-") + "-full" * full_train

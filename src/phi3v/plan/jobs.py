@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from phi3v.base.cards import Card
-from phi3v.base.config import Run
+from phi3v.base.config import Run, as_files
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, convert
 from phi3v.plan.rows import Row
@@ -153,8 +153,9 @@ def _relocated(run: Run, data: Path | None, data_folder: str, runs_folder: str) 
     Raises InputError for a file outside `data`.
     """
     paths = {}
-    for name in ("train", "eval", "image_root"):
-        if data is not None and (path := getattr(run.data, name)) is not None:
+    for name in ("train", "eval", "image_root") if data else ():
+        for path in as_files(getattr(run.data, name)):
+            assert data
             if not path.resolve().is_relative_to(data.resolve()):
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} {path}: it must lie in {data}, the folder that goes with the job")

@@ -79,7 +79,7 @@ def _metadata(
     name: str, run: Run | None, results: Results | None, base_model: str | None, datasets: Sequence[str]
 ) -> ModelCardData:
     final = results.final if results else {}
-    data = run.data.eval.name if run and run.data.eval else ""
+    data = next((file.name for file in run.data.eval_files.values()), "") if run else ""
     scores = [
         EvalResult(
             task_type="image-text-to-text",

@@ -13,10 +13,14 @@ from phi3v.publish.results import Results, Scores
 NUM_COLOURS = 6  # of runs, in page.css
 METRIC_NOTES = {
     "accuracy": ("Accuracy", "the whole answer is right; case, outer spaces and full stops do not count"),
+    "loss": ("Validation loss", "the objective of the training on these examples; lower is better"),
     "exact_match": ("Exact match", "the answer is right to the letter"),
     "anls": ("ANLS", "similarity of the texts, case-sensitive; 0 below one half"),
     "anls_official": ("ANLS, official", "the same as the DocVQA server computes it: case does not count"),
     "vqa_accuracy": ("VQA accuracy", "full marks for an answer that three of ten annotators gave"),
+    "rouge_l": ("ROUGE-L", "longest common subsequence of words, F1"),
+    "bleu": ("BLEU", "n-grams of words, over all answers (sacrebleu)"),
+    "chrf": ("chrF", "n-grams of characters, over all answers (sacrebleu)"),
     "label_accuracy": ("Label accuracy", "the most likely of all labels is the right one"),
     "auroc": ("AUROC", "how well the likelihoods of the two labels separate them; one half is chance"),
     "consistency": ("Consistency", "questions of a group count together: all right, or none"),
@@ -53,6 +57,8 @@ def contestants(runs: Sequence[Results]) -> list[Contestant]:
         else Contestant(run.name, "", run.final, style_of(runs, place))
         for place, run in enumerate(runs)
     ]
+    for run in runs:
+        found += [Contestant(name, "" if alone else run.name, scores) for name, scores in run.sets.items()]
     befores = [run.before for run in runs if run.before]
     if befores and all(before == befores[0] for before in befores):
         found.append(Contestant("Before", "the model training started from", befores[0]))
@@ -79,8 +85,9 @@ def metric_table(found: Sequence[Contestant]) -> list[tuple[str, str, list[str]]
     every = dict.fromkeys(key for one in found for key in one.scores if key != "questions")
     keys = [*(key for key in METRIC_NOTES if key in every), *(key for key in every if key not in METRIC_NOTES)]
     return [
-        (*METRIC_NOTES.get(key, (key, "")), [percent(one.scores[key]) if key in one.scores else "" for one in found])
+        (*METRIC_NOTES.get(key, (key, "")), [form(one.scores[key]) if key in one.scores else "" for one in found])
         for key in keys
+        for form in [number if key == "loss" else percent]
     ]
 
 
@@ -97,6 +104,7 @@ def facts(run: Results) -> dict[str, str]:
     memory = max(step.memory_gb or 0 for step in run.steps)
     found = {
         "steps": number(run.steps[-1].step),
+        "step of the model": number(run.final_step) if run.final_step else "",
         "steps skipped": number(sum(bool(step.skipped) for step in run.steps)),
         "epochs": f"{run.steps[-1].epoch or 0:.3g}",
         "examples": number(examples),
@@ -115,12 +123,14 @@ def charts(runs: Sequence[Results]) -> list[Chart]:
     floors = _floors(runs)
     levels = {name: floors[name] for name in BASELINE_NOTES if name in floors}
     if len(runs) == 1:
-        both = [*_scores(runs, "anls", "ANLS", "second"), *_scores(runs, "accuracy", "accuracy", "main")]
+        second = ("rouge_l", "ROUGE-L") if "rouge_l" in runs[0].final else ("anls", "ANLS")
+        both = [*_scores(runs, *second, "second"), *_scores(runs, "accuracy", "accuracy", "main")]
         metrics = [chart("Metrics during training", both, form=percent, levels=levels)]
     else:
         metrics = [
             chart("Accuracy during training", _scores(runs, "accuracy"), form=percent, levels=levels),
             chart("ANLS during training", _scores(runs, "anls"), form=percent),
+            chart("Validation loss", _scores(runs, "loss")),
         ]
     found = [
         _loss(runs),
@@ -142,11 +152,16 @@ def _curves(runs: Sequence[Results], key: str) -> list[Series]:
 
 
 def _scores(runs: Sequence[Results], metric: str, label: str = "", style: str = "") -> list[Series]:
-    """A metric of the evaluations before, during and after training."""
+    """A metric of the evaluations before, during and after training; further sets of a single run have own curves."""
     found = []
     for place, run in enumerate(runs):
-        points = [(one.step, one.metrics[metric]) for one in run.evaluations if metric in one.metrics]
-        found.append(Series(label or _short(run), points, style or style_of(runs, place)))
+        for index, (name, evaluations) in enumerate(run.evaluations.items()):
+            values = [(one.step, one.metrics.get(metric)) for one in evaluations]
+            points = [(step, value) for step, value in values if value is not None]
+            if not name:
+                found.append(Series(label or _short(run), points, style or style_of(runs, place)))
+            elif len(runs) == 1:
+                found.append(Series(f"{label}, {name}", points, f"run{index % NUM_COLOURS}"))
     return found
 
 
@@ -164,6 +179,7 @@ def _loss(runs: Sequence[Results]) -> Chart | None:
             series.append(Series("step", loss, "faint"))
         smoothed = smooth(loss, max(3, len(loss) // 12))
         series.append(Series("smoothed" if alone else _short(run), smoothed, style_of(runs, place)))
+    series += _scores(runs, "loss", "validation", "second") if alone else []
     return chart("Loss", series, note="" if alone else "Smoothed.")
 
 

@@ -43,7 +43,10 @@ class Evaluation:
     """A line of log.jsonl about an evaluation."""
 
     step: int
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
+    """None is what was not finite."""
+    set: str = ""
+    """The name of the file, for all but the first of `--eval`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,12 @@ class Results:
     final: Scores
     baselines: Scores
     steps: Sequence[Step]
-    evaluations: Sequence[Evaluation]
+    evaluations: Mapping[str, Sequence[Evaluation]]
+    """By evaluation set, the first as ""."""
+    sets: Mapping[str, Scores]
+    """Final scores of the other evaluation sets."""
+    final_step: int
+    """The step after which the model was the one that is kept; 0 if that is not known."""
     skipped: int
     """Examples that could not be read."""
     predictions: Sequence[Prediction]
@@ -90,14 +98,22 @@ class Results:
             name: convert(metrics.get(name) or {}, dict[str, int | float], f"{path / 'metrics.json'}: {name}")
             for name in ("before", "final", "baselines")
         }
+        kind = dict[str, dict[str, dict[str, int | float] | None]]
+        sets = convert(metrics.get("sets") or {}, kind, f"{path / 'metrics.json'}: sets")
         lines = [(f"{run.log_file}:{number}", line.get("kind"), line) for number, line in enumerate(log, start=1)]
+        evaluations = [convert(line, Evaluation, place) for place, kind, line in lines if kind == "eval"]
         return cls(
             name=name or path.resolve().name,
             settings=settings,
             environment=run.environment,
             **scores,
             steps=_by_step(convert(line, Step, place) for place, kind, line in lines if kind == "step"),
-            evaluations=_by_step(convert(line, Evaluation, place) for place, kind, line in lines if kind == "eval"),
+            evaluations={
+                name: _by_step(one for one in evaluations if one.set == name)
+                for name in dict.fromkeys(["", *(one.set for one in evaluations)])
+            },
+            sets={name: one.get("final") or {} for name, one in sets.items()},
+            final_step=convert(metrics.get("step", 0), int, f"{path / 'metrics.json'}: step"),
             skipped=sum(kind == "skip" for _, kind, _ in lines),
             predictions=[
                 _prediction(line, f"{run.predictions_file}:{number}")

@@ -105,7 +105,7 @@ def with_converted(
         sources = find(options.data_dir)
         splits = {split for source in sources for split in source.splits}
         for flag, wanted in (("train", {"train"}), ("eval", {*EVALUATED})):
-            if getattr(run.data, flag) is None and not wanted & splits:
+            if not getattr(run.data, flag) and not wanted & splits:
                 there = ", ".join(source.name for source in sources)
                 raise InputError(f"{options.data_dir} holds only {there}: give --{flag}, or add what it lacks")
         files = [file for source in sources for file in source.files]
@@ -115,8 +115,8 @@ def with_converted(
     return replace(run, data=replace(run.data, train=learnt, eval=run.data.eval or _first(folder, *EVALUATED)))
 
 
-def _first(folder: Path, *names: str) -> Path | None:
-    return next((file for name in names if (file := folder / f"{name}.jsonl").exists()), None)
+def _first(folder: Path, *names: str) -> tuple[Path, ...]:
+    return tuple(file for name in names if (file := folder / f"{name}.jsonl").exists())[:1]
 
 
 def folder_for(options: TaskOptions, name: str) -> Path:

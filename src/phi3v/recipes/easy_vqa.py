@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,16 @@ def settings(options: Options = Options()) -> Run:
     """The run that learns the task; every value can be overridden."""
     return Run(
         base=Base(model=str(MODEL)),
-        data=Data(train=TRAIN, eval=TEST, batch_size=16, questions="expected", max_tokens_per_pack=16384),
+        data=Data(train=(TRAIN,), eval=(TEST,), batch_size=16, questions="expected", max_tokens_per_pack=16384),
         optim=Optim(epochs=3, learning_rate=1.5e-3, warmup_steps=30),
-        evaluation=Evaluation(eval_every_steps=125, eval_limit=500, max_new_tokens=4),
+        evaluation=Evaluation(eval_every_steps=125, eval_limit=500, best="last", max_new_tokens=4),
         keeping=Keeping(out=Path("runs/easy-vqa"), save_every_steps=125),
     )
 
 
 def prepare(run: Run, options: Options = Options()) -> Run:
     """Make the data and the checkpoint that `settings` names, as far as `run` uses them and they are not there yet."""
-    if run.data.train == TRAIN or run.data.eval == TEST or run.base.model == str(MODEL):
+    if TRAIN in run.data.train or TEST in run.data.eval or run.base.model == str(MODEL):
         convert(FOLDER)
     if run.base.model == str(MODEL):
         build_checkpoint(MODEL, TRAIN)
@@ -105,11 +106,11 @@ def convert(folder: Path) -> None:
 # -- the checkpoint --------------------------------------------------------------------------------------------------
 
 
-def build_checkpoint(folder: Path, train_jsonl: Path) -> None:
+def build_checkpoint(folder: Path, *train_jsonl: Path) -> None:
     """Write a small random checkpoint in the published layout, unless it is there; always the same weights."""
     if folder.exists():
         return
-    processor = Phi3VProcessor(build_tokenizer(_texts(train_jsonl)), num_crops=NUM_CROPS)
+    processor = Phi3VProcessor(build_tokenizer(chain.from_iterable(map(_texts, train_jsonl))), num_crops=NUM_CROPS)
     config = Phi3VConfig(
         **DECODER,
         vision_config=CLIP,

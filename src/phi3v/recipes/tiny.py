@@ -42,8 +42,9 @@ def settings(options: Options = Options()) -> Run:
 
 def prepare(run: Run, options: Options = Options()) -> Run:
     """Create the checkpoint, unless another model is named or the data already has one."""
-    if run.base.model != MODEL or run.data.train is None:
+    if run.base.model != MODEL or not run.data.train:
         return run
-    folder = run.data.train.parent / "tiny-model"
-    build_checkpoint(folder, run.data.train)
+    files = list(run.data.train_files)
+    folder = files[0].parent / "tiny-model"
+    build_checkpoint(folder, *files)
     return replace(run, base=replace(run.base, model=str(folder)))

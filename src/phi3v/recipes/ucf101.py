@@ -91,8 +91,8 @@ def prepare(run: Run, options: Options = Options()) -> Run:
     val, test = folder / "ucf101_val.jsonl", folder / "ucf101_test.jsonl"
     data = replace(
         run.data,
-        train=run.data.train or folder / "ucf101_train.jsonl",
-        eval=run.data.eval or (val if val.exists() else test),
+        train=run.data.train or (folder / "ucf101_train.jsonl",),
+        eval=run.data.eval or (val if val.exists() else test,),
     )
     return replace(run, data=data)
 

@@ -102,8 +102,8 @@ def forget(folder: Path, step: int, keep: int) -> None:
     a run that is at `step` would have resumed from them."""
     paths, metrics = checkpoints(folder), scores(folder, step)
     newest = [one for one in paths if one <= step][-keep:]
-    best = sorted(metrics, key=metrics.__getitem__)[-1:]
-    for one in paths.keys() - {*newest, *best}:
+    best = max(metrics, key=metrics.__getitem__, default=step)  # the first of equals
+    for one in paths.keys() - {*newest, best}:
         shutil.rmtree(paths[one])
 
 

@@ -41,8 +41,9 @@ def describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, rank
         _row("", f"base in {quantization}")
     _row("data", f"{len(lengths):,} examples on {lengths.num_pages:,} pages")
     _row("", f"{lengths.tokens.mean():,.0f} tokens an example on average, {lengths.tokens.max():,} at most")
-    if data.questions:
-        _row("evaluation", f"{len(data.questions):,} questions")
+    for number, one in enumerate(data.eval_sets):
+        name = f" ({escape(one.name)})" if len(data.eval_sets) > 1 else ""
+        _row("" if number else "evaluation", f"{len(one.questions):,} questions{name}")
     _row("steps", f"{data.total_steps:,} ({data.steps_per_epoch:,} an epoch)")
     _row("first step", f"{first.examples} examples on {first.pages} pages")
     each = f" for each of {ranks.num} processes" if ranks.num > 1 else ""

@@ -10,6 +10,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from phi3v.base.config import Run
@@ -20,23 +21,40 @@ from phi3v.base.pool import num_cores
 from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import check
-from phi3v.data.encode import Encoded, Example, encode
+from phi3v.data.encode import Encoded, Example, encode, questions
 from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.data.statistics import Statistics
-from phi3v.infer.answering import Scoring, read_questions
+from phi3v.infer.answering import Scoring, evenly
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
 from phi3v.packing.ondisk import OnDisk
 from phi3v.packing.pack import Lost
-from phi3v.packing.schedule import EpochSchedule, ScheduleSettings, schedule_epoch
+from phi3v.packing.schedule import EpochSchedule, ScheduleSettings, schedule_epoch, schedule_evaluation
 from phi3v.packing.trees import Lengths, PackLimits
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A file of `--eval`."""
+
+    name: str
+    examples: Sequence[Example]
+    encoded: Sequence[Encoded]
+    lengths: Lengths
+    settings: ScheduleSettings
+    questions: list[Example]
+
+    def schedule(self, limit: int | None) -> EpochSchedule:
+        """What the validation loss is computed on: all examples, or `limit` of them, evenly spread."""
+        chosen = np.array(evenly(range(len(self.lengths)), limit))
+        return schedule_evaluation(self.lengths, self.settings, chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """The examples of a run, their schedule, and the questions it is evaluated on."""
+    """The examples of a run, their schedule, and what it is evaluated on."""
 
     examples: Sequence[Example]
     encoded: Sequence[Encoded]
@@ -46,7 +64,7 @@ class TrainingData:
     seed: int
     steps_per_epoch: int
     total_steps: int
-    questions: list[Example]
+    eval_sets: tuple[EvalSet, ...]
     scoring: Scoring
 
     def schedule(self, epoch: int) -> EpochSchedule:
@@ -83,15 +101,22 @@ def read_data(
     `check_first`, for a new run, raises InputError for the first problem in either file. A resumed run takes the image
     sizes it began with from its folder instead, so that its schedule is the same whatever has become of the files.
     """
-    assert run.data.train is not None
     if check_first:
         _check(run, processor, config, ranks)
     # A run that resumes plans with the image sizes it began with, whatever has become of the files; padded images are
     # padded no further.
     known = {} if check_first else RunFolder(run.keeping.out).image_sizes
     sizes = {image: (w, h) for image, (h, w) in known.items()}  # padded sizes, which are padded no further
-    examples, encoded = encode_all(iter_jsonl(run.data.train, run.data.image_root), processor, ranks, sizes)
-    lengths = Lengths.of(encoded)
+    counts = [0] * len(run.data.train_files)
+
+    def learnt() -> Iterator[Example]:
+        for number, file in enumerate(run.data.train_files):
+            for example in iter_jsonl(file, run.data.image_root):
+                counts[number] += 1
+                yield example
+
+    examples, encoded = encode_all(learnt(), processor, ranks, sizes)
+    lengths, mix = Lengths.of(encoded), tuple(zip(counts, run.data.train_files.values(), strict=True))
     settings = ScheduleSettings(
         batch_size=run.data.batch_size,
         questions=run.data.questions,
@@ -103,6 +128,7 @@ def read_data(
             share_prefix=run.data.share_prefix,
             pack=run.data.pack,
         ),
+        mix=mix if {weight for _, weight in mix} != {1.0} else (),
     )
     reading = Reading(
         image_token_id=processor.image_token_id,
@@ -111,6 +137,19 @@ def read_data(
         pin_memory=torch.cuda.is_available(),
         on_bad_example=run.data.on_bad_example,
     )
+    eval_sets = []
+    for name, file in run.data.eval_files.items():
+        asked, encoded_too = encode_all(iter_jsonl(file, run.data.image_root), processor, ranks, flag="--eval")
+        eval_sets.append(
+            EvalSet(
+                name=name,
+                examples=asked,
+                encoded=encoded_too,
+                lengths=Lengths.of(encoded_too),
+                settings=settings,
+                questions=[question for example in asked for question in questions(example)],
+            )
+        )
     steps_per_epoch = len(schedule_epoch(lengths, settings, seed=run.keeping.seed, epoch=0))
     return TrainingData(
         examples=examples,
@@ -121,13 +160,13 @@ def read_data(
         seed=run.keeping.seed,
         steps_per_epoch=steps_per_epoch,
         total_steps=run.optim.max_steps or max(1, round(run.optim.epochs * steps_per_epoch)),
-        questions=read_questions(run.data.eval, run.data.image_root) if run.data.eval else [],
+        eval_sets=tuple(eval_sets),
         scoring=Scoring.of(run.evaluation.score, run.evaluation.labels, examples),
     )
 
 
 def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Ranks) -> None:
-    for file in filter(None, (run.data.train, run.data.eval)):
+    for file in (*run.data.train_files, *run.data.eval_files.values()):
         findings = check(
             file,
             run.data.image_root,
@@ -151,6 +190,8 @@ def encode_all(
     processor: Phi3VProcessor,
     ranks: Ranks,
     known: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    *,
+    flag: str = "--train",
 ) -> tuple[OnDisk[Example], OnDisk[Encoded]]:
     """The examples, as they are and encoded. Each rank encodes its share, which includes reading the headers of the
     images, and receives the others'. `known` holds (width, height) of images whose headers need not be read.
@@ -177,7 +218,7 @@ def encode_all(
         some, mine = ranks.all_do(next_share)
         counts = [count for (count,) in ranks.gather([len(some)])]
         if len(set(counts)) > 1:
-            raise InputError(f"--train is not the same for all ranks: after {len(read):,} examples they read {counts}")
+            raise InputError(f"{flag} is not the same for all ranks: after {len(read):,} examples they read {counts}")
         if not some:
             return read, encoded
         whole: list[Any] = [None] * len(some)

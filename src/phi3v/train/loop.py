@@ -7,6 +7,7 @@ number of ranks; and a run that is killed and resumed ends in the same weights, 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from phi3v.packing.pack import Pack
 from phi3v.publish.report import write_report
 from phi3v.train.audit import GradientAudit
 from phi3v.train.build import restore_frozen
-from phi3v.train.checkpoint import forget, save_checkpoint, scores
+from phi3v.train.checkpoint import checkpoints, damage, forget, load_checkpoint, save_checkpoint, scores
 from phi3v.train.determinism import deterministic
 from phi3v.train.engines.engine import StepResult
 from phi3v.train.feed import steps
@@ -67,8 +68,8 @@ def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> d
         with setup(run, ranks, stop, resumes=state == "unfinished", published=published) as job:
             try:
                 with job.log.screen:
-                    learn(job)
-                return finish(job)
+                    last = learn(job)
+                return finish(job, last)
             except Stopped:
                 where = f"after step {step}, which is saved" if (step := job.log.last_step) else "before the first step"
                 reason = stop.reason or "another process was asked to stop"
@@ -76,19 +77,24 @@ def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> d
                 return {}
 
 
-def learn(job: Job) -> None:
-    """The loop: optimizer steps up to the last. Raises Stopped, with a checkpoint, when the run is to end before."""
+def learn(job: Job) -> int:
+    """The loop: optimizer steps up to the last, which it returns: the last of all, or where `--early-stopping` ends.
+
+    Raises Stopped, with a checkpoint, when the run is to be continued later.
+    """
     run, data, ranks, engine, log = job.run, job.data, job.ranks, job.engine, job.log
-    if job.first_step == 0 and run.evaluation.eval_before and data.questions:
+    if job.first_step == 0 and run.evaluation.eval_before and data.eval_sets:
         evaluate(job, "before", 0)
-    accuracies = ranks.first_does(lambda: scores(job.folder.checkpoints, job.first_step))
-    if evaluation_is_due(job, job.first_step) and job.first_step not in accuracies:
-        conclude_step(job, job.first_step, accuracies, stops=False)  # the run was stopped before this evaluation
+    ranking = ranks.first_does(lambda: scores(job.folder.checkpoints, job.first_step))
+    if evaluation_is_due(job, job.first_step) and job.first_step not in ranking:
+        conclude_step(job, job.first_step, ranking, stops=False)  # the run was stopped before this evaluation
     audit, losses = GradientAudit(engine.model), deque[float](maxlen=SPIKE_WINDOW)
     peak = peak_tflops(ranks.device, job.choices.dtype)
     feed = steps(data, ranks, first_step=job.first_step)
     engine.model.train()
     for step in range(job.first_step + 1, data.total_steps + 1):
+        if stagnates(job, step - 1, ranking):
+            return step - 1
         seed_step(run.keeping.seed, step - 1, ranks.rank)
         with job.profiler.step(step):
             started = time.monotonic()
@@ -128,23 +134,25 @@ def learn(job: Job) -> None:
             what = f"the loss is {total:.3g}, it was {usual:.3g} (median of {SPIKE_WINDOW} steps)"
             log.complain(step, what, ids_of(job, step))
         losses.append(total)
-        conclude_step(job, step, accuracies, stops=bool(stops))
+        conclude_step(job, step, ranking, stops=bool(stops))
+    return data.total_steps
 
 
-def conclude_step(job: Job, step: int, accuracies: dict[int, float], *, stops: bool) -> None:
+def conclude_step(job: Job, step: int, ranking: dict[int, float], *, stops: bool) -> None:
     """Does the evaluation and saves the checkpoint that are due after a step. Raises Stopped if the run is to end.
 
-    `accuracies` are those of the saved checkpoints by step: a better one is saved, and added, in any case.
+    `ranking` holds, by step, how good the evaluated models are whose checkpoints are there: a better one is saved, and
+    added, in any case.
     """
-    accuracy, last = None, job.data.total_steps
-    if evaluation_is_due(job, step) and not stops:
+    rank, last, is_asked = None, job.data.total_steps, evaluation_is_due(job, step)
+    if is_asked and not stops:
         try:
-            accuracy = evaluate(job, "during", step)["accuracy"]
+            rank = how_good(evaluate(job, "during", step), job.run.evaluation.best)
         except Stopped:
             stops = True
     every = job.run.keeping.save_every_steps
     due = stops or step == last or (every is not None and step % every == 0)
-    if due or (accuracy is not None and accuracy > max(accuracies.values(), default=-1.0)):
+    if due or (rank is not None and rank > max(ranking.values(), default=-math.inf)):
         job.ranks.first_does(job.log.flush)
         save_checkpoint(
             job.folder.checkpoints,
@@ -153,29 +161,74 @@ def conclude_step(job: Job, step: int, accuracies: dict[int, float], *, stops: b
             schedule=job.schedule,
             ranks=job.ranks,
             keep=job.run.keeping.keep_checkpoints,
-            metric=accuracy,
+            metric=rank,
         )
-        if accuracy is not None:
-            accuracies[step] = accuracy
-    if stops and step < last:
+        if rank is not None:
+            ranking[step] = rank
+    if stops and (step < last or (is_asked and rank is None)):
         raise Stopped
 
 
 def evaluation_is_due(job: Job, step: int) -> bool:
-    """Whether there is an evaluation after this step, other than the final one."""
-    every = job.run.evaluation.eval_every_steps
-    return every is not None and 0 < step < job.data.total_steps and step % every == 0
+    """Whether there is an evaluation after this step, other than the final one: after the last to compare it."""
+    every, last = job.run.evaluation.eval_every_steps, job.data.total_steps
+    if every is None or step == 0:
+        return False
+    return step % every == 0 if step < last else every < last and job.run.evaluation.best != "last"
 
 
-def finish(job: Job) -> dict[str, Any]:
-    """Saves the model, evaluates it and writes the report; returns the content of `metrics.json`."""
+def how_good(found: Mapping[str, Mapping[str, float]], best: str) -> float:
+    """An evaluation as `--best` ranks it, the higher the better. Raises InputError for a metric that it lacks."""
+    first, *others = found
+    named = {**found[first], **{f"{name}/{key}": value for name in others for key, value in found[name].items()}}
+    name = "loss" if best == "last" else best
+    if name not in named:
+        raise InputError(f"--best {best}: the evaluation has no such metric; it has {', '.join(named)}")
+    value = -named[name] if name.rpartition("/")[2] == "loss" else named[name]
+    return value if math.isfinite(value) else -sys.float_info.max
+
+
+def stagnates(job: Job, step: int, ranking: Mapping[int, float]) -> bool:
+    """Whether `--early-stopping` ends the run after this step. It does so again when the run is resumed there."""
+    patience, every = job.run.evaluation.early_stopping, job.run.evaluation.eval_every_steps
+    if patience is None or every is None or not ranking:
+        return False
+    best = max(ranking, key=ranking.__getitem__)
+    if step - best < patience * every:
+        return False
+    say(f"ended after step {step}: none of {patience} evaluations is better than after step {best} (--early-stopping)")
+    return True
+
+
+def restore_best(job: Job, last: int) -> int:
+    """Loads the checkpoint that `--best` ranks highest, and returns its step; nothing if that is the last step."""
+
+    def pick() -> int:
+        saved, ranking = checkpoints(job.folder.checkpoints), scores(job.folder.checkpoints, last)
+        for step in sorted(ranking, key=ranking.__getitem__, reverse=True):
+            if step == last or (complaint := damage(saved[step])) is None:
+                return step
+            say(f"[yellow]damaged checkpoint passed over:[/] {escape(complaint)}")
+        return last
+
+    best = job.run.evaluation.best
+    step = last if best == "last" else job.ranks.first_does(pick)
+    if step != last:
+        say(escape(f"final/ is the model after step {step}, the best by {best}"))
+        load_checkpoint(checkpoints(job.folder.checkpoints)[step], engine=job.engine, schedule=job.schedule)
+    return step
+
+
+def finish(job: Job, last: int) -> dict[str, Any]:
+    """Saves the best model, evaluates it and writes the report; returns the content of `metrics.json`."""
     run, ranks, folder, screen = job.run, job.ranks, job.folder, job.log.screen
     if screen.skipped:
-        say(f"[yellow]note[/]        {screen.skipped} of {job.data.total_steps} steps were skipped: they overflowed")
+        say(f"[yellow]note[/]        {screen.skipped} of {last} steps were skipped: they overflowed")
     if screen.lost:
         say(f"[yellow]note[/]        {screen.lost} times an example was skipped: log.jsonl lists them")
     # A process that was killed after it wrote its last checkpoint has left older ones.
-    ranks.first_does(lambda: forget(folder.checkpoints, job.data.total_steps, run.keeping.keep_checkpoints))
+    ranks.first_does(lambda: forget(folder.checkpoints, last, run.keeping.keep_checkpoints))
+    step = restore_best(job, last)
     # Evaluated is what was saved: full weights rounded to the base checkpoint's own precision.
     base_dtype, dtype = job.config.dtype, job.choices.dtype
     rounds = isinstance(base_dtype, torch.dtype) and not run.tuning.adapters
@@ -189,7 +242,7 @@ def finish(job: Job) -> dict[str, Any]:
 
     ranks.first_does(save)
     widen(model, dtype)
-    result = final_metrics(job, model)
+    result = final_metrics(job, model, step)
 
     def report() -> None:
         folder.save(metrics=result)

@@ -69,7 +69,8 @@ class RunLog:
         with disk_errors(self.file):
             self._stream.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
             self._stream.flush()
-        values = {**entry, **{f"eval/{key}": value for key, value in entry.get("metrics", {}).items()}}
+        place = f"eval/{entry['set']}" if "set" in entry else "eval"
+        values = {**entry, **{f"{place}/{key}": value for key, value in entry.get("metrics", {}).items()}}
         numbers = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and key != "step"}
         for tracker in list(self.trackers) if numbers else ():
             try:

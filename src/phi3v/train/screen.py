@@ -48,7 +48,8 @@ class Screen:
     def start_at(self, step: int, entries: Iterable[Mapping[str, Any]]) -> None:
         """The run continues after `step`, and `entries` are the lines of its log up to there."""
         self.step, self.last = step, dict[str, Any]()
-        self.losses, self.scores = list[float](), dict[int, float]()
+        self.losses = list[float]()
+        self.scores = {"validation loss": dict[int, float](), "accuracy": dict[int, float]()}
         self.skipped = self.lost = 0
         for entry in entries:
             self._add(entry)
@@ -74,8 +75,10 @@ class Screen:
             if (loss := entry["loss"]) is not None and math.isfinite(loss):
                 self.losses.append(loss)
             self.skipped += entry.get("skipped", False)
-        elif entry["kind"] == "eval" and "accuracy" in entry["metrics"]:
-            self.scores[entry["step"]] = entry["metrics"]["accuracy"]
+        elif entry["kind"] == "eval" and "set" not in entry:  # of several files the first
+            for name, scores in self.scores.items():
+                if (score := entry["metrics"].get("loss" if name == "validation loss" else name)) is not None:
+                    scores[entry["step"]] = score
         self.lost += entry["kind"] == "skip"
 
     def __enter__(self) -> Screen:
@@ -98,11 +101,12 @@ class Screen:
         if self.evaluates is not None:
             yield _row("next evaluation", self._until(self.evaluates))
         yield _row("next checkpoint", self._until(self.saves))
-        if self.scores:
-            step, accuracy = list(self.scores.items())[-1]
-            best = max(self.scores, key=self.scores.__getitem__)
-            other = f"; best {self.scores[best]:.1%} after {best:,}" if best != step else ""
-            yield _row("accuracy", f"{accuracy:.1%} after step {step:,}{other}")
+        for name, scores in self.scores.items():
+            if scores:
+                form, choose = ("{:.3f}", min) if name == "validation loss" else ("{:.1%}", max)
+                step, best = list(scores)[-1], choose(scores, key=scores.__getitem__)
+                other = f"; best {form.format(scores[best])} after {best:,}" if best != step else ""
+                yield _row(name, f"{form.format(scores[step])} after step {step:,}{other}")
 
     def _numbers(self) -> dict[str, str]:
         """The numbers of the last step by name."""

@@ -156,7 +156,7 @@ def open_log(run: Run, folder: RunFolder, data: TrainingData, ranks: Ranks, step
     screen = Screen(
         console,
         total_steps=data.total_steps,
-        evaluates=(run.evaluation.eval_every_steps or data.total_steps) if data.questions else None,
+        evaluates=(run.evaluation.eval_every_steps or data.total_steps) if data.eval_sets else None,
         saves=keeping.save_every_steps or data.total_steps,
         show=keeping.progress and ranks.is_first,
     )
