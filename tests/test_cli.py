@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from phi3v import __version__
 from phi3v.base.config import Run
+from phi3v.base.runfolder import RunFolder
 from phi3v.cli import COMMANDS, main, parse
 from phi3v.model.loading import load_model
 from phi3v.train import checkpoint
@@ -134,6 +135,60 @@ def test_a_recipe_in_a_file_brings_them_as_well(help_of: Callable[..., str], tmp
     file.write_text(capsys.readouterr().out.replace("my-task", "from-a-file"))
     for words in (["--recipe", str(file)], [f"--recipe={file}"], ["--lora", "--recipe", str(file)]):
         assert "(default: runs/from-a-file)" in help_of("train", *words, "--help")
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_configuration_in_yaml_sets_defaults_over_a_recipe_and_flags_win(
+    grouped: bool, tmp_path: Path, help_of: Callable[..., str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    plain = "train: [a.jsonl, 'b.jsonl:0.5']\neval: val.jsonl\nlearning-rate: 2e-4\nlora: true\n"
+    groups = (
+        "data: {train: [a.jsonl, 'b.jsonl:0.5'], eval: val.jsonl}\noptim: {learning_rate: 2e-4}\ntuning: {lora: true}\n"
+    )
+    file.write_text(groups if grouped else plain)
+    run = parse(["train", "--config", str(file), "--eval", "x.jsonl"]).keywords["run"]  # type: ignore[attr-defined]
+    assert run.data.train == (Path("a.jsonl"), Path("b.jsonl:0.5"))
+    assert run.data.eval == (Path("x.jsonl"),)
+    assert (run.optim.learning_rate, run.tuning.lora) == (2e-4, True)
+    run = parse(["train", "docvqa", f"--config={file}", "--no-lora"]).keywords["run"]  # type: ignore[attr-defined]
+    assert (run.base.num_crops, run.optim.learning_rate, run.tuning.lora) == (16, 2e-4, False)
+    assert "--config PATH" in help_of("train", "docvqa", "--help")
+
+
+def test_the_config_json_of_a_run_is_a_configuration(finished_run: Path) -> None:
+    words = ["train", "--config", str(finished_run / "config.json"), "--out", "x"]
+    run = parse(words).keywords["run"]  # type: ignore[attr-defined]
+    kept = RunFolder(finished_run).config
+    assert run == dataclasses.replace(kept, keeping=dataclasses.replace(kept.keeping, out=Path("x")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lr: 3", "run.yaml: lr: no such setting"),
+        ("optim: {lr: 3}", "run.yaml: optim.lr: no such setting"),
+        ("learning_rate: fast", "run.yaml: optim.learning_rate: must be a number, not a string"),
+        ("labels: [yes, no]", "run.yaml: evaluation.labels[0]: must be a string, not true or false"),
+        ("a: [", "run.yaml: not YAML: "),
+        ("- a", "run.yaml: must be an object, not a list"),
+    ],
+)
+def test_a_configuration_that_cannot_be(content: str, message: str, fails, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(content)
+    assert fails("train", "--config", "run.yaml").startswith(message)
+
+
+def test_the_metrics_of_a_recipe_are_scored(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["recipes", "forkme"]) == 0
+    own = "\n\ndef half(prediction: str, answers: list[str]) -> float:\n    return 0.5\n\n\nMETRICS = (half,)\n"
+    (tmp_path / "mine.py").write_text(capsys.readouterr().out + own)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("phi3v.train.loop.train", lambda run, **more: seen.update(more))
+    files = ["--train", "a.jsonl", "--eval", "b.jsonl"]
+    assert main(["train", "--recipe", str(tmp_path / "mine.py"), *files]) == 0
+    assert [metric("x", ["y"]) for metric in seen["metrics"]] == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -393,6 +448,8 @@ def test_an_unknown_recipe(fails) -> None:
         ("docvqa", "docvqa is a recipe: phi3v train docvqa"),
         ("bench", "phi3v bench is no longer a command: run `python -m benchmarks.bench` in a checkout"),
         ("train --lora docvqa", "the recipe comes first: phi3v train docvqa ..."),
+        ("train --train a.jsonl docvqa", "the recipe comes first: phi3v train docvqa ..."),
+        ("train docvqa --recipe mine.py", "--recipe mine.py: a recipe is named already"),
         ("train --recipe no.py", "--recipe no.py: no such file; `phi3v recipes forkme` prints a template"),
         ("report", "report needs a run folder: phi3v report RUN [RUN ...]"),
         ("check data.jsonl --num-workers -2", "--num-workers -2: must be at least 0"),

@@ -109,8 +109,8 @@ def test_commands_parse(page: str, command: str) -> None:
     words = [re.sub(r"[<>]|\$\w+|\$\{\{.*?\}\}", "x", word) for word in words]
     if words[0].startswith("-") or words[0] == "COMMAND":
         pytest.skip("of the whole program")
-    if "--recipe" in words:
-        at = words.index("--recipe")
+    for flag in {"--recipe", "--config"} & {*words}:
+        at = words.index(flag)
         del words[at : at + 2]  # a file of the reader's own
     if "--help" in words:
         with pytest.raises(SystemExit, match=r"^0$"):

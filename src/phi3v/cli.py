@@ -24,7 +24,7 @@ from tyro.conf import DisallowNone, arg
 from tyro.conf import OmitArgPrefixes as Flat
 
 from phi3v import __version__
-from phi3v.base.config import Run, check_flags
+from phi3v.base.config import Run, check_flags, read_config
 from phi3v.base.errors import InputError, RankError
 from phi3v.base.jsonfile import Count, NonNegativeInt
 from phi3v.recipes import RECIPES, find_recipe, load_recipe
@@ -207,34 +207,43 @@ def _function(name: str, words: list[str]) -> tuple[Callable[..., Any], list[str
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnRecipe:
-    """Train with a recipe from a file."""
+class Sources:
+    """Files that set the defaults of the flags."""
+
+    config: Path | None = None
+    """Settings as NAME: VALUE in YAML, or the config.json of a run. Flags win over them, and they over a recipe's."""
 
     recipe: Path | None = None
     """A recipe of your own, whose flags and defaults apply as well; `phi3v recipes forkme` prints a template."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """What a task can be asked for that is no recipe's."""
+
+
 def _training(words: list[str]) -> tuple[Callable[..., Any], list[str]]:
-    """`phi3v train` with the flags and defaults of the recipe, which is taken from the words."""
+    """`phi3v train` with the flags and defaults of the recipe, which is taken from the words, and of `--config`."""
     parse_known = functools.partial(tyro.cli, prog="phi3v train", return_unknown_args=True, add_help=False)
     module: ModuleType | None = None
-    options: Any = OwnRecipe
     if words and not words[0].startswith("-"):
         module, words = find_recipe(words[0]), words[1:]
-    else:
-        asked, words = parse_known(OwnRecipe, args=words)
-        if asked.recipe is not None:
-            module = load_recipe(asked.recipe)
-    default = Run()
-    if module is not None:
-        options = module.Options
-        asked, _ = parse_known(Flat[options], args=words)  # type: ignore[misc]
-        default = module.settings(asked)
+    given, words = parse_known(Sources, args=words)
+    if given.recipe is not None:
+        if module is not None:
+            raise InputError(f"--recipe {given.recipe}: a recipe is named already")
+        module = load_recipe(given.recipe)
+    options: Any = NoOptions if module is None else module.Options
+    asked, _ = parse_known(Flat[options], args=words)  # type: ignore[misc]
+    default = Run() if module is None else module.settings(asked)
+    if given.config is not None:
+        default = read_config(given.config, default)
 
     def train(
         recipe: Literal[RECIPES] | None = None,  # type: ignore[valid-type]
         /,
         *,
+        sources: Flat[Annotated[Sources, arg(name="")]] = given,
         task: Flat[Annotated[options, arg(name="")]] = asked,
         run: Flat[Annotated[Run, arg(name="")]] = default,
     ) -> None:
@@ -246,11 +255,14 @@ def _training(words: list[str]) -> tuple[Callable[..., Any], list[str]]:
         from phi3v.recipes.table import published_for
         from phi3v.train import loop
 
-        if recipe is not None:  # it stands behind a flag, so that its settings have not become the defaults
-            raise InputError(f"the recipe comes first: phi3v train {recipe} ...")
+        # A recipe that stands behind a flag: its settings have not become the defaults.
+        for name in (recipe, *map(str, (*run.data.train, *run.data.eval))):
+            if name in RECIPES:
+                raise InputError(f"the recipe comes first: phi3v train {name} ...")
         prepared = run if module is None else module.prepare(run, task)
         table = getattr(module, "TABLE", None)
-        loop.train(prepared, published={} if table is None else published_for(prepared, table))
+        published = {} if table is None else published_for(prepared, table)
+        loop.train(prepared, published=published, metrics=getattr(module, "METRICS", ()))
 
     return train, words
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3v.base import config
 from phi3v.base.errors import InputError
 from phi3v.infer import metrics
 
@@ -245,3 +247,75 @@ def test_baselines_of_nothing_are_refused() -> None:
         metrics.baselines([], [asked(("color?", "red"))])
     with pytest.raises(InputError, match="at least one"):
         metrics.baselines([asked(("color?", "red"))], [])
+
+
+# -- sentences -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("The cat sat.", ["the cat sat"], 1.0),
+        ("the cat sat down", ["a cat sat"], 4 / 7),  # "cat sat" of four and three words
+        ("cat", ["dog", "a cat"], 2 / 3),  # the best answer counts
+        ("", ["a cat"], 0.0),
+        ("...", ["a cat"], 0.0),
+        ("猫が座る", ["猫が立つ"], 0.5),  # no spaces: every character is a word
+        ("ABC中", ["abc 国"], 0.5),
+    ],
+)
+def test_rouge_l(prediction: str, answers: list[str], expected: float) -> None:
+    assert metrics.rouge_l(prediction, answers) == pytest.approx(expected)
+
+
+def test_bleu_and_chrf_are_sacrebleus_over_all_answers() -> None:
+    """By hand: 7 of 8 words (no answer has two "the"), 6 of 6 pairs, 4 of 4 triples, 3 of 3 fours are in an answer."""
+    texts, answers = ["the cat sat on the mat", "a dog"], [["the cat sat on a mat", "a cat sat on the mat"], ["a dog"]]
+    rows: Any = [{"prediction": text, "answers": accepted} for text, accepted in zip(texts, answers, strict=True)]
+    found = metrics.score(rows, ("accuracy", "bleu", "chrf"))
+    assert found["bleu"] == pytest.approx((7 / 8) ** (1 / 4))
+    assert 0 < found["chrf"] <= 1
+    assert found["accuracy"] == 0.5
+    assert metrics.bleu(["我爱北京天安门"], [["我爱北京天安门"]]) == pytest.approx(1.0)
+    assert metrics.bleu([""], [["a cat"]]) == metrics.chrf([""], [["a cat"]]) == 0
+
+
+def test_the_length_of_the_answers_chooses_the_metrics() -> None:
+    short, long = SimpleNamespace(answers=["two dogs"]), SimpleNamespace(answers=["two dogs run on a beach"])
+    assert metrics.pick_metrics((), [short, short, long]) == metrics.FOR_WORDS  # type: ignore[list-item]
+    assert metrics.pick_metrics((), [short, long, long]) == metrics.FOR_SENTENCES  # type: ignore[list-item]
+    assert metrics.pick_metrics(("bleu", "anls"), [short]) == ("accuracy", "bleu", "anls")  # type: ignore[list-item]
+
+
+def test_the_flag_knows_every_metric() -> None:
+    assert {"accuracy", *typing.get_args(config.Metric)} == metrics.METRICS.keys() | metrics.OVER_ALL.keys()
+
+
+def test_a_function_of_ones_own_is_scored_too() -> None:
+    def first_letter(prediction: str, answers: list[str]) -> float:
+        return float(prediction[:1] == answers[0][:1])
+
+    rows: Any = [{"prediction": "two", "answers": ["ten"]}, {"prediction": "a", "answers": ["b"]}]
+    own: Any = {"first_letter": first_letter}
+    assert metrics.score(rows, ("accuracy",), own) == {"accuracy": 0, "first_letter": 0.5, "questions": 2}
+
+
+# -- empty answers, and full stops -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vote", ["a", "the", "?", "yes"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_answer_scores_nothing(empty: str, vote: str) -> None:
+    assert metrics.vqa_accuracy(empty, [vote] * 10) == 0
+    assert metrics.vqa_accuracy(empty, [vote]) == metrics.accuracy(empty, [vote, "."]) == 0
+
+
+def test_a_letter_that_is_an_article_is_an_answer() -> None:
+    assert metrics.vqa_accuracy("A", ["a"] * 10) == 1
+    assert metrics.vqa_accuracy("the", ["a"] * 10) == 0
+
+
+@pytest.mark.parametrize("stop", ["。", "．", "｡", "।", "۔", "։", "።", "။", "។"])
+def test_full_stops_of_other_scripts_are_full_stops(stop: str) -> None:
+    assert metrics.accuracy(f"猫{stop}", ["猫"]) == metrics.anls(f"猫{stop}", ["猫"]) == 1
+    assert metrics.vqa_accuracy(f"猫{stop}", ["猫"] * 10) == 1

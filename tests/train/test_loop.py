@@ -668,7 +668,12 @@ def test_every_file_of_eval_has_its_own_scores(
     hard = tmp_path / "hard.jsonl"
     hard.write_text("".join(tiny_data.read_text().splitlines(keepends=True)[:3]))
     flags = {"eval": (tiny_data, Path(f"few={hard}")), "image_root": tiny_data.parent / "images"}
-    result = train(run := settings_for(max_steps=2, eval_every_steps=1, best="few/loss", **flags))
+
+    def length(prediction: str, answers: list[str]) -> float:
+        return float(len(answers[0]))
+
+    run = settings_for(max_steps=2, eval_every_steps=1, best="few/loss", metrics=("bleu",), **flags)
+    result = train(run, metrics=(length,))
     folder = run.keeping.out
     assert [(entry["step"], entry.get("set")) for entry in log_of(folder, "eval")] == [
         (step, name) for step in (0, 1, 2, result["step"]) for name in (None, "few")
@@ -676,6 +681,8 @@ def test_every_file_of_eval_has_its_own_scores(
     few = [entry["metrics"]["loss"] for entry in log_of(folder, "eval") if "set" in entry]
     assert result["step"] == min((1, 2), key=lambda step: few[step])
     assert result["sets"]["few"]["final"]["questions"] == 3
+    assert result["sets"]["few"]["final"]["length"] == pytest.approx((3 + 3 + 5) / 3)  # red, yes, maybe
+    assert result["final"].keys() == {"loss", "accuracy", "bleu", "length", "questions"}
     assert result["sets"]["few"]["before"]["loss"] == few[0]
     assert len((folder / "predictions.few.jsonl").read_text().splitlines()) == 3
     assert len((folder / "predictions-before.few.jsonl").read_text().splitlines()) == 3

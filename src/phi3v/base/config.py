@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from tyro.conf import arg
 
 from phi3v.base.errors import InputError
-from phi3v.base.jsonfile import Count, Fraction, NonNegative, NonNegativeInt, Positive, convert, problem_of
+from phi3v.base.jsonfile import Count, Fraction, NonNegative, NonNegativeInt, Positive, convert, problem_of, read_bytes
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 Part = Literal["vision", "projector", "embeddings"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
+Metric = Literal["exact_match", "anls", "anls_official", "vqa_accuracy", "rouge_l", "bleu", "chrf"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 
 
@@ -278,6 +280,10 @@ class Evaluation:
     early_stopping: Count | None = None
     """End the training after this many evaluations in a row that are no better by `--best`."""
 
+    metrics: tuple[Metric, ...] = ()
+    """Scores of the answers, beside the accuracy. Default: exact_match, anls, anls_official and vqa_accuracy for short
+    answers; rouge_l, bleu and chrf for sentences. The functions of a recipe's METRICS are added."""
+
     max_new_tokens: Count = 64
     """Maximum length of an answer, in tokens."""
 
@@ -416,7 +422,29 @@ BEFORE = {"decay": "matrices", "best": "last"}
 """What runs did that were started before there was a choice."""
 
 
-def run_of(content: Mapping[str, Any], place: str) -> Run:
+def read_config(file: Path, default: Run) -> Run:
+    """`default` with the settings of a YAML file, or of a run's config.json: in their groups, or without.
+
+    Raises InputError, naming file and setting, for what cannot be.
+    """
+    try:
+        content = yaml.safe_load(read_bytes(file))
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    groups, settings = typing.get_type_hints(Run), default.to_dict()
+    home = {field.name: group for group, kind in groups.items() for field in dataclasses.fields(kind)}
+    for key, value in convert(content, dict[str, Any], str(file)).items():
+        name = key.replace("-", "_")
+        if name in groups:
+            settings[name] |= convert(value, dict[str, Any], f"{file}: {name}")
+        elif name in home:
+            settings[home[name]][name] = value
+        else:
+            raise InputError(f"{file}: {key}: no such setting")
+    return run_of(settings, str(file), strict=False)
+
+
+def run_of(content: Mapping[str, Any], place: str, *, strict: bool = True) -> Run:
     """The run whose settings a config.json holds; `place` names the file.
 
     Settings of earlier versions are understood. Raises InputError, naming the field, for a value that cannot be.
@@ -432,4 +460,4 @@ def run_of(content: Mapping[str, Any], place: str) -> Run:
             raise InputError(f"{place}: {name}.{unknown[0]}: no such setting")
         values |= {key: as_files(values[key]) for key in known & values.keys() & {"train", "eval"}}
         settings[name] = {key: value for key, value in BEFORE.items() if key in known} | values
-    return convert(settings, Run, place)
+    return convert(settings, Run, place, strict=strict)

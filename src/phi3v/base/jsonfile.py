@@ -80,13 +80,14 @@ def parse(content: bytes) -> Any:
         raise InputError("not JSON: brackets are nested too deep") from None
 
 
-def convert(value: Any, kind: type[T], place: str) -> T:
+def convert(value: Any, kind: type[T], place: str, *, strict: bool = True) -> T:
     """`value`, as decoded from JSON, as an instance of `kind`: a dataclass, or a type with limits.
 
+    Unless `strict`, a text may stand for a number: in YAML 2e-4 is a text.
     Raises InputError, "place: field: must be ..., not ...", for the first value that does not fit.
     """
     try:
-        return msgspec.convert(value, kind, dec_hook=_decode)
+        return msgspec.convert(value, kind, strict=strict, dec_hook=_decode)
     except msgspec.ValidationError as error:
         path, problem = _explain(error, kind)
         raise InputError(": ".join(filter(None, (place, path, problem)))) from None

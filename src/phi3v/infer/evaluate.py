@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.markup import escape
 from tyro.conf import arg
 
-from phi3v.base.config import check_flags
+from phi3v.base.config import Metric, check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.files import make_folder
@@ -16,7 +16,7 @@ from phi3v.base.jsonfile import Count
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.answering import Answerer, Loading, Packing, ScoredBy, Scoring, read_questions
-from phi3v.infer.metrics import label_tables
+from phi3v.infer.metrics import label_tables, pick_metrics
 from phi3v.infer.metrics import score as scores_of
 
 
@@ -28,6 +28,7 @@ def evaluate(
     image_root: Path | None = None,
     out: Path | None = None,
     limit: Count | None = None,
+    metrics: tuple[Metric, ...] = (),
     max_new_tokens: Count = 64,
     score: ScoredBy = "generate",
     labels: tuple[str, ...] = (),
@@ -45,6 +46,7 @@ def evaluate(
         image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
         out: Where the results go. Default: `evaluation/<name of the data>` inside the run or model folder.
         limit: Answer only this many questions, evenly spread.
+        metrics: Scores beside the accuracy. Default: those that suit the length of the answers.
         max_new_tokens: Longest answer, in tokens.
         score: generate: what the model writes. labels: the most likely of a closed set. both: one beside the other.
         labels: The closed set. Default: the answers of the data, if they are few.
@@ -63,10 +65,10 @@ def evaluate(
         say(escape(f"  labels          {', '.join(scoring.labels)}"))
     predictions = answerer.answers(prompts, scoring, max_new_tokens=max_new_tokens, progress=progress)
     results.save_predictions(predictions)
-    metrics = scores_of(predictions)
+    scores = scores_of(predictions, pick_metrics(metrics, prompts))
     tables = {"labels": label_tables(predictions, scoring.labels)} if scoring.labels else {}
-    results.save(metrics={**metrics, **tables})
-    for name, value in metrics.items():
+    results.save(metrics={**scores, **tables})
+    for name, value in scores.items():
         say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")
     say(f"  predictions     {escape(str(results.predictions_file))}")
-    return metrics
+    return scores

@@ -1,8 +1,9 @@
 """How good are the answers? Pure functions on text; no tensors, no files.
 
-Every metric takes one prediction and the accepted answers of its question and returns a number from 0 to 1; `score` is
-the mean over a whole evaluation. A question with several accepted answers is scored against the best of them. Where
-labels were scored or examples form groups, `score` has further metrics; `label_tables` has the confusion matrix.
+A metric takes one prediction and the accepted answers of its question and returns a number from 0 to 1; `score` is the
+mean over a whole evaluation. A question with several accepted answers is scored against the best of them. `bleu` and
+`chrf` count over all answers of an evaluation at once. Where labels were scored or examples form groups, `score` has
+further metrics; `label_tables` has the confusion matrix.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from statistics import fmean
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from statistics import fmean, median
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from rapidfuzz.distance import Levenshtein
+from rapidfuzz.distance import Indel, Levenshtein
+from sacrebleu.metrics import BLEU, CHRF
 
 from phi3v.base.errors import InputError
 
@@ -22,6 +26,14 @@ if TYPE_CHECKING:
     from phi3v.data.encode import Example
 
 NUM_VQA_ANNOTATORS = 10
+
+SENTENCE = 5
+"""Words of an answer from which on it is a sentence, as the median over the answers of an evaluation."""
+
+FULL_STOPS = ".\u3002\uff0e\uff61\u0964\u06d4\u0589\u1362\u104b\u17d4\u0f0d\u1803"
+"""Latin, CJK (whole, full and half width), Devanagari, Urdu, Armenian, Ethiopic, Burmese, Khmer, Tibetan, Mongolian."""
+
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 
 
 class Prediction(TypedDict):
@@ -44,8 +56,11 @@ class Prediction(TypedDict):
 
 
 def clean(prediction: str) -> str:
-    """The model's text as the original recipe scores it: without outer whitespace, then without outer full stops."""
-    return prediction.strip().strip(".")
+    """The model's text as the original recipe scores it: without outer whitespace, then without outer full stops.
+
+    The recipe knows the Latin full stop only.
+    """
+    return prediction.strip().strip(FULL_STOPS)
 
 
 def normalize_answer(text: str) -> str:
@@ -55,7 +70,9 @@ def normalize_answer(text: str) -> str:
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 if the whole answer is right; case, outer whitespace and full stops do not count (the original's)."""
-    return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
+    return float(
+        bool(prediction.strip()) and normalize_answer(prediction) in {normalize_answer(answer) for answer in answers}
+    )
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -99,7 +116,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     official evaluation skips that where all annotators agree, and then fails "Yes" against ten times "yes". Fewer than
     ten answers are no votes but accepted alternatives, and the metric is `accuracy`.
     """
-    if len(answers) < NUM_VQA_ANNOTATORS:
+    if len(answers) < NUM_VQA_ANNOTATORS or not prediction.strip():
         return accuracy(prediction, answers)
     text = _vqa_normalize(prediction)
     votes = [_vqa_normalize(answer) for answer in answers]
@@ -112,15 +129,16 @@ def _vqa_normalize(text: str) -> str:
 
     A mark that touches a space anywhere is dropped, as are all of them where a comma stands between digits; any other
     becomes a space; full stops stay only before a digit. The official table of contractions ("dont" is "don't") is
-    replaced by dropping all apostrophes, which equates the same pairs and a few more ("its" and "it's").
+    replaced by dropping all apostrophes, which equates the same pairs and a few more ("its" and "it's"). A text of
+    which nothing is left ("A") stays as it is.
     """
     thousands = re.search(r"\d,\d", text) is not None
     plain = text
     for mark in _VQA_PUNCTUATION:
         plain = plain.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
-    plain = re.sub(r"\.(?!\d)", "", plain).replace("'", "")
-    words = (_VQA_NUMBERS.get(word, word) for word in plain.lower().split())
-    return " ".join(word for word in words if word not in {"a", "an", "the"})
+    plain = re.sub(rf"[{FULL_STOPS}](?!\d)", "", plain).replace("'", "")
+    numbered = (_VQA_NUMBERS.get(word, word) for word in plain.lower().split())
+    return " ".join(word for word in numbered if word not in {"a", "an", "the"}) or text.strip().lower()
 
 
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -128,11 +146,55 @@ _VQA_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", 
 _VQA_NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 
 
-METRICS = {metric.__name__: metric for metric in (accuracy, exact_match, anls, anls_official, vqa_accuracy)}
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case; Chinese and Japanese, which put no spaces, character by character."""
+    return re.findall(rf"[{CJK}]|[^\W_{CJK}]+", text.lower())
 
 
-def score(predictions: Iterable[Prediction]) -> dict[str, float]:
-    """The mean of every metric over all questions, and their number: {"accuracy": .., .., "questions": n}.
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, 2 LCS / (n + m), without stemming."""
+    found = words(prediction)
+    return max(Indel.normalized_similarity(found, words(answer)) for answer in answers) if found else 0.0
+
+
+def bleu(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """BLEU over all answers, as sacrebleu computes it; the tokenizer is its "13a", or "zh" where answers are CJK."""
+    cjk = any(re.search(f"[{CJK}]", text) for texts in answers for text in texts)
+    references = list(map(list, zip_longest(*answers)))  # questions have different numbers of answers
+    return BLEU(tokenize="zh" if cjk else "13a", force=True).corpus_score(predictions, references).score / 100
+
+
+def chrf(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """chrF over all answers: F2 of n-grams of characters (Popovic 2015), as sacrebleu computes it."""
+    return CHRF().corpus_score(predictions, list(map(list, zip_longest(*answers)))).score / 100
+
+
+Metric = Callable[[str, Sequence[str]], float]
+METRICS: dict[str, Metric] = {
+    metric.__name__: metric for metric in (accuracy, exact_match, anls, anls_official, vqa_accuracy, rouge_l)
+}
+OVER_ALL = {"bleu": bleu, "chrf": chrf}
+FOR_WORDS = ("accuracy", "exact_match", "anls", "anls_official", "vqa_accuracy")
+FOR_SENTENCES = ("accuracy", "rouge_l", "bleu", "chrf")
+
+
+def pick_metrics(wanted: Sequence[str], examples: Iterable[Example]) -> tuple[str, ...]:
+    """The metrics for `--metrics`, the accuracy first; by default those that suit the length of the answers."""
+    if wanted:
+        return tuple(dict.fromkeys(("accuracy", *wanted)))
+    lengths = [len(words(example.answers[0])) for example in examples]
+    return FOR_SENTENCES if median(lengths or [0]) >= SENTENCE else FOR_WORDS
+
+
+def score(
+    predictions: Iterable[Prediction],
+    names: Sequence[str] = FOR_WORDS,
+    own: Mapping[str, Metric] = MappingProxyType({}),
+) -> dict[str, float]:
+    """The metrics over all questions, and their number: {"accuracy": .., .., "questions": n}.
+
+    names   of METRICS, whose mean it is, and of OVER_ALL
+    own     further ones, as METRICS
 
     Where every prediction has them, its `label_log_probs` add `label_accuracy`, the accuracy of the likeliest label,
     and, for two labels, `auroc`; its `group` adds `consistency`. Raises InputError when there is nothing to score.
@@ -140,8 +202,12 @@ def score(predictions: Iterable[Prediction]) -> dict[str, float]:
     scored = list(predictions)
     if not scored:
         raise InputError("there are no questions to score")
+    texts, answers = [line["prediction"] for line in scored], [line["answers"] for line in scored]
     means = {
-        name: fmean(metric(line["prediction"], line["answers"]) for line in scored) for name, metric in METRICS.items()
+        name: OVER_ALL[name](texts, answers)
+        if name in OVER_ALL
+        else fmean(map({**METRICS, **own}[name], texts, answers))
+        for name in (*names, *own)
     }
     if all("label_log_probs" in line for line in scored):
         means["label_accuracy"] = fmean(accuracy(likeliest(line), line["answers"]) for line in scored)

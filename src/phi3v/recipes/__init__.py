@@ -3,6 +3,7 @@
     TABLE                                 what was published, mode by mode (none for easy-VQA and tiny)
     Options                               what the task can be asked for besides the flags of a run
     settings(options) -> Run              the run that learns the task; touches no file
+    METRICS                               functions that score an answer like those of `infer.metrics` (optional)
     prepare(run, options) -> Run          makes what the run still needs (idempotent), and returns it as it is trained
 
 The module docstring says what the task is, where its data comes from under which license, and what was scored. A recipe

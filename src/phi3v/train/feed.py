@@ -27,6 +27,7 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.data.statistics import Statistics
 from phi3v.infer.answering import Scoring, evenly
+from phi3v.infer.metrics import pick_metrics
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.packing.loader import MicroBatch, Reading, training_packs
 from phi3v.packing.ondisk import OnDisk
@@ -45,6 +46,7 @@ class EvalSet:
     lengths: Lengths
     settings: ScheduleSettings
     questions: list[Example]
+    metrics: tuple[str, ...]
 
     def schedule(self, limit: int | None) -> EpochSchedule:
         """What the validation loss is computed on: all examples, or `limit` of them, evenly spread."""
@@ -140,6 +142,7 @@ def read_data(
     eval_sets = []
     for name, file in run.data.eval_files.items():
         asked, encoded_too = encode_all(iter_jsonl(file, run.data.image_root), processor, ranks, flag="--eval")
+        prompts = [question for example in asked for question in questions(example)]
         eval_sets.append(
             EvalSet(
                 name=name,
@@ -147,7 +150,8 @@ def read_data(
                 encoded=encoded_too,
                 lengths=Lengths.of(encoded_too),
                 settings=settings,
-                questions=[question for example in asked for question in questions(example)],
+                questions=prompts,
+                metrics=pick_metrics(run.evaluation.metrics, prompts),
             )
         )
     steps_per_epoch = len(schedule_epoch(lengths, settings, seed=run.keeping.seed, epoch=0))

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from phi3v.base.hardware import peak_memory_gb
 from phi3v.base.ranks import MissingRank, join
 from phi3v.base.runfolder import RunFolder
 from phi3v.base.stopping import Stopped, StopRequest
+from phi3v.infer.metrics import Metric
 from phi3v.model.loading import save_model
 from phi3v.model.parts import widen
 from phi3v.packing.pack import Pack
@@ -46,12 +47,15 @@ from phi3v.train.setup import Job, dry_run, setup
 SPIKE, SPIKE_WINDOW = 3.0, 50
 
 
-def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def train(
+    run: Run, *, published: Mapping[str, Any] = MappingProxyType({}), metrics: Sequence[Metric] = ()
+) -> dict[str, Any]:
     """Trains, saves and scores; returns the content of `metrics.json` ({} for a dry run, and for one that was stopped).
 
     Under `torchrun` every rank calls this. Writes the run folder `run.keeping.out`: config.json, environment.json,
     images.json, lengths.json, log.jsonl, checkpoints/, final/, predictions.jsonl, metrics.json, report.html; and
-    published.json with `published`, the score that a recipe expects. Raises InputError for everything a user can
+    published.json with `published`, the score that a recipe expects. `metrics` are functions of a prediction and its
+    accepted answers that are scored too, under their names. Raises InputError for everything a user can
     correct.
     """
     run.check()
@@ -65,7 +69,8 @@ def train(run: Run, *, published: Mapping[str, Any] = MappingProxyType({})) -> d
         if run.keeping.dry_run:
             dry_run(run, ranks, resumes=state == "unfinished")
             return {}
-        with setup(run, ranks, stop, resumes=state == "unfinished", published=published) as job:
+        own = {metric.__name__: metric for metric in metrics}
+        with setup(run, ranks, stop, resumes=state == "unfinished", published=published, own_metrics=own) as job:
             try:
                 with job.log.screen:
                     last = learn(job)

@@ -49,7 +49,7 @@ def evaluate(job: Job, split: Split, step: int, model: Any = None) -> dict[str, 
         if split != "during":
             save = functools.partial(job.folder.save_predictions, predictions, of_set=one.name if number else "")
             job.ranks.first_does(functools.partial(save, before=split == "before"))
-        found[one.name] = metrics = {"loss": loss, **score(predictions)}
+        found[one.name] = metrics = {"loss": loss, **score(predictions, one.metrics, job.own_metrics)}
         seconds = time.monotonic() - started
         scores = f"accuracy {metrics['accuracy']:.1%}, validation loss {loss:.4g}"
         say(f"{when}{of_set}: {scores} on {metrics['questions']:,} questions in {seconds:.0f} s")

@@ -19,6 +19,7 @@ from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder, digests
 from phi3v.base.stopping import StopRequest
 from phi3v.data.processor import Phi3VProcessor
+from phi3v.infer.metrics import Metric
 from phi3v.model.compiling import compile_layers
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.fp8 import learn_in_fp8
@@ -56,12 +57,22 @@ class Job:
     log: RunLog
     stop: StopRequest
     profiler: Profiler
+    own_metrics: Mapping[str, Metric]
+    """Those of the recipe, by name."""
     first_step: int
     """Steps that were done before, in the run that this one resumes."""
 
 
 @contextmanager
-def setup(run: Run, ranks: Ranks, stop: StopRequest, *, resumes: bool, published: Mapping[str, Any]) -> Iterator[Job]:
+def setup(
+    run: Run,
+    ranks: Ranks,
+    stop: StopRequest,
+    *,
+    resumes: bool,
+    published: Mapping[str, Any],
+    own_metrics: Mapping[str, Metric],
+) -> Iterator[Job]:
     """Reads the data, loads the model into an engine, and opens the run folder, which is locked until the context ends.
 
     Raises InputError, on all ranks, for everything a user can correct; nothing is written before all is loaded.
@@ -105,6 +116,7 @@ def setup(run: Run, ranks: Ranks, stop: StopRequest, *, resumes: bool, published
             log=held.enter_context(open_log(run, folder, data, ranks, step)),
             stop=stop,
             profiler=held.enter_context(Profiler(profiled, folder.path / "profile", ranks.rank)),
+            own_metrics=own_metrics,
             first_step=step,
         )
 
