@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi3v.base.errors import InputError
     from phi3v.data.processor import Phi3VProcessor
+    from phi3v.infer.answering import load
     from phi3v.model import Phi3VConfig, Phi3VForCausalLM, Phi3VModel
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Phi3VConfig", "Phi3VForCausalLM", "Phi3VModel", "Phi3VProcessor"]
+__all__ = ["InputError", "Phi3VConfig", "Phi3VForCausalLM", "Phi3VModel", "Phi3VProcessor", "load"]
 
 MODULES = {
     "InputError": "phi3v.base.errors",
@@ -28,6 +29,7 @@ MODULES = {
     "Phi3VForCausalLM": "phi3v.model",
     "Phi3VModel": "phi3v.model",
     "Phi3VProcessor": "phi3v.data.processor",
+    "load": "phi3v.infer.answering",
 }
 
 

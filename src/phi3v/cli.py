@@ -120,6 +120,9 @@ COMMANDS = {
     ),
 }
 
+SHARED = ("train", "evaluate", "predict")
+"""What several processes do together; anything else the first one does alone."""
+
 DESCRIPTION = """Fine-tune Phi-3.5-vision, score it, and talk to it.
   phi3v COMMAND --help               flags and examples of a command
   phi3v --completion bash|zsh|fish   a script that completes commands and flags
@@ -153,7 +156,7 @@ def _run(words: list[str]) -> Any:
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):  # one message per job
         work = parse(words)
     _silence()
-    return work()
+    return work() if _rank() == 0 or words[0] in SHARED else None
 
 
 def parse(words: Sequence[str]) -> Callable[[], Any]:

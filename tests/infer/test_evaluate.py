@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import phi3v
 from phi3v.base.errors import InputError
 from phi3v.data.image import load_image
 from phi3v.data.schema import read_jsonl
@@ -146,3 +147,17 @@ def test_a_run_of_an_earlier_version_answers(old_run: Path, tiny_data: Path) -> 
     chat(str(old_run), "what is this", max_new_tokens=6)
     _, base = load_speakers(str(old_run), "base")
     assert base.title == json.loads((old_run / "config.json").read_text())["base"]["model"]
+
+
+def test_a_model_is_asked_in_two_lines(scripted_model_dir: Path, tiny_data: Path, tower_calls: list[int]) -> None:
+    images = tiny_data.parent / "images"
+    model = phi3v.load(scripted_model_dir)
+    assert model.ask(images / "red.png", "what is the color") == "blue"
+    assert model.ask(None, "answer briefly") == "yes"
+    assert model.ask([str(images / "red.png"), images / "blue.png"], "what is this") == "a red picture"
+    tower_calls.clear()
+    pairs = [(images / "red.png", "what is the color"), (None, "answer briefly"), (images / "red.png", "what is this")]
+    assert model.ask_all(pairs, max_new_tokens=9) == ["blue", "yes", "a red picture"]
+    assert sum(tower_calls) == 1, "the image is encoded once"
+    with pytest.raises(InputError, match=r"gone\.png: no such image"):
+        model.ask("gone.png", "what is this")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,21 @@ def test_questions_of_a_page_are_answered_together_wherever_they_stand(
     assert [line["line"] for line in lines_of(out)] == [1, 2, 3, 4, 5, 6]
     said = ["blue", "blue", "a red picture", "a red picture", "", ""]
     assert [line["prediction"] for line in lines_of(out)] == said
+
+
+def test_the_questions_are_not_held_in_memory(tmp_path: Path) -> None:
+    """10 MB of them."""
+    data = tmp_path / "many.jsonl"
+    lines = (json.dumps({"id": f"q{n}", "conversations": [{"user": f"{n} " * 500}]}) for n in range(5000))
+    data.write_text("\n".join(lines))
+    tracemalloc.start()
+    try:
+        asked = room.Asked(data, None, None)
+        assert tracemalloc.get_traced_memory()[0] < 2e6
+    finally:
+        tracemalloc.stop()
+    assert asked[4321].id == "q4321"
+    assert [len(portion) for portion in room.portions(asked.order, asked.page, 2000)] == [2000, 2000, 1000]
 
 
 def test_labels_are_scored(scripted_model_dir: Path, tiny_data: Path, tmp_path: Path) -> None:

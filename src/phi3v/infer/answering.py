@@ -16,7 +16,7 @@ import torch
 from phi3v.base.config import Attention, Precision
 from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
-from phi3v.base.hardware import pick_device, pick_dtype, pick_tokens_per_pack
+from phi3v.base.hardware import pick_dtype, pick_tokens_per_pack
 from phi3v.base.jsonfile import Count, NonNegativeInt
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.base.runfolder import RunFolder
@@ -36,6 +36,7 @@ from phi3v.packing.loader import Reading, prompt_packs
 from phi3v.packing.trees import PackLimits
 
 Item = TypeVar("Item")
+Images = str | Path | Sequence[str | Path] | None
 ScoredBy = Literal["generate", "labels", "both"]
 
 # -- questions -------------------------------------------------------------------------------------------------------
@@ -197,11 +198,17 @@ class Answerer:
     limits: PackLimits
     reading: Reading
     dtype: torch.dtype
+    ranks: Ranks = ALONE
 
     @classmethod
-    def load(cls, name: str | Path, loading: Loading = Loading(), packing: Packing = Packing()) -> Answerer:
-        """Load the model that `model_folder` finds onto the fastest device of this machine. Raises InputError."""
-        device = pick_device()
+    def load(
+        cls, name: str | Path, loading: Loading = Loading(), packing: Packing = Packing(), ranks: Ranks = ALONE
+    ) -> Answerer:
+        """Load a run folder (its final model), a model or adapter folder, or a model of the Hub, ready to `ask`.
+
+        It goes to the fastest device of this machine, on each of several ranks to its own. Raises InputError.
+        """
+        device = ranks.device
         dtype = pick_dtype(loading.dtype, device)
         attention = pick_attention(loading.attention, device, dtype)
         model, processor = load_model(
@@ -220,12 +227,30 @@ class Answerer:
                 image_token_id=processor.image_token_id, num_crops=processor.num_crops, num_workers=packing.num_workers
             ),
             dtype=dtype,
+            ranks=ranks,
         )
+
+    def ask(self, images: Images, question: str, *, max_new_tokens: int = 256) -> str:
+        """The answer to a question about an image file, several of them, or None."""
+        return self.ask_all([(images, question)], max_new_tokens=max_new_tokens)[0]
+
+    def ask_all(self, asked: Iterable[tuple[Images, str]], *, max_new_tokens: int = 256) -> list[str]:
+        """The answers to pairs of images and a question, in order; images that several share are encoded once.
+
+        Raises InputError for an image that cannot be read.
+        """
+        prompts = []
+        for number, (images, question) in enumerate(asked, start=1):
+            files = () if images is None else (images,) if isinstance(images, str | Path) else images
+            turn = Turn(user=question, images=tuple(map(str, files)))
+            prompts.append(Example(id=str(number), turns=(turn,), where=f"question:{number}"))
+        found = self.answers(prompts, Scoring(), max_new_tokens=max_new_tokens, progress=False)
+        return [prediction["prediction"] for prediction in found]
 
     def answers(
         self, prompts: Sequence[Example], scoring: Scoring, *, max_new_tokens: int, progress: bool = True
     ) -> list[Prediction]:
-        """Predictions in the order of `prompts`, as `predict` makes them."""
+        """Predictions in the order of `prompts`, as `predict` makes them: every rank its share, and returns all."""
         return predict(
             self.model,
             self.processor,
@@ -236,11 +261,15 @@ class Answerer:
             reading=self.reading,
             dtype=self.dtype,
             progress=progress,
+            ranks=self.ranks,
         )
 
     def stream(self, turns: tuple[Turn, ...], sampling: Sampling) -> Generator[str, None, None]:
         """The answer to the last turn while it is written, as `stream.stream` yields it."""
         return stream(self.model, self.processor, turns, sampling, self.dtype)
+
+
+load = Answerer.load  # `phi3v.load`
 
 
 def model_folder(name: str | Path) -> str | Path:

@@ -13,6 +13,7 @@ from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.files import make_folder
 from phi3v.base.jsonfile import Count
+from phi3v.base.ranks import join
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.answering import Answerer, Loading, Packing, ScoredBy, Scoring, read_questions
@@ -53,21 +54,22 @@ def evaluate(
         progress: Show a progress bar.
     """
     check_flags(locals(), evaluate)
+    ranks = join()
     target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / data.stem
     results = RunFolder(target)
     if results.is_run:
         raise InputError(f"--out {target} holds a run or a model: choose another folder")
     prompts = read_questions(data, image_root, limit)
     scoring = Scoring.of(score, labels, read_jsonl(data, image_root))
-    make_folder(target)
-    answerer = Answerer.load(model, loading, packing)
+    ranks.first_does(lambda: make_folder(target))
+    answerer = Answerer.load(model, loading, packing, ranks)
     if scoring.labels:
         say(escape(f"  labels          {', '.join(scoring.labels)}"))
     predictions = answerer.answers(prompts, scoring, max_new_tokens=max_new_tokens, progress=progress)
-    results.save_predictions(predictions)
     scores = scores_of(predictions, pick_metrics(metrics, prompts))
     tables = {"labels": label_tables(predictions, scoring.labels)} if scoring.labels else {}
-    results.save(metrics={**scores, **tables})
+    ranks.first_does(lambda: results.save_predictions(predictions))
+    ranks.first_does(lambda: results.save(metrics={**scores, **tables}))
     for name, value in scores.items():
         say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")
     say(f"  predictions     {escape(str(results.predictions_file))}")

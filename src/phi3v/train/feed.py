@@ -41,7 +41,6 @@ class EvalSet:
     """A file of `--eval`."""
 
     name: str
-    examples: Sequence[Example]
     encoded: Sequence[Encoded]
     lengths: Lengths
     settings: ScheduleSettings
@@ -146,7 +145,6 @@ def read_data(
         eval_sets.append(
             EvalSet(
                 name=name,
-                examples=asked,
                 encoded=encoded_too,
                 lengths=Lengths.of(encoded_too),
                 settings=settings,

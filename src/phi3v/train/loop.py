@@ -184,8 +184,8 @@ def evaluation_is_due(job: Job, step: int) -> bool:
 
 def how_good(found: Mapping[str, Mapping[str, float]], best: str) -> float:
     """An evaluation as `--best` ranks it, the higher the better. Raises InputError for a metric that it lacks."""
-    first, *others = found
-    named = {**found[first], **{f"{name}/{key}": value for name in others for key, value in found[name].items()}}
+    named = dict(next(iter(found.values())))
+    named |= {f"{name}/{key}": value for name, scores in found.items() for key, value in scores.items()}
     name = "loss" if best == "last" else best
     if name not in named:
         raise InputError(f"--best {best}: the evaluation has no such metric; it has {', '.join(named)}")
@@ -196,10 +196,8 @@ def how_good(found: Mapping[str, Mapping[str, float]], best: str) -> float:
 def stagnates(job: Job, step: int, ranking: Mapping[int, float]) -> bool:
     """Whether `--early-stopping` ends the run after this step. It does so again when the run is resumed there."""
     patience, every = job.run.evaluation.early_stopping, job.run.evaluation.eval_every_steps
-    if patience is None or every is None or not ranking:
-        return False
-    best = max(ranking, key=ranking.__getitem__)
-    if step - best < patience * every:
+    best = max(ranking, key=ranking.__getitem__, default=step)
+    if patience is None or every is None or step - best < patience * every:
         return False
     say(f"ended after step {step}: none of {patience} evaluations is better than after step {best} (--early-stopping)")
     return True
