@@ -360,13 +360,14 @@ def test_an_evaluation_sees_some_examples_once_and_their_shares_add_up(plan, see
         return
     found = schedule_evaluation(lengths, setting, chosen, pages_at_once=2)
     assert sorted(found.order) == list(chosen)
-    assert sum(map(found.share, range(len(found)))) == pytest.approx(1)
+    shares = found.shares()
+    assert shares.sum() == pytest.approx(1)
     for step in range(len(found)):
         assert len(set(lengths.page[found.examples(step)])) <= 2
     weights: dict[int, float] = {}
     for step in range(len(found)):
         for example, weight in zip(found.examples(step), found.loss_weights(step), strict=True):
-            weights[int(example)] = weight * found.share(step)
+            weights[int(example)] = weight * shares[step]
     whole = schedule_evaluation(lengths, setting, chosen, pages_at_once=10**6)
     assert len(whole) == 1
     expected = dict(zip(whole.order.tolist(), whole.loss_weights(0).tolist(), strict=True))

@@ -42,7 +42,7 @@ def planned(capsys: pytest.CaptureFixture) -> Callable[..., dict[str, Any]]:
 def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Run]:
     """The run that a printed command starts."""
     started: list[Run] = []
-    monkeypatch.setattr(training, "train", lambda run, published: started.append(run))
+    monkeypatch.setattr(training, "train", lambda run, **more: started.append(run))
     for name in RECIPES:
         monkeypatch.setattr(find_recipe(name), "prepare", lambda run, options: run)
 

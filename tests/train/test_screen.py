@@ -61,7 +61,7 @@ def test_both_scores_are_shown_each_with_its_best_of_the_first_file() -> None:
     for line, loss in zip(lines, (0.5, 0.625), strict=True):
         line["metrics"]["loss"] = loss
     shown = drawn(told(step(250), *lines, {**evaluation(250, 0.1), "set": "hard"}))
-    assert "validation loss 0.625 after step 250; best 0.500 after 125" in shown
+    assert "validation loss 0.625 after step 250; best 0.500 after 125  ▁█" in shown
     assert "accuracy        75.0% after step 250" in shown
 
 

@@ -39,6 +39,7 @@ def objective(
         encoded, schedule, replace(reading, on_bad_example="stop"), rank=ranks.rank, num_ranks=ranks.num, log=say
     )
     mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    shares = schedule.shares().tolist()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -48,7 +49,7 @@ def objective(
                 if ranks.any(leave_off()):
                     raise Stopped
                 pack = micro.pack.to(device, non_blocking=True)
-                loss += schedule.share(micro.step.number) * model(pack=pack, learn=True).loss
+                loss += shares[micro.step.number] * model(pack=pack, learn=True).loss
                 advance(micro.step.examples * micro.last)
     finally:
         model.train(was_training)

@@ -111,8 +111,8 @@ class EpochSchedule:
             return 1.0 / (num_targets * questions[page] * len(questions))
         return 1.0 / (num_targets * len(examples))
 
-    def share(self, step: int) -> float:
-        """What the mean of a step counts in the mean over the whole schedule; the shares of all steps add up to 1."""
+    def shares(self) -> Floats:
+        """[steps] What the mean of each step counts in the mean over the whole schedule, which cuts no page in two."""
 
         def units(examples: Ints) -> int:
             if self.settings.weighting == "token":
@@ -120,7 +120,8 @@ class EpochSchedule:
             expected = self.settings.questions == "expected"
             return len(np.unique(self.lengths.page[examples])) if expected else len(examples)
 
-        return units(self.examples(step)) / units(self.order)
+        counts = np.array([units(self.examples(step)) for step in range(len(self))])
+        return counts / counts.sum()
 
     def packs(self, step: int, num_ranks: int = 1) -> tuple[Step, list[list[PackTrees]]]:
         """The counts of a step, and its packs by rank. The examples and their weights do not depend on the ranks."""
@@ -221,7 +222,7 @@ def schedule_evaluation(
 ) -> EpochSchedule:
     """Some examples once, page by page in their order, in steps of `pages_at_once` pages.
 
-    Their mean by `loss_weights` and `share` is the objective on all of them. That of `random` is its expectation.
+    Their mean by `loss_weights` and `shares` is the objective on all of them. That of `random` is its expectation.
     """
     if settings.questions == "random" and settings.weighting == "example":
         settings = replace(settings, questions="expected")

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from phi3v.base.cards import find_card
-from phi3v.base.config import Keeping, Run, as_files, check_flags
+from phi3v.base.config import Keeping, Run, check_flags
 from phi3v.base.console import console, say
 from phi3v.base.errors import InputError
 from phi3v.base.files import write_text
@@ -82,15 +82,11 @@ def plan(
     hardware = find_hardware(gpu, machine.gpus if machine else num_gpus, nodes)
     module = None if recipe is None else find_recipe(recipe)
     base = module.settings() if module else Run(keeping=Keeping(out=Path("runs/plan")))
+    own = {name: file for name, file in (("train", train), ("eval", eval)) if file}
     base = replace(
         base,
         base=replace(base.base, model=model or base.base.model, num_crops=num_crops or base.base.num_crops),
-        data=replace(
-            base.data,
-            train=as_files(train) or base.data.train,
-            eval=as_files(eval) or base.data.eval,
-            image_root=image_root,
-        ),
+        data=replace(base.data, **own, image_root=image_root),
         keeping=replace(base.keeping, out=out or base.keeping.out),
     )
     name = "" if recipe is None else recipe.replace("_", "-") + "-full" * full_train

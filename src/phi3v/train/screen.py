@@ -106,7 +106,9 @@ class Screen:
                 form, choose = ("{:.3f}", min) if name == "validation loss" else ("{:.1%}", max)
                 step, best = list(scores)[-1], choose(scores, key=scores.__getitem__)
                 other = f"; best {form.format(scores[best])} after {best:,}" if best != step else ""
-                yield _row(name, f"{form.format(scores[step])} after step {step:,}{other}")
+                row = _row(name, f"{form.format(scores[step])} after step {step:,}{other}")
+                curve = sparkline(list(scores.values()), options.max_width - len(row) - 2) if choose is min else ""
+                yield row.append(f"  {curve}", style="cyan")
 
     def _numbers(self) -> dict[str, str]:
         """The numbers of the last step by name."""
