@@ -131,12 +131,10 @@ def as_files(value: Any) -> tuple[Any, ...]:
 
 
 def _unique(flag: str, pairs: list[tuple[Key, Value]]) -> dict[Key, Value]:
-    found = dict[Key, Value]()
-    for key, value in pairs:
-        if key in found:
-            raise InputError(f"--{flag}: {key} is there twice")
-        found[key] = value
-    return found
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise InputError(f"--{flag}: {twice[0]} is there twice")
+    return dict(pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,8 +120,8 @@ class EpochSchedule:
             expected = self.settings.questions == "expected"
             return len(np.unique(self.lengths.page[examples])) if expected else len(examples)
 
-        counts = np.array([units(self.examples(step)) for step in range(len(self))])
-        return counts / counts.sum()
+        counts = [units(self.examples(step)) for step in range(len(self))]
+        return np.divide(counts, sum(counts))
 
     def packs(self, step: int, num_ranks: int = 1) -> tuple[Step, list[list[PackTrees]]]:
         """The counts of a step, and its packs by rank. The examples and their weights do not depend on the ranks."""

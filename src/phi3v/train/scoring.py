@@ -54,8 +54,8 @@ def evaluate(job: Job, split: Split, step: int, model: Any = None) -> dict[str, 
         scores = f"accuracy {metrics['accuracy']:.1%}, validation loss {loss:.4g}"
         say(f"{when}{of_set}: {scores} on {metrics['questions']:,} questions in {seconds:.0f} s")
         entry = {"kind": "eval", "step": step, "epoch": round(step / data.steps_per_epoch, 4), "split": split}
-        entry |= {"set": one.name} if number else {}
-        entries.append({**entry, "metrics": metrics, "seconds": round(seconds, 3)})
+        entry |= {"metrics": metrics, "seconds": round(seconds, 3)}
+        entries.append({**entry, "set": one.name} if number else entry)
     for entry in entries:
         job.log.write(entry)
     return found
