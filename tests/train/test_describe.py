@@ -63,6 +63,7 @@ def test_a_dry_run_tells_and_writes_nothing(settings_for: MAKE, tiny_data: Path,
         "decoder 31,392 of 31,392 parameters",
         "data 14 examples on 5 pages",
         "evaluation 15 questions",
+        "accuracy, exact_match, anls, anls_official, vqa_accuracy",
         "steps 8 (4 an epoch)",
         "first step 4 examples on 2 pages",
     ):

@@ -43,7 +43,8 @@ def describe(run: Run, data: TrainingData, model: Any, config: Phi3VConfig, rank
     _row("", f"{lengths.tokens.mean():,.0f} tokens an example on average, {lengths.tokens.max():,} at most")
     for number, one in enumerate(data.eval_sets):
         name = f" ({escape(one.name)})" if len(data.eval_sets) > 1 else ""
-        _row("" if number else "evaluation", f"{len(one.questions):,} questions{name}: {', '.join(one.metrics)}")
+        _row("" if number else "evaluation", f"{len(one.questions):,} questions{name}")
+        _row("", ", ".join(one.metrics))
     _row("steps", f"{data.total_steps:,} ({data.steps_per_epoch:,} an epoch)")
     _row("first step", f"{first.examples} examples on {first.pages} pages")
     each = f" for each of {ranks.num} processes" if ranks.num > 1 else ""
