@@ -18,7 +18,7 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -103,15 +103,18 @@ def image_folder(path: str | Path, image_root: str | Path | None) -> Path:
     return Path(path).parent / "images" if image_root is None else Path(image_root)
 
 
-def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[[str], str]:
+def image_resolver(
+    path: str | Path, image_root: str | Path | None, others: Sequence[Path] = ()
+) -> Callable[[str], str]:
     """A function from an image's path in the data to its absolute path, symbolic links followed.
 
-    It raises InputError if the path leads out of the image root, or the root is no folder.
+    It raises InputError if the path leads out of the image root and of `others`, or the root is no folder.
     """
     root = image_folder(path, image_root)
     if image_root is not None and not root.is_dir():
         raise InputError(f"--image-root {root}: no such folder")
     real_root = os.path.realpath(root)
+    allowed = tuple(os.path.join(os.path.realpath(folder), "") for folder in (root, *others))
 
     @functools.lru_cache(NAMES_KEPT)
     def resolve(name: str) -> str:
@@ -121,7 +124,7 @@ def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[
             resolved = os.path.realpath(os.path.join(real_root, name))
         except ValueError as error:
             raise InputError(f"image path {name!r}: {error}") from error
-        if not resolved.startswith(os.path.join(real_root, "")):
+        if not resolved.startswith(allowed):
             raise InputError(f"image path {name!r} leads out of the image root {root}")
         return resolved
 

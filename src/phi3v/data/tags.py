@@ -25,7 +25,7 @@ PLACE = re.compile(
 )
 """A place for an image in a text. A named group other than `number` holds the path of the image itself."""
 
-UNCONVERTED = re.compile(r"<(?:video|audio|bbox|ref-object|point)>|<\|(?:video|audio)_pad\|>")
+UNCONVERTED = re.compile(r"<(?:video|audio|bbox|ref-object)>|<\|(?:video|audio)_pad\|>")
 """Placeholders for what is not an image."""
 
 SUFFIX = re.compile(r"[^\n]*\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|avif)", re.IGNORECASE)
