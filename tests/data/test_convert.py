@@ -18,6 +18,7 @@ from phi3v.data import writer as room
 from phi3v.data.check import check
 from phi3v.data.convert import convert
 from phi3v.data.layouts import Format
+from phi3v.data.layouts.source import Reading
 from phi3v.data.schema import read_jsonl
 from phi3v.data.video import sample_frames
 
@@ -54,10 +55,12 @@ def say(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
 
 
-def converted(source: Path, records: Sequence[Any], format: Format = "llava", **flags: Any) -> Path:
+def converted(
+    source: Path, records: Sequence[Any], format: Format = "llava", reading: Reading = Reading(), **flags: Any
+) -> Path:
     file = source / "data.json"
     file.write_text(json.dumps(records, indent=2))
-    convert(format, file, out=source.parent / "out", progress=False, **flags)
+    convert(format, file, out=source.parent / "out", reading=reading, progress=False, **flags)
     return source.parent / "out"
 
 
@@ -170,22 +173,28 @@ GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
         ({**GOOD, "conversations": [{"from": "tool", "value": "x"}]}, "a message of 'tool' out of turn"),
         ({**GOOD, "conversations": []}, "conversations, messages or question is missing"),
         ({**GOOD, "conversations": "x"}, "conversations cannot be a string"),
-        ({**GOOD, "conversations": ["x"]}, "a record cannot be a string"),
-        ({**GOOD, "conversations": [{"from": "human"}]}, "value or content is missing"),
-        ({**GOOD, "conversations": [{"from": "human", "value": None}]}, "content cannot be null"),
+        ({**GOOD, "conversations": ["x"]}, "a message cannot be a string"),
+        ({**GOOD, "conversations": [{"from": "human"}]}, "value or content cannot be null"),
+        ({**GOOD, "conversations": [{"from": "human", "value": None}]}, "value or content cannot be null"),
         ({**GOOD, "conversations": [{"from": "human", "value": [{"type": "audio"}]}]}, "a part of type 'audio'"),
         ({**GOOD, "conversations": say("<|image_2|>?", "x")}, "tags with the numbers 2, 1 images"),
-        ({**GOOD, "conversations": say("<image1> <image1>", "x"), "image": ["a", "b"]}, "the numbers 1, 1 in several"),
+        (
+            {**GOOD, "conversations": say("<image1> <image1>", "x"), "image": ["a", "b"]},
+            "a tag stands twice: 1, 1",
+        ),
         ({**GOOD, "conversations": say("<image1> <image3>", "x"), "image": ["a", "b"]}, "the numbers 1, 3, 2 images"),
         ({**GOOD, "conversations": say("<bbox>?", "x")}, "<bbox> stands for something that is not converted"),
         ({**GOOD, "image": "pictures/none.png"}, "no such image"),
         ({**GOOD, "image": "pictures/broken.png"}, "broken.png: "),
         ({**GOOD, "image": "../out.png"}, "leads out of the image root"),
-        ({**GOOD, "image": "https://example.org/a.png"}, "https://example.org/a.png: images are not downloaded"),
+        (
+            {**GOOD, "image": "https://example.org/a.png"},
+            "https://example.org/a.png: a web address (--download fetches it)",
+        ),
         ({**GOOD, "image": {"bytes": "x"}}, "an image in base64 that is damaged"),
         ({**GOOD, "image": {"bytes": "aGVsbG8="}}, "unreadable image"),
         ({**GOOD, "image": {"file": "x"}}, "an image with the keys 'file', none of which is known"),
-        ({**GOOD, "image": 7}, "an image is neither a path nor bytes"),
+        ({**GOOD, "image": 7}, "an image cannot be a number"),
         (
             {**GOOD, "image": "/9j/4AAQ" * 200},
             "'/9j/4AAQ/9j/4AAQ/9j/4AAQ/9j/4A'... is no path. If it is base64, begin it with",
@@ -202,7 +211,10 @@ GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
         ({**GOOD, "objects": {"bbox": [[1, 2, 3, 4]]}}, "objects cannot be converted"),
         ({**GOOD, "rejected_response": "Blue."}, "rejected_response cannot be converted"),
         ({**GOOD, "kto_tag": False}, "kto_tag is false: the answer is a bad example"),
-        ({**GOOD, "conversations": [*say("a"), {"from": "gpt", "value": "b", "weight": 0.5}]}, "weight is 0.5: "),
+        (
+            {**GOOD, "conversations": [*say("a"), {"from": "gpt", "value": "b", "weight": 0.5}]},
+            "an answer of weight 0.5: ",
+        ),
         ({**GOOD, "conversations": [*say("a"), {"from": "gpt", "value": "b", "loss": False}]}, "no turn carries loss"),
         (
             {**GOOD, "conversations": [*say("a"), {"from": "gpt", "value": "b", "tool_calls": [1]}]},
@@ -335,7 +347,7 @@ def test_what_was_not_used_is_counted(source: Path, capsys) -> None:
         {**GOOD, "license": "MIT", "width": 40, "id": "1", "tools": "[]"},
         {**GOOD, "license": "MIT", "id": "2", "objects": [1]},
     ]
-    out = converted(source, [*records, {"conversations": say("Hello?", "Hi.")}], ignore="objects")
+    out = converted(source, [*records, {"conversations": say("Hello?", "Hi.")}], reading=Reading(ignore="objects"))
     expected = ["license: 2 records", "width: 1 record", "objects: 1 record"]
     assert (out / "not_used.txt").read_text().splitlines() == expected
     printed = capsys.readouterr().out
@@ -345,7 +357,7 @@ def test_what_was_not_used_is_counted(source: Path, capsys) -> None:
 
 def test_a_question_that_is_not_asked_is_refused(source: Path) -> None:
     with pytest.raises(InputError, match="--question has no effect: every record has its own question"):
-        converted(source, [GOOD], question="What?")
+        converted(source, [GOOD], reading=Reading(question="What?"))
 
 
 def test_questions_and_answers(source: Path, capsys) -> None:
@@ -357,7 +369,7 @@ def test_questions_and_answers(source: Path, capsys) -> None:
         {"file_name": "pictures/a.png", "text": "A red box."},
         {"photo_id": "pictures/a.png", "q": "What?", "answer": ["Red.", "Pink."]},
     ]
-    out = converted(source, records, columns="image=photo_id,question=q")
+    out = converted(source, records, reading=Reading(columns="image=photo_id,question=q"))
     assert turns(out) == [
         [("pictures/a.png", "Hello?", "Hi."), ("What?", "Red.")],
         [("pictures/a.png", "<|image_1|>What?", "Red.")],
@@ -411,7 +423,7 @@ def test_tables_of_spreadsheets(source: Path, capsys) -> None:
     convert("csv", source / "data.csv", out=source / "utf-16", progress=False)
     assert turns(source / "utf-16") == [[("pictures/a.png", "Größe?", "klein")]]
     with pytest.raises(InputError, match=r"data\.csv:1: not in utf-8: name its --encoding"):
-        convert("csv", source / "data.csv", out=source / "no", encoding="utf-8")
+        convert("csv", source / "data.csv", out=source / "no", reading=Reading(encoding="utf-8"))
     (source / "data.csv").write_text("image,question,image\n")
     with pytest.raises(InputError, match=r"data\.csv:1: two columns are named 'image'"):
         convert("csv", source / "data.csv", out=source / "no")
@@ -453,7 +465,17 @@ def test_what_is_neither_a_split_nor_a_class(tmp_path: Path) -> None:
     convert("imagefolder", root, out=tmp_path / "again", progress=False)  # without what was written the first time
     for out in (root / "out", tmp_path / "again"):
         assert [len(written(out, split)) for split in ("train", "test")] == [2, 1]
-        assert left_out(out) == [f"{root / 'seg_pred'}: it is neither a split nor a class"]
+        assert left_out(out) == [f"{root / 'seg_pred'}: it is neither a class, with something in it, nor a split"]
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    root = folders(tmp_path / "all", "cats/more", "dogs")
+    (root / "dogs/linked").symlink_to(root / "cats/more")
+    (root / "pets").symlink_to(root / "cats")
+    convert("imagefolder", root, out=tmp_path / "out", progress=False)
+    assert sorted(line["conversations"][0]["assistant"] for line in written(tmp_path / "out")) == [
+        *("cats", "dogs", "dogs", "pets")
+    ]
 
 
 def test_classes_with_the_name_of_a_split(tmp_path: Path) -> None:
@@ -481,9 +503,15 @@ def test_imagefolder(tmp_path: Path) -> None:
         [("dogs/1.png", question, "dogs")],
     ]
     empty, notes = left_out(tmp_path / "out")
-    assert empty == f"{tmp_path / 'classes/empty'}: there is nothing in it"
+    assert empty == f"{tmp_path / 'classes/empty'}: it is neither a class, with something in it, nor a split"
     assert notes.startswith(f"{tmp_path / 'classes/dogs/notes.txt'}: ")
-    convert("imagefolder", tmp_path / "classes", out=tmp_path / "asked", question="Cat or dog?", progress=False)
+    convert(
+        "imagefolder",
+        tmp_path / "classes",
+        out=tmp_path / "asked",
+        reading=Reading(question="Cat or dog?"),
+        progress=False,
+    )
     assert {line[0][1] for line in turns(tmp_path / "asked")} == {"Cat or dog?"}
 
 
@@ -525,14 +553,19 @@ def test_splits_share_no_image(source: Path) -> None:
     [
         ("llava", {"val_fraction": 1.0}, "--val-fraction is 1.0, it must be less than 1"),
         ("llava", {"num_frames": 0}, "--num-frames is 0, it must be at least 1"),
-        ("llava", {"columns": "image"}, "--columns image: it must be as in image=photo,question=q,answer=a"),
-        ("imagefolder", {"question": "<image>?"}, "--question is without <image>"),
+        (
+            "llava",
+            {"reading": Reading(columns="image")},
+            "--columns image: it must be as in image=photo,question=q,answer=a",
+        ),
+        ("csv", {"reading": Reading(delimiter="::")}, "--delimiter '::': it must be one character"),
+        ("imagefolder", {"reading": Reading(question="<image>?")}, "--question is without <image>"),
         ("imagefolder", {"source": "folds"}, "fold1, fold2 hold the same folders, so they are no classes"),
         ("imagefolder", {"source": "yolo"}, "yolo holds images and labels: boxes (YOLO) are not converted"),
-        ("imagefolder", {"image_root": Path(".")}, "--image-root has no effect on imagefolder"),
+        ("imagefolder", {"image_root": Path(".")}, "--image-root has no effect on a folder"),
         ("llava", {"image_root": Path("nowhere")}, "--image-root nowhere: no such folder"),
-        ("csv", {"source": "none.csv"}, "none.csv: no such file"),
-        ("imagefolder", {"source": "none"}, "none: no such folder"),
+        ("csv", {"source": "none.csv"}, "none.csv: no such file or folder"),
+        ("imagefolder", {"source": "none"}, "none: no such file or folder"),
         ("csv", {}, "data.json: nothing to convert; it is empty"),
         ("llava", {}, "data.json: nothing to convert; it is empty"),
         ("imagefolder", {"source": "pictures"}, "pictures: there are no folders in it, one a class"),

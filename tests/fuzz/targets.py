@@ -32,7 +32,8 @@ from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import check
 from phi3v.data.image import hd_size, hd_transform, load_image, read_info, read_size
-from phi3v.data.layouts import Source, read
+from phi3v.data.layouts import read
+from phi3v.data.layouts.source import Source
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.model.loading import load_config, load_model
@@ -241,7 +242,8 @@ def _claim(place: Path) -> None:
 
 
 def _convert(format: Any, place: Path) -> None:
-    list(read(format, Source(path=place / f"{format}.json", root=place / "data/images", put=lambda content: "")))
+    source = Source(path=place / f"{format}.json", root=place / "data/images", put=lambda content: "")
+    list(read(format, source, place))
 
 
 LLAVA = json.dumps(

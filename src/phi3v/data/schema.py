@@ -125,7 +125,7 @@ def image_resolver(
         except ValueError as error:
             raise InputError(f"image path {name!r}: {error}") from error
         if not resolved.startswith(allowed):
-            raise InputError(f"image path {name!r} leads out of the image root {root}")
+            raise InputError(f"image path {name!r} leads out of the image root {root}, to {resolved}")
         return resolved
 
     return resolve
@@ -169,10 +169,12 @@ def parse(
     )
 
 
-def read_record(record: Mapping[str, object], where: str, resolve: Callable[[str], str]) -> Example:
+def read_record(
+    record: Mapping[str, object], where: str, resolve: Callable[[str], str], *, prompts: bool = False
+) -> Example:
     """The example on the line that a record would be. Raises InputError with everything that is wrong with it."""
     notes = Notes()
-    example = parse(json.dumps(record).encode(), where, resolve, notes)
+    example = parse(json.dumps(record).encode(), where, resolve, notes, prompts=prompts)
     if example is None or notes.problems:
         raise InputError("; ".join(notes.problems))
     messages(example)  # raises if its tags and images do not match

@@ -81,8 +81,7 @@ class DatasetWriter:
 
     def put_bytes(self, content: bytes) -> str:
         """Write bytes as an image named by what they are, and return its path."""
-        suffix = next((suffix for start, suffix in SUFFIXES.items() if content.startswith(start)), ".img")
-        name = self.put_image(hashlib.sha256(content).hexdigest()[:24] + suffix, content)
+        name = self.put_image(hashlib.sha256(content).hexdigest()[:24] + suffix_of(content), content)
         return os.path.realpath(self.images / name)
 
     def put_frames(self, name: str, video: Path, num_frames: int) -> list[str]:
@@ -96,7 +95,7 @@ class DatasetWriter:
         """Add a line to {split}.jsonl. Raises InputError, naming `where`, for what a line may not hold."""
         line = {"id": record["id"], "source": self.source, **record}
         try:
-            read_record(line, where, self._resolve)
+            read_record(line, where, self._resolve, prompts=split == "questions")
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         self.lines[split].append(json.dumps(line, ensure_ascii=False))
@@ -117,3 +116,10 @@ class DatasetWriter:
         file = self.images / name
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
+
+
+def suffix_of(content: bytes | Path) -> str:
+    """The suffix of an image's name."""
+    if isinstance(content, Path):
+        return content.suffix
+    return next((suffix for start, suffix in SUFFIXES.items() if content.startswith(start)), ".img")

@@ -11,6 +11,9 @@ from phi3v.base.errors import InputError
 from phi3v.data.layouts.source import Row, Rows, Source
 from phi3v.data.schema import lines
 
+WRAPPERS = ("data", "rows", "records", "items", "examples")
+"""Fields with all records."""
+
 
 def rows(source: Source) -> Rows:
     """The records of a file."""
@@ -20,12 +23,15 @@ def rows(source: Source) -> Rows:
 def values(file: Path) -> Iterator[tuple[str, Any]]:
     """("file, item n", record) of an array, ("file:line", record) of a file with one a line."""
     content = file.read_bytes()
-    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from ((where, _parsed(line)) for where, line in lines(file))
-    elif isinstance(found := _parsed(content), InputError):
+    found = _parsed(content)
+    if isinstance(found, dict):
+        found = next((inside for name in WRAPPERS if isinstance(inside := found.get(name), list)), [found])
+    if isinstance(found, list):
+        yield from ((f"{file}, item {number}", value) for number, value in enumerate(found, start=1))
+    elif content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise InputError(f"{file}: {found}")
     else:
-        yield from ((f"{file}, item {number}", value) for number, value in enumerate(found, start=1))
+        yield from ((where, _parsed(line)) for where, line in lines(file))
 
 
 def _parsed(content: bytes) -> Any:
