@@ -253,7 +253,7 @@ TAGS = ("<image>", "<Image>", "<IMG>", "<ImageHere>", "[IMG]", "<|image|>", "<|i
 TAGS += (
     "<|vision_start|><|image_pad|><|vision_end|>",
     "<start_of_image>",
-    "<IMG_CONTEXT><IMG_CONTEXT>",
+    "<img><IMG_CONTEXT><IMG_CONTEXT></img>",
     "<image_soft_token>",
 )
 TAGS += ("<image{}>", "<image {}>", "<image_{}>", "<|image_{}|>", "<|vision_start|>", "(<image>./</image>)")

@@ -264,6 +264,10 @@ MESSAGES = json.dumps(
         ],
     }
 ).encode()
+VQA = b"""{"questions": [{"question_id": 1, "image_id": 1, "question": "a"}],
+    "images": [{"id": 1, "file_name": "red.png"}]}"""
+LABEL_STUDIO = b"""[{"id": 1, "data": {"image": "/data/red.png", "question": "a"}, "annotations":
+    [{"result": [{"type": "choices", "value": {"choices": ["b"]}}]}]}]"""
 
 TARGETS = {
     "lines": Target("data/train.jsonl", _lines),
@@ -289,6 +293,8 @@ TARGETS = {
     "predictions": Target("run/predictions.jsonl", lambda place: write_report(place / "run")),
     "llava": Target("llava.json", partial(_convert, "llava"), seeds=lambda place: [LLAVA]),
     "messages": Target("messages.json", partial(_convert, "messages"), seeds=lambda place: [MESSAGES]),
+    "vqa": Target("vqa.json", partial(_convert, "vqa"), seeds=lambda place: [VQA]),
+    "label-studio": Target("label-studio.json", partial(_convert, "label-studio"), seeds=lambda place: [LABEL_STUDIO]),
     "csv": Target("csv.json", partial(_convert, "csv"), seeds=lambda place: [b"image,question,answer\nred.png,a,b\n"]),
 }
 

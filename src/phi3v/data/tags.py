@@ -7,7 +7,7 @@ from typing import Any
 
 PLACE = re.compile(
     r"""
-      <img>\s*(?P<inside>[^<>\n]{1,999}?)\s*</img>                            # Qwen-VL: the path between tags
+      <img>\s*(?P<inside>[^<>\n]{1,999}?)\s*</img>                    # Qwen-VL: the path between tags
     | <img\s[^>]*?src\s*=\s*["']?(?P<src>[^"'>\s]+)[^>]*>               # HTML
     | !\[[^\]\n]*\]\((?P<link>[^)\s]+)[^)\n]*\)                         # Markdown
     | <\|vision_start\|>\s*(?P<vision>[^<>\s][^<>\n]{0,999}?)\s*<\|vision_end\|>
@@ -15,11 +15,11 @@ PLACE = re.compile(
     | <image>\s*(?P<image>[^<>\n]{1,999}?)\s*</image>
     | \{<image>\s*(?P<braces>[^<>{}\n]{1,999}?)\s*\}
     | <\|vision_start\|>(?:<\|image_pad\|>)*(?:<\|vision_end\|>)?       # Qwen2-VL and later
-    | (?:<\|image_pad\|>)+
-    | <img>(?:<IMG_CONTEXT>|<image>)*</img> | (?:<IMG_CONTEXT>)+ | <img>  # InternVL
+    | <\|image_pad\|>
+    | <img>(?:<IMG_CONTEXT>|<image>)*</img> | <IMG_CONTEXT> | <img>    # InternVL
     | <start_of_image>                                                  # Gemma
     | \[IMG\]                                                           # Pixtral
-    | <\|?image[_ ]?(?P<number>\d{1,4})\|?>                             # Phi, LLaVA, 
+    | <\|?image[_ ]?(?P<number>\d{1,4})\|?>                             # Phi, MiniCPM
     | (?:<\|endofchunk\|>)?<\|?image[_ ]?(?:placeholder|token|soft_token|here)?\|?>
     """,
     re.VERBOSE | re.IGNORECASE,

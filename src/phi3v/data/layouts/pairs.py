@@ -30,17 +30,17 @@ def rows(source: Source) -> Rows:
     """A record for every question, with the answer in a file of annotations beside it, or for every caption."""
     file = source.path
     pairs = jsonfile.convert(jsonfile.parse_object(file.read_bytes(), file), Pairs, str(file))
-    answers: dict[Any, dict[str, Any]] = {}
+    answers: dict[str, dict[str, Any]] = {}
     for beside in sorted(file.parent.glob("*annotations*.json")) if pairs.questions else []:
         found = jsonfile.convert(jsonfile.parse_object(beside.read_bytes(), beside), Pairs, str(beside))
-        answers |= {one.get("question_id"): one for one in found.annotations}
-    numbered: dict[Any, set[str]] = {}
+        answers |= {str(one.get("question_id")): one for one in found.annotations}
+    numbered: dict[str, set[str]] = {}
     for path in source.root.rglob("*"):
         if names_image(path.name) and (digits := re.search(r"(\d+)\.\w+$", path.name)):
-            numbered.setdefault(int(digits[1]), set()).add(str(path.relative_to(source.root)))
-    numbered |= {image.id: {image.file_name} for image in pairs.images}
+            numbered.setdefault(str(int(digits[1])), set()).add(str(path.relative_to(source.root)))
+    numbered |= {str(image.id): {image.file_name} for image in pairs.images}
     for number, item in enumerate(pairs.questions or pairs.annotations, start=1):
-        images = numbered.get(item.get("image_id"), set())
+        images = numbered.get(str(item.get("image_id")), set())
         wrong = InputError(f"{len(images)} images below {source.root} have the number {item.get('image_id')}")
-        record = {**answers.get(item.get("question_id"), {}), **item, "image": min(images, default=None)}
+        record = {**answers.get(str(item.get("question_id")), {}), **item, "image": min(images, default=None)}
         yield Row(f"{file}, item {number}", record if len(images) == 1 else wrong)
