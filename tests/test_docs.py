@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from PIL import Image
 from original import parser
 from phi3v.cli import COMMANDS, main, parse
 from phi3v.data.check import check
+from phi3v.data.layouts import LAYOUTS
 from phi3v.recipes import find_recipe
 from phi3v.recipes.table import cells, notes
 
@@ -163,6 +165,41 @@ CONVERSIONS = [
 
 def test_every_other_format_has_a_sample() -> None:
     assert [page for page, *_ in CONVERSIONS] == ["from-2u1.md", "from-llama-factory.md", "from-ms-swift.md"]
+
+
+LAYOUT_SAMPLES = {
+    name: textwrap.dedent(sample)
+    for names, sample in re.findall(
+        r"^(`[\w-]+`(?:, `[\w-]+`)*): (?:(?!^`|^    ).*\n)+((?:^    .*\n)+)",
+        (DOCS / "data.md").read_text(encoding="utf-8").partition("## From other layouts")[2],
+        re.MULTILINE,
+    )
+    for name in re.findall(r"[\w-]+", names)
+}
+
+
+def test_every_layout_has_a_sample() -> None:
+    assert {*LAYOUT_SAMPLES, "video-folder"} == {*LAYOUTS}
+
+
+@pytest.mark.parametrize("layout", sorted({*LAYOUT_SAMPLES} - {"imagefolder", "parquet", "webdataset", "sharegpt"}))
+def test_samples_of_layouts_are_recognized_and_converted(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = LAYOUT_SAMPLES[layout]
+    name = {"csv": "a.csv", "metadata": "metadata.jsonl"}.get(
+        layout, "a.json" if sample.count("]}\n") < 2 else "a.jsonl"
+    )
+    for number in "123":
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{number}.jpg")
+    (tmp_path / name).write_text(sample, encoding="utf-8")
+    source = tmp_path if layout == "metadata" else tmp_path / name
+    assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--unanswered", "--no-progress"]) == 0
+    recognized = "sharegpt" if layout == "llava" else layout  # the sample shows both
+    assert f"layout {recognized}," in capsys.readouterr().out
+    assert not (tmp_path / "out/not_converted.txt").exists()
+    lines = [line for file in (tmp_path / "out").glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert len(lines) == (2 if layout in ("csv", "coco-captions") else 3)
 
 
 @pytest.mark.parametrize(("page", "sample", "command"), CONVERSIONS, ids=[page for page, *_ in CONVERSIONS])

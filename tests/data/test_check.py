@@ -69,7 +69,8 @@ def test_good_data(data: Path, processor: Phi3VProcessor) -> None:
     data.write_text("\n".join(GOOD))
     findings = check(data, None, processor)
     assert findings.ok
-    assert findings.problems == findings.warnings == ()
+    assert findings.problems == ()
+    assert findings.warnings == (f"{data}: 1 of 4 examples without an image",)
     assert (findings.examples, findings.turns, findings.images, findings.image_files) == (4, 6, 5, 2)
     assert findings.text_only == 1
     encoded = [encode(example, processor) for example in read_jsonl(data)]
@@ -128,11 +129,34 @@ def test_warnings(data: Path, processor: Phi3VProcessor) -> None:
     findings = check(data, None, processor)
     assert findings.ok
     assert findings.warnings == (
+        f"{data}: 2 of 3 examples without an image",
         f"{data}:2: unknown key 'license' is ignored (and 1 more line)",
         f"{data}:2: turn 1: the model will read <|end|> in the text as a control token (and 1 more line)",
         f"{data}:2: id 'n1' is also on line 1 (and 1 more line)",
     )
     assert findings.odd_lines == (1, 2)
+
+
+def test_tags_of_other_models_are_warned_about(data: Path, processor: Phi3VProcessor) -> None:
+    tags = ("<image>", "<|image_pad|>", "[IMG]", "<image_2>", "<img>a.png</img>", "![x](a.png)", "<|vision_start|>")
+    data.write_text("\n".join(line(k, f"{tag} what", images=("a.png",)) for k, tag in enumerate(tags)))
+    findings = check(data, None, processor)
+    assert findings.ok
+    warned = [
+        text.removesuffix(" is read as text: tags for images are <|image_1|>, <|image_2|>, ...")
+        for text in findings.warnings
+    ]
+    assert warned == [f"{data}:{k}: turn 1: {tag}" for k, tag in enumerate(tags, start=1)]
+    data.write_text(line(1, "<|image_1|> what: a <b> or a <|im|>", images=("a.png",)))
+    assert check(data, None, processor).warnings == ()
+
+
+def test_a_system_text_is_checked_as_well(data: Path, processor: Phi3VProcessor) -> None:
+    record = json.loads(line(1, images=("a.png",)))
+    data.write_text("\n".join(json.dumps({**record, "system": text}) for text in ("<|image_1|>", "<|end|>")))
+    findings = check(data, None, processor)
+    assert findings.problems == (f"{data}:1: a system text cannot hold an image tag",)
+    assert findings.warnings[0] == f"{data}:2: the model will read <|end|> in the text as a control token"
 
 
 def test_workers_find_the_same(data: Path, processor: Phi3VProcessor) -> None:
@@ -352,7 +376,7 @@ def test_data_may_be_moved(good: Path, processor: Phi3VProcessor, decoded: list[
     check(good, None, processor)
     moved = good.parent.rename(good.parent.with_name("moved"))
     decoded.clear()
-    (warning,) = check(moved / "train.jsonl", None, processor).warnings
+    _, warning = check(moved / "train.jsonl", None, processor).warnings
     assert warning == f"{moved}/train.jsonl:5: id 'n1' is also on line 1"
     assert decoded == []
 

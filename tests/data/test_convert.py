@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from phi3v.data import writer as room
 from phi3v.data.check import check
 from phi3v.data.convert import convert
 from phi3v.data.layouts import Format
+from phi3v.data.layouts.source import Reading
 from phi3v.data.schema import read_jsonl
 from phi3v.data.video import sample_frames
 
@@ -52,10 +55,12 @@ def say(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
 
 
-def converted(source: Path, records: Sequence[Any], format: Format = "llava", **flags: Any) -> Path:
+def converted(
+    source: Path, records: Sequence[Any], format: Format = "llava", reading: Reading = Reading(), **flags: Any
+) -> Path:
     file = source / "data.json"
     file.write_text(json.dumps(records, indent=2))
-    convert(format, file, out=source.parent / "out", progress=False, **flags)
+    convert(format, file, out=source.parent / "out", reading=reading, progress=False, **flags)
     return source.parent / "out"
 
 
@@ -108,9 +113,10 @@ def test_sharegpt(source: Path) -> None:
             ("pictures/a.png", "pictures/b.png", "<|image_1|>, <|image_2|>?", "No."),
             ("pictures/c.png", "<|image_1|>", "Yes."),
         ],
-        [("pictures/a.png", "Be brief.\n<|image_1|>Which?", "That.")],
+        [("pictures/a.png", "<|image_1|>Which?", "That.")],
         [("pictures/d.png", "<|image_1|>a", "b")],
     ]
+    assert [line.get("system") for line in written(out)] == [None, "Be brief.", None]
 
 
 def test_messages_with_parts(source: Path) -> None:
@@ -122,7 +128,7 @@ def test_messages_with_parts(source: Path) -> None:
 
     here = str(source / "pictures/c.png")
     records = [
-        {"messages": ask({"type": "image"}, text("What?")), "images": ["pictures/a.png"]},
+        {"messages": ask({"type": "image", "text": None}, text("What?")), "images": ["pictures/a.png"]},
         {"messages": ask({"type": "image", "image": "pictures/b.png"}, {"type": "image", "path": here}, text("Same?"))},
         {"messages": ask(text("See "), {"type": "image_url", "image_url": {"url": f"file://{here}"}}, text("\nthere"))},
         {"messages": ask(text("No image"))},
@@ -165,22 +171,57 @@ GOOD = {"image": "pictures/a.png", "conversations": say("What?", "Red.")}
         ({**GOOD, "conversations": say("What?", " ")}, "turn 1: the answer is missing"),
         ({**GOOD, "conversations": say("What?", "x")[::-1]}, "a message of 'assistant' out of turn"),
         ({**GOOD, "conversations": [{"from": "tool", "value": "x"}]}, "a message of 'tool' out of turn"),
-        ({**GOOD, "conversations": []}, "conversations: is empty"),
+        ({**GOOD, "conversations": []}, "conversations, messages or question is missing"),
         ({**GOOD, "conversations": "x"}, "conversations cannot be a string"),
-        ({**GOOD, "conversations": ["x"]}, "must be an object, not a string"),
-        ({**GOOD, "conversations": [{"from": "human"}]}, "value or content is missing"),
-        ({**GOOD, "conversations": [{"from": "human", "value": None}]}, "value cannot be null"),
+        ({**GOOD, "conversations": ["x"]}, "a message cannot be a string"),
+        ({**GOOD, "conversations": [{"from": "human"}]}, "value or content cannot be null"),
+        ({**GOOD, "conversations": [{"from": "human", "value": None}]}, "value or content cannot be null"),
         ({**GOOD, "conversations": [{"from": "human", "value": [{"type": "audio"}]}]}, "a part of type 'audio'"),
-        ({**GOOD, "conversations": say("<|image_2|>?", "x")}, "prompt has 1 image tags (2), 1 images were given"),
-        ({**GOOD, "conversations": say("What is <|image|>?", "x")}, "literal <|image|>"),
+        ({**GOOD, "conversations": say("<|image_2|>?", "x")}, "tags with the numbers 2, 1 images"),
+        (
+            {**GOOD, "conversations": say("<image1> <image1>", "x"), "image": ["a", "b"]},
+            "a tag stands twice: 1, 1",
+        ),
+        ({**GOOD, "conversations": say("<image1> <image3>", "x"), "image": ["a", "b"]}, "the numbers 1, 3, 2 images"),
+        ({**GOOD, "conversations": say("<bbox>?", "x")}, "<bbox> stands for something that is not converted"),
         ({**GOOD, "image": "pictures/none.png"}, "no such image"),
         ({**GOOD, "image": "pictures/broken.png"}, "broken.png: "),
         ({**GOOD, "image": "../out.png"}, "leads out of the image root"),
-        ({**GOOD, "image": "https://example.org/a.png"}, "a.png: no such image"),
-        ({**GOOD, "image": {"bytes": "x"}}, "images[0]: must be a string, not an object"),
-        ({**GOOD, "video": "a.mp4"}, "video: only images are converted"),
-        ({"image": "pictures/a.png"}, "conversations or messages is missing"),
-        (7, "must be an object, not a number"),
+        (
+            {**GOOD, "image": "https://example.org/a.png"},
+            "https://example.org/a.png: a web address (--download fetches it)",
+        ),
+        ({**GOOD, "image": {"bytes": "x"}}, "an image in base64 that is damaged"),
+        ({**GOOD, "image": {"bytes": "aGVsbG8="}}, "unreadable image"),
+        ({**GOOD, "image": {"file": "x"}}, "an image with the keys 'file', none of which is known"),
+        ({**GOOD, "image": 7}, "an image cannot be a number"),
+        (
+            {**GOOD, "image": "/9j/4AAQ" * 200},
+            "'/9j/4AAQ/9j/4AAQ/9j/4AAQ/9j/4A'... is no path. If it is base64, begin it with",
+        ),
+        ({**GOOD, "image2": "pictures/b.png"}, "image2 holds another image (--ignore image2 drops it)"),
+        (
+            {"conversations": say("What?", "x"), "scan_id": "a.png"},
+            "scan_id holds an image: name it with --columns image=",
+        ),
+        ({"conversations": say("pictures/a.png\nWhat?", "x")}, "the text has a line 'pictures/a.png', and no image"),
+        ({"conversations": say("<|vision_start|><|image_pad|><|vision_end|>?", "x")}, "1 <image> tags, 0 images"),
+        ({**GOOD, "video": "a.mp4"}, "video cannot be converted (--ignore video drops it)"),
+        ({**GOOD, "tools": '[{"name": "f"}]'}, "tools cannot be converted"),
+        ({**GOOD, "objects": {"bbox": [[1, 2, 3, 4]]}}, "objects cannot be converted"),
+        ({**GOOD, "rejected_response": "Blue."}, "rejected_response cannot be converted"),
+        ({**GOOD, "kto_tag": False}, "kto_tag is false: the answer is a bad example"),
+        (
+            {**GOOD, "conversations": [*say("a"), {"from": "gpt", "value": "b", "weight": 0.5}]},
+            "an answer of weight 0.5: ",
+        ),
+        ({**GOOD, "conversations": [*say("a"), {"from": "gpt", "value": "b", "loss": False}]}, "no turn carries loss"),
+        (
+            {**GOOD, "conversations": [*say("a"), {"from": "gpt", "value": "b", "tool_calls": [1]}]},
+            "messages.tool_calls ",
+        ),
+        ({"image": "pictures/a.png"}, "conversations, messages or question is missing"),
+        (7, "a record cannot be a number"),
     ],
 )
 def test_what_cannot_be_converted_is_listed(source: Path, record: Any, reason: str, capsys) -> None:
@@ -193,6 +234,152 @@ def test_what_cannot_be_converted_is_listed(source: Path, record: Any, reason: s
     assert listed in printed
     assert f"1  {out / 'not_converted.txt'}" in printed
     assert f"2  {out / 'train.jsonl'}" in printed
+
+
+NAMED = ("images", "image", "Image", "img", "imgs", "image_path", "image_paths", "image_file", "image_url", "photo")
+NAMED += ("file_name", "filename", "media", "path")
+
+
+@pytest.mark.parametrize("key", NAMED)
+def test_an_image_under_whatever_key(source: Path, key: str) -> None:
+    named = {key: ["pictures/a.png"] if key.endswith("s") else "pictures/a.png"}
+    messages = [{"role": "user", "content": "What?", **named}, {"role": "assistant", "content": "Red."}]
+    out = converted(source, [{"conversations": say("What?", "Red."), **named}, {"messages": messages}])
+    assert turns(out) == [[("pictures/a.png", "What?", "Red.")], [("pictures/a.png", "<|image_1|>\nWhat?", "Red.")]]
+    assert left_out(out) == []
+
+
+TAGS = ("<image>", "<Image>", "<IMG>", "<ImageHere>", "[IMG]", "<|image|>", "<|image_pad|>", "<image_placeholder>")
+TAGS += (
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<start_of_image>",
+    "<img><IMG_CONTEXT><IMG_CONTEXT></img>",
+    "<image_soft_token>",
+)
+TAGS += ("<image{}>", "<image {}>", "<image_{}>", "<|image_{}|>", "<|vision_start|>", "(<image>./</image>)")
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_the_tag_of_whatever_model(source: Path, tag: str) -> None:
+    said = say(f"{tag.format(1)}What?", "Red.", f"And {tag.format(2)}?", "Blue.")
+    out = converted(source, [{"conversations": said, "images": ["pictures/a.png", "pictures/b.png"]}])
+    expected = [("pictures/a.png", "<|image_1|>What?", "Red."), ("pictures/b.png", "And <|image_1|>?", "Blue.")]
+    assert turns(out) == [expected]
+
+
+def test_numbers_say_which_image_is_meant(source: Path) -> None:
+    pictures = ["pictures/a.png", "pictures/b.png"]
+    named = {"<image_00>": pictures[0], "<image_01>": pictures[1]}
+    out = converted(
+        source,
+        [
+            {"conversations": say("<image2> or <image1>?", "x"), "images": pictures},
+            {"conversations": say("<image_01>?", "x", "<image_00>?", "y"), "image": named},
+            {"conversations": say("<image 1>?", "x", "<image 1>?", "y"), "images": pictures},
+        ],
+    )
+    assert turns(out) == [
+        [(*pictures[::-1], "<|image_1|> or <|image_2|>?", "x")],
+        [(pictures[1], "<|image_1|>?", "x"), (pictures[0], "<|image_1|>?", "y")],
+        [(pictures[0], "<|image_1|>?", "x"), (pictures[1], "<|image_1|>?", "y")],
+    ]
+
+
+INLINE = (
+    "<img>{}</img>",
+    '<img src="{}" width=9/>',
+    "![a box]({})",
+    "<|vision_start|>{}<|vision_end|>",
+    "<image>{}</image>",
+)
+
+
+@pytest.mark.parametrize("form", [*INLINE, "{{<image>{}}}"])
+@pytest.mark.parametrize("listed", [{}, {"image": "pictures/a.png"}])
+def test_images_named_inside_the_text(source: Path, form: str, listed: dict[str, str]) -> None:
+    said = say(f"Picture 1: {form.format('pictures/a.png')}\nWhat?", "Red.")
+    assert turns(converted(source, [{"conversations": said, **listed}])) == [
+        [("pictures/a.png", "Picture 1: <|image_1|>\nWhat?", "Red.")]
+    ]
+
+
+def test_a_system_text_and_answers_without_loss(source: Path) -> None:
+    said = say("What?", "A draft.", "Again.", "Red.")
+    records = [
+        {
+            "system": "Be brief.",
+            "conversations": [said[0], {**said[1], "weight": 0}, said[2], {**said[3], "loss": True}],
+        },
+        {"system_prompt": "Be", "messages": [{"role": "system", "content": "brief."}, *said]},
+    ]
+    first, second = written(converted(source, records))
+    assert (first["system"], second["system"]) == ("Be brief.", "Be\nbrief.")
+    assert [turn.get("loss", True) for turn in first["conversations"]] == [False, True]
+    assert [turn.get("loss", True) for turn in second["conversations"]] == [True, True]
+
+
+def test_several_messages_of_the_user_are_joined(source: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "pictures/a.png"}}, "Look closely."]
+    said = [
+        {"role": "user", "content": "What?"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "Red."},
+    ]
+    out = converted(source, [{"messages": said}])
+    assert turns(out) == [[("pictures/a.png", "What?\n<|image_1|>\nLook closely.", "Red.")]]
+
+
+def test_images_as_bytes_become_files(source: Path) -> None:
+    content = (source / "pictures/a.png").read_bytes()
+    text = base64.b64encode(content).decode()
+    url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+    said = [{"role": "user", "content": ["What?", url]}, {"role": "assistant", "content": "Red."}]
+    out = converted(
+        source, [{"messages": said}, {"image": {"bytes": text, "path": None}, "conversations": say("And?", "x")}]
+    )
+    name = f"{hashlib.sha256(content).hexdigest()[:24]}.png"
+    assert turns(out) == [[(name, "What?<|image_1|>", "Red.")], [(name, "And?", "x")]]
+    assert (out / "images" / name).read_bytes() == content
+
+
+def test_what_was_not_used_is_counted(source: Path, capsys) -> None:
+    records = [
+        {**GOOD, "license": "MIT", "width": 40, "id": "1", "tools": "[]"},
+        {**GOOD, "license": "MIT", "id": "2", "objects": [1]},
+    ]
+    out = converted(source, [*records, {"conversations": say("Hello?", "Hi.")}], reading=Reading(ignore="objects"))
+    expected = ["license: 2 records", "width: 1 record", "objects: 1 record"]
+    assert (out / "not_used.txt").read_text().splitlines() == expected
+    printed = capsys.readouterr().out
+    assert all(f"not used  {line}" in printed for line in expected)
+    assert "1  of 3 examples without an image" in printed
+
+
+def test_a_question_that_is_not_asked_is_refused(source: Path) -> None:
+    with pytest.raises(InputError, match="--question has no effect: every record has its own question"):
+        converted(source, [GOOD], reading=Reading(question="What?"))
+
+
+def test_questions_and_answers(source: Path, capsys) -> None:
+    records = [
+        {"image": "pictures/a.png", "query": "What?", "response": "Red.", "history": [["Hello?", "Hi."]]},
+        {"Image": "pictures/a.png", "prefix": "<image>What?", "suffix": "Red."},
+        {"image": "pictures/a.png", "question": "How many?", "answers": ["2", "2", "two"]},
+        {"image": "pictures/a.png", "instruction": "Count.", "input": "The boxes.", "output": 2},
+        {"file_name": "pictures/a.png", "text": "A red box."},
+        {"photo_id": "pictures/a.png", "q": "What?", "answer": ["Red.", "Pink."]},
+    ]
+    out = converted(source, records, reading=Reading(columns="image=photo_id,question=q"))
+    assert turns(out) == [
+        [("pictures/a.png", "Hello?", "Hi."), ("What?", "Red.")],
+        [("pictures/a.png", "<|image_1|>What?", "Red.")],
+        [("pictures/a.png", "How many?", "2")],
+        [("pictures/a.png", "Count.\nThe boxes.", "2")],
+        [("pictures/a.png", "Describe the image.", "A red box.")],
+        [("pictures/a.png", "What?", "Red.")],
+    ]
+    assert [line.get("answers") for line in written(out)] == [None, None, ["2", "two"], None, None, ["Red.", "Pink."]]
+    assert "1  the question is 'Describe the image.' (--question)" in capsys.readouterr().out
 
 
 def test_csv(source: Path) -> None:
@@ -211,7 +398,7 @@ def test_csv(source: Path) -> None:
         [("Text only?", "No.")],
     ]
     few, missing = left_out(source / "out")
-    assert few == f"{file}:5: it has not as many cells as the first line"
+    assert few == f"{file}:5: 2 cells, and the first line has 5: id, answer, question, image, note"
     assert missing.startswith(f"{file}:6: ")
     assert "no such image" in missing
 
@@ -223,6 +410,85 @@ def test_tsv_is_separated_by_tabs(source: Path) -> None:
     assert turns(source / "out") == [[("pictures/a.png", "Red, or not?", "Red")]]
 
 
+def test_tables_of_spreadsheets(source: Path, capsys) -> None:
+    text = "image;question;answer\npictures/a.png;Größe, Farbe?;grün; gelb\npictures/b.png;Größe?;klein\n"
+    (source / "data.csv").write_bytes(text.encode("cp1252"))
+    convert("csv", source / "data.csv", out=source / "out", progress=False)
+    assert turns(source / "out") == [[("pictures/b.png", "Größe?", "klein")]]
+    assert left_out(source / "out") == [
+        f"{source}/data.csv:2: 4 cells, and the first line has 3: image, question, answer"
+    ]
+    assert "a table in cp1252, separated by ';' (--encoding, --delimiter)" in capsys.readouterr().out
+    (source / "data.csv").write_bytes("image,question,answer\npictures/a.png,Größe?,klein\n".encode("utf-16"))
+    convert("csv", source / "data.csv", out=source / "utf-16", progress=False)
+    assert turns(source / "utf-16") == [[("pictures/a.png", "Größe?", "klein")]]
+    with pytest.raises(InputError, match=r"data\.csv:1: not in utf-8: name its --encoding"):
+        convert("csv", source / "data.csv", out=source / "no", reading=Reading(encoding="utf-8"))
+    (source / "data.csv").write_text("image,question,image\n")
+    with pytest.raises(InputError, match=r"data\.csv:1: two columns are named 'image'"):
+        convert("csv", source / "data.csv", out=source / "no")
+
+
+def folders(root: Path, *places: str) -> Path:
+    for number, place in enumerate(places):
+        (root / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(root / place / "1.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("splits", "names"),
+    [
+        (("Training", "Testing"), {"train", "test"}),
+        (("train2017", "val2017"), {"train", "val"}),
+        (("training_set", "test_set"), {"train", "test"}),
+        (("seg_train", "seg_test"), {"train", "test"}),
+        (("data/train", "data/validation"), {"train", "val"}),
+        (("trainSet", "holdout"), {"train", "test"}),
+        (("split_train",), {"train"}),
+    ],
+)
+def test_splits_are_no_classes(tmp_path: Path, splits: tuple[str, ...], names: set[str]) -> None:
+    places = [f"{split}/{name}" for split in splits for name in ("cats", "dogs")]
+    convert("imagefolder", folders(tmp_path / "all", *places), out=tmp_path / "out", progress=False)
+    assert {file.stem for file in (tmp_path / "out").glob("*.jsonl")} == names
+    for name in names:
+        answers = [line["conversations"][0]["assistant"] for line in written(tmp_path / "out", name)]
+        assert answers == ["cats", "dogs"]
+
+
+def test_what_is_neither_a_split_nor_a_class(tmp_path: Path) -> None:
+    root = folders(
+        tmp_path / "all", "seg_train/a", "seg_train/b", "seg_test/a", "seg_pred", "__MACOSX/a", ".git/a", "@eaDir"
+    )
+    convert("imagefolder", root, out=root / "out", progress=False)
+    convert("imagefolder", root, out=tmp_path / "again", progress=False)  # without what was written the first time
+    for out in (root / "out", tmp_path / "again"):
+        assert [len(written(out, split)) for split in ("train", "test")] == [2, 1]
+        assert left_out(out) == [f"{root / 'seg_pred'}: it is neither a class, with something in it, nor a split"]
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    root = folders(tmp_path / "all", "cats/more", "dogs")
+    (root / "dogs/linked").symlink_to(root / "cats/more")
+    (root / "pets").symlink_to(root / "cats")
+    convert("imagefolder", root, out=tmp_path / "out", progress=False)
+    assert sorted(line["conversations"][0]["assistant"] for line in written(tmp_path / "out")) == [
+        *("cats", "dogs", "dogs", "pets")
+    ]
+
+
+def test_classes_with_the_name_of_a_split(tmp_path: Path) -> None:
+    convert("imagefolder", folders(tmp_path / "all", "car", "train"), out=tmp_path / "out", progress=False)
+    assert [line["conversations"][0]["assistant"] for line in written(tmp_path / "out")] == ["car", "train"]
+
+
+def test_a_source_with_a_validation_split_is_not_split_again(tmp_path: Path) -> None:
+    root = folders(tmp_path / "all", "train/a", "train/b", "val/a")
+    with pytest.raises(InputError, match=r"--val-fraction has no effect: .*all has a validation split"):
+        convert("imagefolder", root, out=tmp_path / "out", val_fraction=0.5, progress=False)
+
+
 def test_imagefolder(tmp_path: Path) -> None:
     for name in ("cats/2.png", "cats/more/1.png", "dogs/1.png", "dogs/.hidden.png", ".cache/1.png"):
         (tmp_path / "classes" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -230,16 +496,22 @@ def test_imagefolder(tmp_path: Path) -> None:
     (tmp_path / "classes/empty").mkdir()
     (tmp_path / "classes/dogs/notes.txt").write_text("good dogs")
     convert("imagefolder", tmp_path / "classes", out=tmp_path / "out", progress=False)
-    question = "Classify the image into one of the following classes: cats, dogs, empty."
+    question = "Classify the image into one of the following classes: cats, dogs."
     assert turns(tmp_path / "out") == [
         [("cats/2.png", question, "cats")],
         [("cats/more/1.png", question, "cats")],
         [("dogs/1.png", question, "dogs")],
     ]
     empty, notes = left_out(tmp_path / "out")
-    assert empty == f"{tmp_path / 'classes/empty'}: there is nothing in it"
+    assert empty == f"{tmp_path / 'classes/empty'}: it is neither a class, with something in it, nor a split"
     assert notes.startswith(f"{tmp_path / 'classes/dogs/notes.txt'}: ")
-    convert("imagefolder", tmp_path / "classes", out=tmp_path / "asked", question="Cat or dog?", progress=False)
+    convert(
+        "imagefolder",
+        tmp_path / "classes",
+        out=tmp_path / "asked",
+        reading=Reading(question="Cat or dog?"),
+        progress=False,
+    )
     assert {line[0][1] for line in turns(tmp_path / "asked")} == {"Cat or dog?"}
 
 
@@ -281,22 +553,30 @@ def test_splits_share_no_image(source: Path) -> None:
     [
         ("llava", {"val_fraction": 1.0}, "--val-fraction is 1.0, it must be less than 1"),
         ("llava", {"num_frames": 0}, "--num-frames is 0, it must be at least 1"),
-        ("llava", {"question": "What?"}, "--question is for folders of classes"),
-        ("imagefolder", {"question": "<image>?"}, "without <image>"),
-        ("imagefolder", {"image_root": Path(".")}, "--image-root has no effect on imagefolder"),
+        (
+            "llava",
+            {"reading": Reading(columns="image")},
+            "--columns image: it must be as in image=photo,question=q,answer=a",
+        ),
+        ("csv", {"reading": Reading(delimiter="::")}, "--delimiter '::': it must be one character"),
+        ("imagefolder", {"reading": Reading(question="<image>?")}, "--question is without <image>"),
+        ("imagefolder", {"source": "folds"}, "fold1, fold2 hold the same folders, so they are no classes"),
+        ("imagefolder", {"source": "yolo"}, "yolo holds images and labels: boxes (YOLO) are not converted"),
+        ("imagefolder", {"image_root": Path(".")}, "--image-root has no effect on a folder"),
         ("llava", {"image_root": Path("nowhere")}, "--image-root nowhere: no such folder"),
-        ("csv", {"source": "none.csv"}, "none.csv: no such file"),
-        ("imagefolder", {"source": "none"}, "none: no such folder"),
-        ("csv", {}, "data.json: no column 'image' in its first line"),
+        ("csv", {"source": "none.csv"}, "none.csv: no such file or folder"),
+        ("imagefolder", {"source": "none"}, "none: no such file or folder"),
+        ("csv", {}, "data.json: nothing to convert; it is empty"),
         ("llava", {}, "data.json: nothing to convert; it is empty"),
         ("imagefolder", {"source": "pictures"}, "pictures: there are no folders in it, one a class"),
-        ("imagefolder", {"source": "splits"}, "splits holds splits (train, val), not classes"),
+        ("imagefolder", {"source": "splits"}, "splits/train is a split without folders of classes in it"),
     ],
 )
 def test_refusals_leave_nothing_behind(source: Path, format: Any, flags: dict[str, Any], message: str) -> None:
     (source / "data.json").write_text("[]")
-    for name in ("train", "val"):
-        (source / "splits" / name).mkdir(parents=True)
+    for name in ("splits/train", "splits/val", "yolo/images/train", "yolo/labels/train"):
+        (source / name).mkdir(parents=True)
+    folders(source, "folds/fold1/a", "folds/fold1/b", "folds/fold2/a", "folds/fold2/b")
     given = source / flags.pop("source", "data.json" if format in ("llava", "csv") else "pictures")
     with pytest.raises(InputError) as error:
         convert(format, given, out=source.parent / "out", **flags)

@@ -45,6 +45,7 @@ EXAMPLES = {
     "turns": example(("what is this?", "red", "a.png"), ("and in <|image_1|>?", "blue", "c.png"), ("sure", "yes")),
     "late": example(("hello", "yes"), ("what is\nthis", "a circle", "d.png a.png")),
     "odd text": example((" \n é▁ <|placeholder1|>  \t", "\n naïve\u3000日本 \n", "b.png"), ("", "  x")),
+    "system": example(("what is this?", "red", "a.png"), ("sure", "yes"), system="Answer\nin German."),
     "empty answer": example(("what", "", "a.png"), ("and", "")),
 }
 
@@ -90,6 +91,17 @@ def test_supervised_are_exactly_the_answers(one: Example, processor: Phi3VProces
     assert not encoded.loss_mask[encoded.ids == processor.image_token_id].any()
 
 
+def test_answers_without_loss_are_read_and_not_learned(processor: Phi3VProcessor) -> None:
+    one = example(("what", "a draft", "a.png"), ("again", "red", "b.png"))
+    draft = replace(one, turns=(replace(one.turns[0], loss=False), one.turns[1]))
+    learned = coded(draft, processor)
+    assert learned.ids.tolist() == coded(one, processor).ids.tolist()
+    assert supervised_spans(learned) == supervised_spans(coded(one, processor))[1:]
+    assert learned.ids[: learned.prefix][-1] == processor.image_token_id, "nothing is learned before the second image"
+    (question,) = questions(draft)
+    assert (question.id, question.turns[0].assistant, question.answers) == ("x", "a draft", ("red",))
+
+
 def test_known_ids(processor: Phi3VProcessor) -> None:
     if processor.image_token_id != 32044:
         pytest.skip("ids of the real tokenizer")
@@ -120,7 +132,8 @@ def test_prompt_is_prefix_of_training(one: Example, closed: bool, processor: Phi
 def test_closed_turns_are_the_turns_one_by_one(one: Example, processor: Phi3VProcessor) -> None:
     """As the original recipe for NLVR2 joins them: each with its own <s> and <|endoftext|>."""
     whole = coded(replace(one, closed_turns=True), processor)
-    alone = [coded(replace(one, turns=(turn,)), processor) for turn in one.turns]
+    alone = [coded(replace(one, turns=(turn,), system=""), processor) for turn in one.turns[1:]]
+    alone.insert(0, coded(replace(one, turns=one.turns[:1]), processor))  # the system text stands once
     assert whole.ids.tolist() == np.concatenate([turn.ids for turn in alone]).tolist()
     assert whole.loss_mask.tolist() == np.concatenate([turn.loss_mask for turn in alone]).tolist()
     assert whole.prefix == coded(one, processor).prefix

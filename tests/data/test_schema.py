@@ -44,12 +44,15 @@ def test_the_guide_s_format(data: Path) -> None:
         "answers": ["no", "none"],
         "group": "dev-1-0",
         "closed_turns": True,
+        "system": "Be brief.",
     }
+    two["conversations"][0]["loss"] = False  # type: ignore[index]
     write(data, GOOD, "", two, "   ")
     first, second = read_jsonl(data)
     root = data.parent.resolve() / "images"
     assert first.turns == (Turn(user="what", assistant="red", images=(str(root / "a.png"),)),)
     assert (first.id, first.source, first.where, first.answers) == ("1", "s", f"{data}:1", ("red",))
+    assert (second.system, [turn.loss for turn in second.turns]) == ("Be brief.", [False, True])
     assert second.images == (str(root / "a.png"), str(root / "sub" / "b.png"))
     assert (second.where, second.source, second.answers) == (f"{data}:3", "", ("no", "none"))
     assert second.turns[1] == Turn(user="and", assistant="no", images=())
@@ -122,6 +125,14 @@ def test_paths_stay_in_the_root(data: Path) -> None:
             "conversations[1].user: must be a string, not true or false",
         ),
         ({**GOOD, "conversations": [turn(image=["a.png"])]}, "turn 1: unknown key 'image': did you mean 'images'?"),
+        ({**GOOD, "images": ["a.png"]}, "unknown key 'images' holds an image: it belongs into 'images' of a turn"),
+        ({**GOOD, "Image_Path": "a.png"}, "unknown key 'Image_Path' holds an image"),
+        ({"id": "1", "conversations": [turn()], "scan": "7/a.JPG"}, "unknown key 'scan' holds an image"),
+        ({**GOOD, "scan": "7/a.JPG"}, "unknown key 'scan' is ignored"),
+        ({**GOOD, "conversations": [turn(img="a.png")]}, "turn 1: unknown key 'img' holds an image"),
+        ({**GOOD, "conversations": [turn(loss=False)]}, "no turn carries loss"),
+        ({**GOOD, "conversations": [turn(loss=0)]}, "conversations[0].loss: must be true or false, not an integer"),
+        ({**GOOD, "system": ["Be brief."]}, "system: must be a string, not a list"),
         ({**GOOD, "conversations": [{"user": "what"}]}, "turn 1: the answer is missing"),
         ({**GOOD, "conversations": [{"from": "human", "value": "hi"}]}, "LLaVA"),
         ({**GOOD, "conversations": [turn(images="a.png")]}, "conversations[0].images: must be a list, not a string"),

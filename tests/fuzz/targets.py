@@ -33,6 +33,7 @@ from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import check
 from phi3v.data.image import hd_size, hd_transform, load_image, read_info, read_size
 from phi3v.data.layouts import read
+from phi3v.data.layouts.source import Source
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.model.loading import load_config, load_model
@@ -241,7 +242,8 @@ def _claim(place: Path) -> None:
 
 
 def _convert(format: Any, place: Path) -> None:
-    list(read(format, place / f"{format}.json", place / "data/images", None))
+    source = Source(path=place / f"{format}.json", root=place / "data/images", put=lambda content: "")
+    list(read(format, source, place))
 
 
 LLAVA = json.dumps(
@@ -262,6 +264,10 @@ MESSAGES = json.dumps(
         ],
     }
 ).encode()
+VQA = b"""{"questions": [{"question_id": 1, "image_id": 1, "question": "a"}],
+    "images": [{"id": 1, "file_name": "red.png"}]}"""
+LABEL_STUDIO = b"""[{"id": 1, "data": {"image": "/data/red.png", "question": "a"}, "annotations":
+    [{"result": [{"type": "choices", "value": {"choices": ["b"]}}]}]}]"""
 
 TARGETS = {
     "lines": Target("data/train.jsonl", _lines),
@@ -287,6 +293,8 @@ TARGETS = {
     "predictions": Target("run/predictions.jsonl", lambda place: write_report(place / "run")),
     "llava": Target("llava.json", partial(_convert, "llava"), seeds=lambda place: [LLAVA]),
     "messages": Target("messages.json", partial(_convert, "messages"), seeds=lambda place: [MESSAGES]),
+    "vqa": Target("vqa.json", partial(_convert, "vqa"), seeds=lambda place: [VQA]),
+    "label-studio": Target("label-studio.json", partial(_convert, "label-studio"), seeds=lambda place: [LABEL_STUDIO]),
     "csv": Target("csv.json", partial(_convert, "csv"), seeds=lambda place: [b"image,question,answer\nred.png,a,b\n"]),
 }
 

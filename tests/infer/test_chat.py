@@ -22,8 +22,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Turn, ..
         left, heard = list(lines), []
         reply = room._reply
 
-        def listening(answerer, turns, sampling):
-            said = reply(answerer, turns, sampling)
+        def listening(answerer, turns, *how):
+            said = reply(answerer, turns, *how)
             heard.append(turns)
             return said
 

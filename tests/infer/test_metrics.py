@@ -218,7 +218,7 @@ def test_label_tables() -> None:
 def asked(*turns: tuple[str, str], answers: tuple[str, ...] = ()) -> Any:
     """An Example as the baselines see it: its turns, and the accepted answers of the last one."""
     return SimpleNamespace(
-        turns=tuple(SimpleNamespace(user=user, assistant=assistant) for user, assistant in turns),
+        turns=tuple(SimpleNamespace(user=user, assistant=assistant, loss=True) for user, assistant in turns),
         answers=answers or (turns[-1][1],),
     )
 

@@ -39,6 +39,15 @@ def test_an_answer_grows_token_by_token_to_what_generate_says(talker: Any, asked
     assert int(out[-1]) in processor.stop_token_ids, "it ended by itself"
 
 
+def test_a_system_text_comes_first(talker: Any, asked: tuple[Turn, ...], monkeypatch) -> None:
+    model, processor = talker
+    prompts: list[Any] = []
+    monkeypatch.setattr(model, "generate", lambda **inputs: prompts.append(inputs["input_ids"]))
+    list(stream(model, processor, asked, Sampling(), system="Be brief."))
+    text = "<|system|>\nBe brief.<|end|>\n<|user|>\n<|image_1|>\nwhat is this<|end|>\n<|assistant|>\n"
+    assert prompts[0].tolist() == processor(text, list(asked[0].images))["input_ids"].tolist()
+
+
 @pytest.mark.parametrize("stop", [0, 1])
 def test_every_stop_token_ends_it(stop: int, talker: Any, asked: tuple[Turn, ...], monkeypatch) -> None:
     model, processor = talker

@@ -86,7 +86,7 @@ def test_problems_are_said_at_their_line(tiny_data: Path, tmp_path: Path, capsys
     lines[6] = lines[6].replace('"source"', '"origin"')
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     assert main(["look", str(tmp_path / "train.jsonl"), "--image-root", str(tiny_data.parent / "images")]) == 2
-    assert "14 lines, 2 problems, 1 warning\n" in capsys.readouterr().out
+    assert "14 lines, 2 problems, 2 warnings\n" in capsys.readouterr().out
     found = gallery(tmp_path / "train.html")
     bad = {entry["order"]: entry for entry in found["entries"] if entry["group"] == "problem"}
     assert set(bad) == {4, 6}

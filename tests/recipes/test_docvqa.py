@@ -201,7 +201,7 @@ def test_from_the_hub(tmp_path: Path, published: ModuleType, read: Read, monkeyp
         asked_for.append((repository, repo_type, allow_patterns))
         return str(tmp_path / "hub" / repository.partition("/")[2])
 
-    monkeypatch.setattr("phi3v.recipes.sources.snapshot_download", snapshot_download)
+    monkeypatch.setattr("phi3v.data.hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     small = both(prepare(settings()))
     large = both(prepare(settings(), Options(full_train=True)))

@@ -181,7 +181,7 @@ def test_what_is_missing_is_named(tmp_path: Path, published: ModuleType) -> None
 
 def test_from_the_hub(tmp_path: Path, published: ModuleType, monkeypatch: pytest.MonkeyPatch, read: Read) -> None:
     write_rows(published, tmp_path / "hub")
-    monkeypatch.setattr("phi3v.recipes.sources.snapshot_download", lambda repository, **kinds: str(tmp_path / "hub"))
+    monkeypatch.setattr("phi3v.data.hub.snapshot_download", lambda repository, **kinds: str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     run = prepare(settings(), Options(eval_size=1))
     assert run == replace(

@@ -21,8 +21,9 @@ from PIL import Image
 from phi3v.base.errors import InputError
 from phi3v.base.runfolder import RunFolder
 from phi3v.cli import main
+from phi3v.data import hub
 from phi3v.data.schema import read_jsonl
-from phi3v.recipes import find_recipe, sources, ucf101
+from phi3v.recipes import find_recipe, ucf101
 from phi3v.recipes.ucf101 import Options, convert, is_converted, prepare, settings
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'phi3v[video]'")
@@ -177,7 +178,7 @@ def test_same_bytes_from_archive_and_folder_with_any_number_of_processes(
 def test_from_the_hub(small: Path, tmp_path: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "UCF101_subset.tar.gz").write_bytes(tar_of(small))
     asked = []
-    monkeypatch.setattr(sources, "snapshot_download", lambda *place, **kind: asked.append((place, kind)) or tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *place, **kind: asked.append((place, kind)) or tmp_path)
     assert len(lines_of(made(), "train")) == 6
     kind = {"repo_type": "dataset", "allow_patterns": ["UCF101_subset.tar.gz"]}
     assert asked == [(("sayakpaul/ucf101-subset",), kind)]
@@ -186,7 +187,7 @@ def test_from_the_hub(small: Path, tmp_path: Path, made: Callable[..., Path], mo
     def offline(*place: Any, **kind: Any) -> str:
         raise OSError("We couldn't connect to the Hub.\nCheck your connection.")
 
-    monkeypatch.setattr(sources, "snapshot_download", offline)
+    monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(InputError, match=r"ucf101-subset cannot be read from the Hub .*connect.* with --archive"):
         made("again")
 

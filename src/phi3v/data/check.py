@@ -26,12 +26,13 @@ from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError, one_line
 from phi3v.base.pool import forked_map, num_cores
 from phi3v.base.ranks import ALONE, Ranks
-from phi3v.data.encode import Example, answer_text, encode, user_text
+from phi3v.data.encode import Example, encode, user_text, without_images
 from phi3v.data.image import ImageInfo, hd_size, num_tiles, read_info
-from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor
 from phi3v.data.schema import Notes, image_folder, image_resolver, lines, parse
 from phi3v.data.stamp import fingerprint, inputs_of, read_stamp, write_stamp
 from phi3v.data.statistics import Findings, Statistics
+from phi3v.data.tags import PLACE
 
 CONTROL_TOKEN = re.compile(r"<\|(?:user|assistant|system|end|endoftext|placeholder\d+)\|>|</?s>|<unk>")
 
@@ -224,13 +225,19 @@ def _decode(image: str) -> ImageInfo | str:
 
 
 def _check_texts(example: Example, notes: Notes) -> None:
+    found = [("", example.system, _problem(without_images, example.system, "a system text"))]
     earlier = 0
     for number, turn in enumerate(example.turns, start=1):
-        problems = _problem(user_text, turn, earlier), _problem(answer_text, turn.assistant or "")
-        notes.problems += [f"turn {number}: {problem}" for problem in problems if problem]
-        for token in sorted(set(CONTROL_TOKEN.findall(f"{turn.user} {turn.assistant}"))):
-            notes.warnings.append(f"turn {number}: the model will read {token} in the text as a control token")
+        answer = turn.assistant or ""
+        found.append((f"turn {number}: ", turn.user, _problem(user_text, turn, earlier)))
+        found.append((f"turn {number}: ", answer, _problem(without_images, answer, "an answer")))
         earlier += len(turn.images)
+    for name, text, problem in found:
+        notes.problems += [f"{name}{problem}"] if problem else []
+        for token in sorted(set(CONTROL_TOKEN.findall(text))):
+            notes.warnings.append(f"{name}the model will read {token} in the text as a control token")
+        for tag in sorted({match[0] for match in PLACE.finditer(IMAGE_TAG.sub("", text))}):
+            notes.warnings.append(f"{name}{tag} is read as text: tags for images are <|image_1|>, <|image_2|>, ...")
 
 
 def _problem(function: Callable[..., object], *arguments: object) -> str | None:
@@ -313,12 +320,14 @@ class Tally:
 
     def findings(self, images: Images, root: str, *, has_tokens: bool) -> Findings:
         found = self.warnings.values()
+        bare, examples = self.counts["text_only"], counted(self.counts["examples"], "example")
+        lost = [f"{self.path}: {bare:,} of {examples} without an image"] * (bare > 0)  # maybe lost on the way
         warnings = [text if n == 1 else f"{text} (and {counted(n - 1, 'more line')})" for text, n in found]
         tokens, answer_tokens, crops = (Statistics.of(numbers) if numbers else None for numbers in self.measures)
         return Findings(
             path=self.path,
             problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
-            warnings=tuple(map(one_line, [*warnings, *_about_files(self.path, images, root)])),
+            warnings=tuple(map(one_line, [*lost, *warnings, *_about_files(self.path, images, root)])),
             num_lines=self.num_lines,
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),

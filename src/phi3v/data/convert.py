@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
-from phi3v.base.console import progress_bar
+from rich.markup import escape
+from tyro.conf import arg
+
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, Fraction, check_values
 from phi3v.base.pool import forked_map, num_cores
+from phi3v.data.check import counted
 from phi3v.data.encode import Example
+from phi3v.data.hub import download
 from phi3v.data.image import read_size
-from phi3v.data.layouts import FOLDERS, TAG, Format, read
+from phi3v.data.layouts import LAYOUTS, Format, read, recognize
+from phi3v.data.layouts.record import TAG
+from phi3v.data.layouts.source import ASKED, Reading, Row, Source
 from phi3v.data.split import split
 from phi3v.data.writer import DatasetWriter, writing
 
+NUM_SHOWN, MAX_SHOWN = 3, 400
+"""Records that are shown before and after, if their layout was recognized, and characters of each."""
+
 
 def convert(
-    format: Format,
-    source: Path,
+    layout: Format | Path,  # type: ignore[valid-type]
+    source: Path | None = None,
     /,
     *,
     out: Path,
     image_root: Path | None = None,
-    question: str | None = None,
+    reading: Annotated[Reading, arg(name="")] = Reading(),
     num_frames: int = 8,
     val_fraction: float = 0.0,
     seed: int = 42,
@@ -32,93 +47,136 @@ def convert(
 ) -> None:
     """Turn data of another layout into jsonl to train on.
 
-    Writes train.jsonl, val.jsonl (if asked for), images/, and not_converted.txt, which says what was left out and why.
-    Images are linked where possible, else copied, and not yet decoded: that is what `phi3v check` is for.
+    Writes train.jsonl, val.jsonl and test.jsonl (if the source has them, or for --val-fraction), images/,
+    not_converted.txt, which says what was left out and why, and not_used.txt, the keys that were dropped. Images are
+    linked where possible, else copied, and not yet decoded: that is what `phi3v check` is for.
 
     Args:
-        format: llava, sharegpt, messages: JSON, an array or an object a line, whose texts hold `<image>` tags or are
-            lists of parts. csv: columns image, question, answer and perhaps id. imagefolder, video-folder: a folder of
-            images or videos for every class.
-        source: The file, or the folder that holds the folders.
+        layout: How the data is laid out; docs/data.md shows each. Without it, it is recognized, and examples are shown.
+        source: The file or folder, perhaps a zip archive; for parquet also a data set on the Hub.
         out: The folder to make.
-        image_root: Folder the image paths are relative to, and may not lead out of. Default: the file's own.
-        question: The question about class folders. Default: to classify, naming all classes.
+        image_root: Folder the image paths are relative to, and may not lead out of. Default: the file's own. For an
+            archive, a folder in it.
         num_frames: Frames of a video, at equal distances.
         val_fraction: Share of the examples that goes to val.jsonl. Those that share an image stay together.
         seed: Seed of that choice.
         progress: Show a progress bar.
     """
-    folders = format in FOLDERS
+    place = Path(layout) if source is None else source
+    named = None if source is None else str(layout)
+    if named is not None and named not in LAYOUTS:
+        raise InputError(f"{named} is no layout: it must be {', '.join(LAYOUTS)}")
     values = {"val-fraction": val_fraction, "num-frames": num_frames}
     check_values("--", values, {"val-fraction": Fraction, "num-frames": Count})
-    if question is not None and (not folders or TAG in question):
-        raise InputError(f"--question is for folders of classes, and without {TAG}: the images come before it")
-    if image_root is not None and folders:
-        raise InputError(f"--image-root has no effect on {format}: the images are those in {source}")
-    if not (source.is_dir() if folders else source.is_file()):
-        raise InputError(f"{source}: no such {'folder' if folders else 'file'}")
+    if len(reading.delimiter or ",") != 1:
+        raise InputError(f"--delimiter {reading.delimiter!r}: it must be one character")
+    if TAG in (reading.question or ""):
+        raise InputError(f"--question is without {TAG}: the images come before it")
+    found = place
+    if named == "parquet" and not place.exists():
+        found = download(str(place), "*.parquet", flag="its path")
+    if not found.exists():
+        raise InputError(f"{place}: no such file or folder")
 
-    root = source if folders else image_root or source.parent
-    with writing(out, source.stem) as writer:
-        examples: list[Example] = []
-        for where, found in read(format, source, root, question):
-            if isinstance(found, InputError):
-                writer.leave_out(where, found)
+    with writing(out, place.stem) as writer:
+        unpacked = writer.folder / ".unpacked"
+
+        def leave_out(where: str, error: InputError) -> None:  # an archive is known by its own name
+            writer.leave_out(where.replace(str(unpacked), str(place)), str(error).replace(str(unpacked), str(place)))
+
+        if zipped := found.suffix == ".zip":
+            found, image_root = _unpacked(found, unpacked), unpacked / image_root if image_root else None
+        if named is None or zipped:
+            recognized, found, why = recognize(found)
+            say(f"{escape(str(place))}: layout [bold]{named or recognized}[/], because {escape(why)}")
+        chosen = named or recognized
+        if image_root is not None and found.is_dir():
+            raise InputError(f"--image-root has no effect on a folder: the images are those in {place}")
+        data = Source(found, found if found.is_dir() else image_root or found.parent, writer.put_bytes, reading)
+        rows: list[Row] = []
+        for row in read(chosen, data, writer.images):
+            if isinstance(row.value, InputError):
+                leave_out(row.where, row.value)
             else:
-                examples.append(found)
-        names, failed = _take(examples, writer, root, num_frames if format == "video-folder" else None, progress)
-        whole = []
-        for example in examples:
-            if error := next((failed[image] for image in example.images if image in failed), None):
-                writer.leave_out(example.where, error)
+                rows.append(row if len(rows) < NUM_SHOWN else row._replace(raw=None))
+        images = dict.fromkeys(image for row in rows for image in row.value.images)
+        taken = _take(list(images), writer, data.root, num_frames if chosen == "video-folder" else None, progress)
+        whole: list[Row] = []
+        for row in rows:
+            if wrong := next((one for image in row.value.images if isinstance(one := taken[image], InputError)), None):
+                leave_out(row.where, wrong)
             else:
-                whole.append(example)
+                whole.append(row)
         if not whole:
-            raise InputError(f"{source}: nothing to convert; {(writer.left_out or ['it is empty'])[0]}")
-        held_out = split([example.images for example in whole], val_fraction, seed)
-        for example, held in zip(whole, held_out, strict=True):
-            writer.add("val" if held else "train", _record(example, names), example.where)
+            raise InputError(f"{place}: nothing to convert; {(writer.left_out or ['it is empty'])[0]}")
+        if val_fraction and any(row.split == "val" for row in whole):
+            raise InputError(f"--val-fraction has no effect: {place} has a validation split")
+        if reading.question and not any(note.startswith(ASKED) for note in data.notes):
+            raise InputError("--question has no effect: every record has its own question")
+        held = iter(split([row.value.images for row in whole if row.split == "train"], val_fraction, seed))
+        for row in whole:
+            line = _line(row.value, taken)
+            writer.add("val" if row.split == "train" and next(held) else row.split, line, row.where)
+            if named is None and row.raw is not None:
+                say(f"[dim]before[/]  {escape(_short(row.raw))}\n[dim]after [/]  {escape(_short(line))}")
+        writer.not_used = [f"{key}: {counted(number, 'record')}" for key, number in data.unused.most_common()]
+        shutil.rmtree(unpacked, ignore_errors=True)
     writer.summarize(out)
+    if bare := sum(not row.value.images for row in whole):
+        data.notes[f"of {counted(len(whole), 'example')} without an image"] = bare
+    for note, number in data.notes.most_common():
+        say(f"{number:>9,}  {escape(note)}")
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    """The folder, with what a zip archive holds."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(folder)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # the last two: encrypted
+        raise InputError(f"{archive}: cannot be unpacked: {error}") from error
+    return folder
 
 
 def _take(
-    examples: Sequence[Example], writer: DatasetWriter, root: Path, num_frames: int | None, progress: bool
-) -> tuple[dict[str, list[str]], dict[str, InputError]]:
+    files: Sequence[str], writer: DatasetWriter, root: Path, num_frames: int | None, progress: bool
+) -> dict[str, list[str] | InputError]:
     """By source file, the names of the images that were written for it, or why there are none."""
-    files = list(dict.fromkeys(image for example in examples for image in example.images))
-    real_root = os.path.realpath(root)
+    real_root, written = os.path.realpath(root), os.path.realpath(writer.images)
 
     def take(file: str) -> list[str] | InputError:
-        name, path = os.path.relpath(file, real_root), Path(file)
+        path = Path(file)
+        linked = hashlib.sha256(os.fsencode(file)).hexdigest()[:24] + path.suffix
+        name = os.path.relpath(file, real_root) if path.is_relative_to(real_root) else linked
         try:
             if num_frames is not None:
                 return writer.put_frames(name, path, num_frames)
             read_size(path)
-            return [writer.put_image(name, path)]
+            return [path.name if path.is_relative_to(written) else writer.put_image(name, path)]
         except InputError as error:
             return error
 
-    names: dict[str, list[str]] = {}
-    failed: dict[str, InputError] = {}
+    taken = {}
     results = forked_map(take, files, min(num_cores(), len(files)), chunk=32 if num_frames is None else 1)
     with progress_bar("taking", len(files), "files", show=progress) as advance:
         for file, result in zip(files, results, strict=True):
-            if isinstance(result, InputError):
-                failed[file] = result
-            else:
-                names[file] = result
+            taken[file] = result
             advance(1)
-    return names, failed
+    return taken
 
 
-def _record(example: Example, names: Mapping[str, list[str]]) -> dict[str, object]:
-    """The line of an example, given the names of what was written for its images."""
-    turns = [
-        {
-            "images": [name for image in turn.images for name in names[image]],
-            "user": turn.user,
-            "assistant": turn.assistant,
-        }
-        for turn in example.turns
-    ]
-    return {"id": example.id, "conversations": turns}
+def _line(example: Example, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of an example, given the names of what was written for its images; without what is as usual."""
+    usual = {"answers": (example.turns[-1].assistant,)}
+    turns = []
+    for turn in example.turns:
+        images = [name for image in turn.images for name in names[image]]
+        answer = {} if turn.assistant is None else {"assistant": turn.assistant}
+        turns.append({"images": images, "user": turn.user, **answer, **({} if turn.loss else {"loss": False})})
+    line = {"id": example.id, "system": example.system, "conversations": turns, "answers": example.answers}
+    return {key: value for key, value in line.items() if value and value != usual.get(key)}
+
+
+def _short(record: object) -> str:
+    text = json.dumps(record, ensure_ascii=False, default=lambda value: f"({type(value).__name__})")
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} [...]"

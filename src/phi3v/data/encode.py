@@ -1,9 +1,10 @@
 """From a conversation to token ids and their loss mask: the one encode path of training, evaluation and chat.
 
 The text of a conversation is the chat template's, `<|user|>\\n...<|end|>\\n<|assistant|>\\n...<|end|>\\n` turn by turn,
-with `<s>` in front and `<|endoftext|>` once at the very end, or in every turn with `closed_turns`. An image is one
-`<|image|>` id here, followed by another `<s>`; `expand` repeats it once per vector of the image. A prompt for
-generation has exactly the ids that precede its answer in training.
+after `<|system|>\\n...<|end|>\\n` if there is a system text, with `<s>` in front and `<|endoftext|>` once at the very
+end, or in every turn with `closed_turns`. An image is one `<|image|>` id here, followed by another `<s>`; `expand`
+repeats it once per vector of the image. A prompt for generation has exactly the ids that precede its answer in
+training.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ __all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "prompt
 class Turn:
     """One exchange: what the user says, with the images (absolute paths) shown in it, and the answer.
 
-    `assistant` is None only in the last turn of a prompt.
+    `assistant` is None only in the last turn of a prompt. Without `loss` the answer is read, but not learned or scored.
     """
 
     user: str
     assistant: str | None = None
     images: tuple[str, ...] = ()
+    loss: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,7 @@ class Example:
 
     id: str
     turns: tuple[Turn, ...]
+    system: str = ""
     source: str = ""
     where: str = ""
     answers: tuple[str, ...] = ()
@@ -104,7 +107,7 @@ class Encoded:
 def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], tuple[int, int]] = read_size) -> Encoded:
     """Token ids and loss mask of a conversation; `sizes` gives the (width, height) of an image file.
 
-    The targets of every turn are the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
+    The targets of every turn with loss are the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
     conversation (of every turn, with `closed_turns`). If the last turn lacks its answer, it is a prompt for generation
     and no token carries loss. White space at the start of an answer has no tokens, because `<|assistant|>` swallows it.
     Raises InputError, naming the example, if tags and images do not match, a text holds `<|image|>`, or an image cannot
@@ -133,8 +136,8 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
         answers[-1] = (answers[-1][0], len(ids))
     array = np.array(ids, dtype=np.int32)
     loss_mask = np.zeros(len(ids), dtype=np.bool_)
-    for start, end in answers:
-        loss_mask[start:end] = True
+    for turn, (start, end) in zip(example.turns, answers, strict=False):  # a prompt has no answers
+        loss_mask[start:end] = turn.loss
     places = np.flatnonzero(array == processor.image_token_id)
     prefix = int(places[-1]) + 1 if len(places) else 0
     return Encoded(
@@ -149,9 +152,9 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
 
 
 def questions(example: Example) -> list[Example]:
-    """One prompt for generation per answered turn, with the turns before it as history, and the accepted answers."""
+    """One prompt for generation per answered turn with loss, after the turns before it, with its accepted answers."""
     turns = example.turns
-    asked = [k for k, turn in enumerate(turns) if turn.assistant is not None]
+    asked = [k for k, turn in enumerate(turns) if turn.loss and turn.assistant is not None]
     return [
         replace(
             example,
@@ -180,11 +183,13 @@ def messages(example: Example) -> list[dict[str, str]]:
     match.
     """
     result, earlier = [], 0
+    if example.system:
+        result.append({"role": "system", "content": without_images(example.system, "a system text")})
     for turn in example.turns:
         result.append({"role": "user", "content": user_text(turn, earlier)})
         earlier += len(turn.images)
         if turn.assistant is not None:
-            result.append({"role": "assistant", "content": answer_text(turn.assistant)})
+            result.append({"role": "assistant", "content": without_images(turn.assistant, "an answer")})
     return result
 
 
@@ -202,9 +207,9 @@ def user_text(turn: Turn, earlier: int) -> str:
     return IMAGE_TAG.sub(lambda _: f"<|image_{next(fresh)}|>", turn.user)
 
 
-def answer_text(answer: str) -> str:
-    """The answer itself. Raises InputError if it holds an image."""
-    check_text(answer)
-    if IMAGE_TAG.search(answer):
-        raise InputError("an answer cannot hold an image tag")
-    return answer
+def without_images(text: str, what: str) -> str:
+    """The text itself. Raises InputError, naming `what` it is, if it holds an image."""
+    check_text(text)
+    if IMAGE_TAG.search(text):
+        raise InputError(f"{what} cannot hold an image tag")
+    return text

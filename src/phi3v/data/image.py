@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import os
 import stat
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -216,13 +218,27 @@ def _opened(source: str | Path | Image.Image) -> Iterator[Image.Image]:
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{name}: no such image") from error
+        raise InputError(f"{name}: no such image{_similar(name)}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: absurdly large image ({error})") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: unreadable image (not {', '.join(FORMATS)}, or damaged)") from error
     except Exception as error:  # on damaged files Pillow's decoders raise anything
         raise InputError(f"{name}: unreadable image ({error or type(error).__name__})") from error
+
+
+def _similar(name: str) -> str:
+    """A hint at a file that has almost this name: in another Unicode form, letter case or system's notation."""
+    stem, suffix = os.path.splitext(name)
+    folder, base = os.path.split(name)
+    others = [unquote(name), name.replace("\\", "/"), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    others += [
+        stem + suffix.lower(),
+        stem + suffix.upper(),
+        *(os.path.join(folder, one) for one in (base.lower(), base.upper())),
+    ]
+    found = next((other for other in others if other != name and os.path.exists(other)), None)
+    return f", but there is {found}" if found else ""
 
 
 def _open(path: str | Path) -> Image.Image:

@@ -2,9 +2,10 @@
 
     {"id": "7", "source": "docvqa", "conversations": [{"images": ["7.png"], "user": "Who?", "assistant": "Ada."}, ...]}
 
-`source` and `images` may be missing. Beside `conversations` there may be `answers`, all accepted answers of the last
-turn; `group`, the name of examples that count as right only together; and `closed_turns`, true if every turn begins
-with `<s>` and ends with `<|endoftext|>`, not just the whole conversation (as in the original recipe for NLVR2). Image
+`source` and `images` may be missing. Beside `conversations` there may be `system`, a text in front of the first turn;
+`answers`, all accepted answers of the last turn; `group`, the name of examples that count as right only together; and
+`closed_turns`, true if every turn begins with `<s>` and ends with `<|endoftext|>`, not just the whole conversation (as
+in the original recipe for NLVR2). The answer of a turn with `"loss": false` is read, but not learned or scored. Image
 paths are relative to the image root, by default the folder `images` beside the file, and must not lead out of it. A
 line becomes an `Example`, or is reported with everything that is wrong with it.
 
@@ -17,7 +18,7 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ from msgspec import Meta
 from phi3v.base import jsonfile
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Example, Turn, messages
+from phi3v.data.tags import is_image_key, names_image
 
 
 class Line(msgspec.Struct):
@@ -36,6 +38,7 @@ class Line(msgspec.Struct):
     id: Annotated[str, Meta(min_length=1)]
     conversations: Annotated[list[Turn], Meta(min_length=1)]
     source: str = ""
+    system: str = ""
     answers: tuple[str, ...] = ()
     group: str = ""
     closed_turns: bool = False
@@ -100,15 +103,18 @@ def image_folder(path: str | Path, image_root: str | Path | None) -> Path:
     return Path(path).parent / "images" if image_root is None else Path(image_root)
 
 
-def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[[str], str]:
+def image_resolver(
+    path: str | Path, image_root: str | Path | None, others: Sequence[Path] = ()
+) -> Callable[[str], str]:
     """A function from an image's path in the data to its absolute path, symbolic links followed.
 
-    It raises InputError if the path leads out of the image root, or the root is no folder.
+    It raises InputError if the path leads out of the image root and of `others`, or the root is no folder.
     """
     root = image_folder(path, image_root)
     if image_root is not None and not root.is_dir():
         raise InputError(f"--image-root {root}: no such folder")
     real_root = os.path.realpath(root)
+    allowed = tuple(os.path.join(os.path.realpath(folder), "") for folder in (root, *others))
 
     @functools.lru_cache(NAMES_KEPT)
     def resolve(name: str) -> str:
@@ -118,8 +124,8 @@ def image_resolver(path: str | Path, image_root: str | Path | None) -> Callable[
             resolved = os.path.realpath(os.path.join(real_root, name))
         except ValueError as error:
             raise InputError(f"image path {name!r}: {error}") from error
-        if not resolved.startswith(os.path.join(real_root, "")):
-            raise InputError(f"image path {name!r} leads out of the image root {root}")
+        if not resolved.startswith(allowed):
+            raise InputError(f"image path {name!r} leads out of the image root {root}, to {resolved}")
         return resolved
 
     return resolve
@@ -147,11 +153,14 @@ def parse(
             notes.problems.append(f"{name}the answer is missing")
         images = tuple(_resolved(image, resolve, name, notes) for image in turn.images)
         turns.append(replace(turn, assistant=answer, images=images))
+    if not any(turn.loss for turn in fields.conversations):
+        notes.problems.append("no turn carries loss")
     if not all(answer.strip() for answer in fields.answers):
         notes.problems.append("answers holds a blank text")
     return Example(
         id=fields.id,
         source=fields.source,
+        system=fields.system,
         turns=tuple(turns),
         where=where,
         answers=fields.answers,
@@ -160,10 +169,12 @@ def parse(
     )
 
 
-def read_record(record: Mapping[str, object], where: str, resolve: Callable[[str], str]) -> Example:
+def read_record(
+    record: Mapping[str, object], where: str, resolve: Callable[[str], str], *, prompts: bool = False
+) -> Example:
     """The example on the line that a record would be. Raises InputError with everything that is wrong with it."""
     notes = Notes()
-    example = parse(json.dumps(record).encode(), where, resolve, notes)
+    example = parse(json.dumps(record).encode(), where, resolve, notes, prompts=prompts)
     if example is None or notes.problems:
         raise InputError("; ".join(notes.problems))
     messages(example)  # raises if its tags and images do not match
@@ -179,15 +190,18 @@ def _resolved(image: str, resolve: Callable[[str], str], name: str, notes: Notes
 
 
 def _check_keys(record: object, notes: Notes) -> None:
-    """Note keys that are unknown: as a warning, or as a problem if they look like misspelt ones."""
+    """Note keys that are unknown: as a warning, or as a problem if they look like misspelt ones or hold an image."""
     given = record if isinstance(record, dict) else {}
     turns = given.get("conversations")
-    objects = [("", given, KEYS)]
-    objects += [(f"turn {n}: ", turn, TURN_KEYS) for n, turn in enumerate(turns if isinstance(turns, list) else [], 1)]
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns] if isinstance(turns, list) else []
+    shows = any(turn.get("images") for turn in turns)
+    objects = [("", given, KEYS), *((f"turn {number}: ", turn, TURN_KEYS) for number, turn in enumerate(turns, 1))]
     for name, keys, known in objects:
-        for key in sorted(keys.keys() - known) if isinstance(keys, dict) else ():
+        for key in sorted(keys.keys() - known):
             if close := difflib.get_close_matches(key, known - keys.keys(), n=1, cutoff=0.75):
                 notes.problems.append(f"{name}unknown key {key!r}: did you mean {close[0]!r}?")
+            elif keys[key] and (is_image_key(key) or (names_image(keys[key]) and not shows)):
+                notes.problems.append(f"{name}unknown key {key!r} holds an image: it belongs into 'images' of a turn")
             else:
                 notes.warnings.append(f"{name}unknown key {key!r} is ignored")
 

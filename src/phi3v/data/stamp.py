@@ -26,7 +26,7 @@ from phi3v.data.image import ImageInfo
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.statistics import Findings
 
-CHECKER = f"phi3v {phi3v.__version__}, rules 2, Pillow {PIL.__version__}"
+CHECKER = f"phi3v {phi3v.__version__}, rules 3, Pillow {PIL.__version__}"
 """Raise the number of the rules when `check` finds something else than before."""
 
 IMAGES = np.dtype("<u8, <u4, <u4, ?, ?")

@@ -264,9 +264,9 @@ class Answerer:
             ranks=self.ranks,
         )
 
-    def stream(self, turns: tuple[Turn, ...], sampling: Sampling) -> Generator[str, None, None]:
+    def stream(self, turns: tuple[Turn, ...], sampling: Sampling, system: str = "") -> Generator[str, None, None]:
         """The answer to the last turn while it is written, as `stream.stream` yields it."""
-        return stream(self.model, self.processor, turns, sampling, self.dtype)
+        return stream(self.model, self.processor, turns, sampling, self.dtype, system=system)
 
 
 load = Answerer.load  # `phi3v.load`

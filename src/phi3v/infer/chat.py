@@ -28,6 +28,7 @@ def chat(
     /,
     *,
     image: UseAppendAction[tuple[Path, ...]] = (),  # without it a second word would be an image too, not the question
+    system: str = "",
     max_new_tokens: Count = 256,
     temperature: NonNegative = 0.0,
     loading: Annotated[Loading, arg(name="")] = Loading(),
@@ -38,6 +39,7 @@ def chat(
         model: A run folder (its final model), or a model or adapter folder, or a name on the Hub.
         question: What to ask. Without it, a conversation begins.
         image: Images to ask about.
+        system: System text in front of the conversation, as in the training data.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 always takes the most likely token; higher is more varied.
     """
@@ -48,7 +50,7 @@ def chat(
     answerer = Answerer.load(model, loading)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     if question is not None:
-        _reply(answerer, (Turn(user=question, assistant=None, images=images),), sampling)
+        _reply(answerer, (Turn(user=question, assistant=None, images=images),), sampling, system)
         return
     say(HELP)
     turns: tuple[Turn, ...] = ()
@@ -65,7 +67,7 @@ def chat(
                 say(HELP)
             elif text:
                 turn = Turn(user=text, assistant=None, images=images)
-                reply = _reply(answerer, (*turns, turn), sampling)
+                reply = _reply(answerer, (*turns, turn), sampling, system)
                 turns, images = (*turns, replace(turn, assistant=reply)), ()
         except InputError as error:  # an image that cannot be read, or tags that do not match the images
             say(f"[red]{escape(str(error))}[/]")
@@ -81,10 +83,10 @@ def _ask(images: tuple[str, ...]) -> str | None:
     return None if text in ("/quit", "/exit") else text
 
 
-def _reply(answerer: Answerer, turns: tuple[Turn, ...], sampling: Sampling) -> str:
+def _reply(answerer: Answerer, turns: tuple[Turn, ...], sampling: Sampling, system: str) -> str:
     """Print the answer while it is written, and return it."""
     written = ""
-    for text in answerer.stream(turns, sampling):
+    for text in answerer.stream(turns, sampling, system):
         print(text[len(written) :], end="", flush=True)
         written = text
     print()

@@ -45,12 +45,13 @@ class Speaker:
     title: str
     answerer: Answerer
     without_adapter: bool = False
+    system: str = ""
     speaking: threading.Lock = field(default_factory=threading.Lock, repr=False)
     """Held during an answer. Speakers that share a model share it: the adapter must stay on or off until the end."""
 
     def answer(self, turns: Turns, sampling: Sampling) -> Generator[str, None, None]:
         """As `Answerer.stream`; raises InputError at once for what cannot be asked."""
-        return self._alone(self.answerer.stream(turns, sampling))
+        return self._alone(self.answerer.stream(turns, sampling, self.system))
 
     def _alone(self, answer: Generator[str, None, None]) -> Generator[str]:
         with self.speaking, self.answerer.model.disable_adapter() if self.without_adapter else nullcontext():
@@ -62,6 +63,7 @@ def demo(
     /,
     *,
     compare: str | None = None,
+    system: str = "",
     max_new_tokens: Annotated[int, Meta(ge=1, le=LONGEST_ANSWER)] = 256,
     temperature: NonNegative = 0.0,
     host: str = "127.0.0.1",
@@ -73,6 +75,7 @@ def demo(
     Args:
         model: A run folder (its final model), or a model or adapter folder, or a name on the Hub.
         compare: Another model that answers beside it. `base`: the one that the first was fine-tuned from.
+        system: System text in front of every conversation, as in the training data.
         max_new_tokens: Longest answer, in tokens. It can be changed on the page.
         temperature: 0 always takes the most likely token; higher is more varied. It can be changed on the page.
         host: Address to listen on. Any but 127.0.0.1 lets others in, without a password.
@@ -80,7 +83,7 @@ def demo(
     """
     check_flags(locals(), demo)
     _gradio()  # fails before the models are loaded, which take their time
-    speakers = load_speakers(model, compare, loading)
+    speakers = [replace(speaker, system=system) for speaker in load_speakers(model, compare, loading)]
     with served(speakers, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), host, port) as address:
         try:
             say(f"demo  [bold]{escape(address)}[/]  (Ctrl-C ends it)")

@@ -27,7 +27,7 @@ from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.base.stopping import Stopped
-from phi3v.data.encode import Encoded, Example, answer_text, encode
+from phi3v.data.encode import Encoded, Example, encode, without_images
 from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.infer.metrics import normalize_answer
@@ -43,7 +43,7 @@ def closed_answers(examples: Iterable[Example]) -> tuple[str, ...] | None:
     Few means at most MAX_LABELS, each given twice on average. Of spellings that `accuracy` treats as one answer the
     most frequent is kept.
     """
-    counts = Counter(turn.assistant.strip() for e in examples for turn in e.turns if turn.assistant)
+    counts = Counter(turn.assistant.strip() for e in examples for turn in e.turns if turn.loss and turn.assistant)
     spellings = {normalize_answer(text): text for text, _ in reversed(counts.most_common())}
     few = 2 <= len(spellings) <= min(MAX_LABELS, counts.total() // 2)
     return tuple(sorted(spellings.values())) if few else None
@@ -110,10 +110,8 @@ def label_tokens(labels: Sequence[str], processor: Phi3VProcessor) -> list[NDArr
         if (key := normalize_answer(label)) in seen:
             raise InputError(f"--labels: {seen[key]!r} and {label!r} are the same answer to `accuracy`")
         seen[key] = label
-    return [
-        np.array(processor.token_ids(f"<|assistant|>\n{answer_text(label)}<|end|>")[1:], dtype=np.int32)
-        for label in labels
-    ]
+    texts = [f"<|assistant|>\n{without_images(label, 'an answer')}<|end|>" for label in labels]
+    return [np.array(processor.token_ids(text)[1:], dtype=np.int32) for text in texts]
 
 
 def share(prompts: Sequence[Encoded], num_labels: int) -> list[Encoded]:

@@ -312,7 +312,8 @@ def baselines(train: Iterable[Example], test: Sequence[Example]) -> dict[str, fl
     `test` holds questions (`data.encode.questions`): the last turn is the one that is asked. Ties go to the answer that
     was seen first. Raises InputError when either side holds no answers.
     """
-    pairs = [(turn.user, turn.assistant) for e in train for turn in e.turns if turn.assistant is not None]
+    turns = (turn for e in train for turn in e.turns if turn.loss)
+    pairs = [(turn.user, turn.assistant) for turn in turns if turn.assistant is not None]
     if not pairs or not test:
         raise InputError("baselines need at least one training answer and one test question")
     by_text = defaultdict[str, Counter[str]](Counter)

@@ -40,13 +40,15 @@ def stream(
     turns: tuple[Turn, ...],
     sampling: Sampling,
     dtype: torch.dtype = torch.float32,
+    *,
+    system: str = "",
 ) -> Generator[str, None, None]:
     """Yield the answer to the last turn after every token, as far as it is written; at least once.
 
     It ends at the model's own stop tokens, and the model stops computing when the generator is closed. Raises
     InputError at once, not at the first `next`, for a conversation that cannot be encoded or is too long.
     """
-    example = Example(id="chat", turns=turns, where="chat")
+    example = Example(id="chat", system=system, turns=turns, where="chat")
     inputs = processor(prompt_text(example), list(example.images)).to(next(model.parameters()).device)
     tokens, most = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if tokens + sampling.max_new_tokens > most:

@@ -162,7 +162,7 @@ def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
     if example:
         turns = [(turn.user, turn.assistant or "", len(turn.images)) for turn in example.turns]
         rows.append(("answer", cut(example.turns[0].assistant or ""), ""))
-        details |= {"id": example.id, "source": example.source, "group": example.group}
+        details |= {"id": example.id, "source": example.source, "system": example.system, "group": example.group}
         details["images"] = "\n".join(example.images)
         if len(example.answers) > 1:
             details["accepted answers"] = " / ".join(example.answers)

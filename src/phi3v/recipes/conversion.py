@@ -21,7 +21,7 @@ from phi3v.base.console import progress_bar
 from phi3v.base.errors import InputError
 from phi3v.base.files import locked, make_folder
 from phi3v.base.jsonfile import read_object
-from phi3v.data.writer import DatasetWriter, writing
+from phi3v.data.writer import DatasetWriter, suffix_of, writing
 from phi3v.recipes.table import TaskOptions
 
 MADE_FROM = "made_from.json"
@@ -33,9 +33,6 @@ FORMAT = 1
 
 HEAD_START_S = 2.0
 """Head start of the first rank when all want to convert the same data: it is the one that prints."""
-
-SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg"}
-"""Of image bytes, by how they begin; for the eye only, since images are read by their content."""
 
 
 class NamedImage(NamedTuple):
@@ -177,17 +174,11 @@ def _write(source: Source, writer: DatasetWriter) -> None:
             for record in source.records(*row):
                 for image in record.images:
                     if image.name not in names:
-                        names[image.name] = writer.put_image(image.name + _suffix(image.content), image.content)
+                        names[image.name] = writer.put_image(image.name + suffix_of(image.content), image.content)
                 writer.add(record.file, _line(record, names), f"{source.name}: {record.id}")
             advance(1)
     if empty := [split for split in source.splits if split not in writer.lines]:
         raise InputError(f"{source.name}: of its {num_rows:,} rows none is left for {empty[0]}.jsonl")
-
-
-def _suffix(content: bytes | Path) -> str:
-    if isinstance(content, Path):
-        return content.suffix
-    return next((suffix for start, suffix in SUFFIXES.items() if content.startswith(start)), ".img")
 
 
 def _line(record: Record, names: Mapping[str, str]) -> dict[str, Any]:

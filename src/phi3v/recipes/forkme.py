@@ -68,7 +68,7 @@ def prepare(run: Run, options: Options = Options()) -> Run:
 
 def find(folder: Path | None, hint: str) -> list[Source]:
     """The data in a folder. Raises InputError, naming what is missing."""
-    place = folder or Path("my_data")  # without --data-dir; `sources.download` fetches a data set from the Hub
+    place = folder or Path("my_data")  # without --data-dir; `data.hub.download` fetches a data set from the Hub
     found = {split: file for split in ("train", "test") if (file := find_file(place, f"{split}.csv"))}
     if not found:
         raise nothing_found(place, NAME, ["train.csv and test.csv"])

@@ -24,13 +24,13 @@ from typing import Literal
 
 from phi3v.base.config import Base, Keeping, Run
 from phi3v.base.errors import InputError
+from phi3v.data.hub import download
 from phi3v.infer.metrics import sentence_of
 from phi3v.recipes.conversion import NamedImage, Record, Rows, Source, with_converted
 from phi3v.recipes.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
     cauldron_source,
-    download,
     find_file,
     find_images,
     find_parquet,

@@ -8,20 +8,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import parse
+from phi3v.data.layouts.parquet import ROWS_AT_ONCE, naming, open_parquet_file
 from phi3v.data.schema import lines
 from phi3v.recipes.conversion import Record, Rows, Source
-
-ROWS_AT_ONCE = 16
-"""Rows of a parquet file in memory; a row of document pages has a megabyte."""
 
 CAULDRON = "HuggingFaceM4/the_cauldron"
 CAULDRON_COLUMNS = ("images", "texts")
@@ -39,7 +34,7 @@ def find_parquet(folder: Path, split: str, columns: Iterable[str], subset: str |
         if file.suffix == ".parquet"
         and split in (file.name.partition("-")[0], file.parent.name)
         and (subset is None or subset in file.parts[len(folder.parts) - 1 :] or file.parent == folder)
-        and {*columns} <= {*_parquet(file).schema_arrow.names}
+        and {*columns} <= {*open_parquet_file(file).schema_arrow.names}
     ]
     if len(folders := {file.parent for file in found}) > 1:
         first, second, *_ = sorted(map(str, folders))
@@ -73,13 +68,13 @@ def open_parquet(files: Sequence[Path], columns: Sequence[str]) -> Rows:
         number = 0
         for file in files:
             first = number
-            with _parquet(file) as parquet, _naming(file):
+            with open_parquet_file(file) as parquet, naming(file):
                 for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
                     for row in batch.to_pylist():
                         yield number, f"{file}, row {number - first}", row
                         number += 1
 
-    return sum(_parquet(file).metadata.num_rows for file in files), rows()
+    return sum(open_parquet_file(file).metadata.num_rows for file in files), rows()
 
 
 def image_bytes(value: Mapping[str, Any] | None, where: str) -> bytes:
@@ -154,16 +149,6 @@ def find_images(folder: Path, names: Iterable[str], file: Path) -> dict[str, Pat
     return found
 
 
-def download(repository: str, *patterns: str, flag: str = "--data-dir") -> Path:
-    """The local copy of some files of a data set on the Hub, downloaded if need be; `flag` names it otherwise."""
-    try:
-        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # no network, no access
-        reason = str(error).strip().partition("\n")[0]
-        message = f"{repository} cannot be read from the Hub ({reason}): name its folder with {flag}"
-        raise InputError(message) from error
-
-
 def nothing_found(folder: Path, task: str, expected: Iterable[str]) -> InputError:
     """The error for a folder that holds no form of a data set."""
     entries = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
@@ -174,24 +159,3 @@ def nothing_found(folder: Path, task: str, expected: Iterable[str]) -> InputErro
 
 def _files_below(folder: Path) -> Iterator[Path]:
     return (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
-
-
-def _parquet(file: Path) -> Any:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise InputError(f"{file}: reading parquet needs pyarrow: pip install 'phi3v[hub]'") from error
-    with _naming(file):
-        return ParquetFile(file, pre_buffer=False, buffer_size=2**20)  # or it reads a whole row group ahead
-
-
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Name the file in the error of its reader."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file}: damaged or not fully downloaded ({reason})") from error

@@ -32,11 +32,12 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import make_folder
 from phi3v.base.jsonfile import Count, check_values
 from phi3v.base.pool import forked_map, num_cores
+from phi3v.data.hub import download
 from phi3v.data.schema import iter_jsonl, lines
 from phi3v.data.video import pyav
 from phi3v.data.writer import DatasetWriter, writing
 from phi3v.recipes.conversion import alone, folder_for
-from phi3v.recipes.sources import download, nothing_found
+from phi3v.recipes.sources import nothing_found
 from phi3v.recipes.table import Row, Table, TaskOptions, with_mode
 
 HUB = "sayakpaul/ucf101-subset"
