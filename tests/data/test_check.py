@@ -20,7 +20,7 @@ from phi3v.base.ranks import Ranks
 from phi3v.data import check as room
 from phi3v.data.check import check, check_lines, render
 from phi3v.data.encode import encode
-from phi3v.data.image import EXIF_ORIENTATION
+from phi3v.data.image import EXIF_ORIENTATION, ImageRules
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.statistics import Findings
@@ -174,9 +174,49 @@ def test_what_a_viewer_would_show_otherwise(data: Path, processor: Phi3VProcesso
     data.write_text("\n".join(line(number, images=(name,)) for number, name in enumerate([*shown, "turned.jpg"])))
     findings = check(data, None, processor)
     assert findings.ok
+    assert len(findings.odd_lines) == 8
     rotated, animated = findings.warnings
     assert f"{data}: 3 image files with an EXIF orientation (such as turned.jpg)" in rotated
     assert f"{data}: 4 image files with several frames or pages (such as moves.gif)" in animated
+
+
+def test_images_that_lose_their_content_are_named_with_the_share_and_the_remedy(
+    data: Path, processor: Phi3VProcessor
+) -> None:
+    images = data.parent / "images"
+    Image.new("RGBA", (20, 10), (9, 9, 9, 255)).save(images / "opaque.png")
+    for name, opaque in {"logo.png": 5, "icon.png": 10}.items():
+        image = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+        image.paste((0, 0, 0, 255), (0, 0, 20, opaque))
+        image.save(images / name)
+    Image.fromarray(np.linspace(1000, 4000, 200).reshape(10, 20).astype(np.uint16)).save(images / "ct.png")
+    shown = ("opaque.png", "logo.png", "icon.png", "ct.png", "a.png")
+    data.write_text("\n".join(line(number, images=(name,)) for number, name in enumerate(shown)))
+    findings = check(data, None, processor)
+    assert findings.odd_lines == (1, 3)
+    assert findings.warnings == (
+        f"{data}: 1 image file with values outside 0..255 (such as ct.png, 100.00% of its pixels): "
+        "they are clipped: --image-colors visible scales them",
+        f"{data}: 1 image file with transparency (such as logo.png, 50.00% of its pixels): "
+        "it is dropped: --image-colors visible lays them on white",
+    )
+    (detail,) = check_lines(data, None, processor, {3})
+    assert list(detail.about_images) == [findings.warnings[0].removeprefix(f"{data}: ")]
+    assert check(data, rules=ImageRules(image_colors="visible")).warnings == ()
+
+
+def test_sizes_are_those_of_images_made_upright(data: Path, tiny_processor_dir: Path) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.new("RGB", (900, 300)).save(data.parent / "images" / "turned.jpg", exif=exif)
+    data.write_text(line(1, images=("turned.jpg",)))
+    for orientation in ("ignore", "apply"):
+        upright = Phi3VProcessor.from_pretrained(tiny_processor_dir, 4, orientation)  # type: ignore[arg-type]
+        findings, encoded = check(data, None, upright), encode(read_jsonl(data)[0], upright)
+        assert encoded.image_sizes == ((336, 1008) if orientation == "ignore" else (1008, 336),)
+        assert findings.tokens is not None
+        assert findings.tokens.max == encoded.tokens, "and nothing is taken from the other check"
+        assert bool(findings.warnings) == (orientation == "ignore")
 
 
 def test_absurdly_large_images(data: Path, processor: Phi3VProcessor) -> None:

@@ -6,11 +6,13 @@ is decoded once, however many lines show it, and not again until it changes (`da
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -27,7 +29,7 @@ from phi3v.base.errors import InputError, one_line
 from phi3v.base.pool import forked_map, num_cores
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.data.encode import Example, answer_text, encode, user_text
-from phi3v.data.image import ImageInfo, hd_size, num_tiles, read_info
+from phi3v.data.image import PUBLISHED, ImageInfo, ImageRules, hd_size, num_tiles, read_info
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import Notes, image_folder, image_resolver, lines, parse
 from phi3v.data.stamp import fingerprint, inputs_of, read_stamp, write_stamp
@@ -56,6 +58,7 @@ def check(
     processor: Phi3VProcessor | None = None,
     *,
     num_crops: int = 4,
+    rules: ImageRules = PUBLISHED,
     max_tokens: int | None = None,
     num_workers: int | None = None,
     progress: bool = True,
@@ -63,8 +66,9 @@ def check(
 ) -> Findings:
     """Everything that is wrong with a data file, and its statistics; on several ranks they share the work.
 
-    processor     counts the tokens, and brings its num_crops; without one, no tokens are counted
+    processor     counts the tokens, and brings its num_crops and rules; without one, no tokens are counted
     num_crops     tiles an image may be cut into, without a processor
+    rules         how image files become pixels, without a processor
     max_tokens    more in one example are a problem
     num_workers   processes of this rank besides this one. Default: one per core, none for a small file
 
@@ -72,9 +76,13 @@ def check(
     cannot be read or the given `image_root` is no folder.
     """
     data = Path(path)
-    checker = ranks.all_do(lambda: Checker(data, image_root, processor, num_crops, max_tokens))
+    checker = ranks.all_do(lambda: Checker(data, image_root, processor, num_crops, rules, max_tokens))
     num_lines, inputs, stamp = ranks.first_does(
-        lambda: (sum(1 for _ in lines(path)), inputs_of(data, processor, checker.num_crops), read_stamp(data))
+        lambda: (
+            sum(1 for _ in lines(path)),
+            inputs_of(data, processor, checker.num_crops, checker.rules),
+            read_stamp(data),
+        )
     )
     share = partial(_shared, ranks=ranks, num_workers=num_workers, progress=progress)
 
@@ -82,22 +90,22 @@ def check(
     for found in share(checker.images_of, lines(path), "reading", "lines", num_lines):
         fingerprints |= found
     known = stamp.known_images if stamp else {}
-    images: dict[str, ImageInfo | str] = {image: known[n] for image, n in fingerprints.items() if n in known}
+    known_files = {image: known[n] for image, n in fingerprints.items() if n in known}
+    images: dict[str, ImageInfo | str] = {**known_files}
     changed = sorted(fingerprints.keys() - images.keys())
     if stamp and not changed and (kept := stamp.findings_of(inputs, max_tokens)):
         examples = counted(kept.examples, "example")
         say(f"{escape(str(path))}: checked on {stamp.date}, nothing has changed: {examples}")
-        return kept
+        return replace(kept, files=known_files, fingerprints=fingerprints)
 
     images |= zip(changed, share(_decode, changed, "checking images", "images", len(changed)), strict=True)
     tally = Tally(str(path))
     for line in share(partial(checker.summary, images=images), lines(path), "checking lines", "lines", num_lines):
         tally.add(line)
-    findings = tally.findings(images, checker.root, has_tokens=processor is not None)
+    findings = tally.findings(images, fingerprints, checker, has_tokens=processor is not None)
     if ranks.is_first:
-        readable = {n: info for image, n in fingerprints.items() if not isinstance(info := images[image], str)}
         try:
-            write_stamp(data, inputs, findings, readable)
+            write_stamp(data, inputs, findings, {fingerprints[image]: info for image, info in findings.files.items()})
         except InputError as error:
             say(f"[yellow]note[/]  the next check starts from scratch: {escape(str(error))}")
     return findings
@@ -110,9 +118,10 @@ def check_lines(
     wanted: Set[int],
     *,
     num_crops: int = 4,
+    rules: ImageRules = PUBLISHED,
 ) -> list[CheckedLine]:
     """Some lines of a data file in detail: the `wanted`, counted from 0 among those that are not blank."""
-    checker, stamp = Checker(Path(path), image_root, processor, num_crops), read_stamp(Path(path))
+    checker, stamp = Checker(Path(path), image_root, processor, num_crops, rules), read_stamp(Path(path))
     known = stamp.known_images if stamp else {}
     found = []
     for number, line in enumerate(lines(path)):
@@ -142,6 +151,8 @@ class CheckedLine(NamedTuple):
     notes: Notes
     measure: Measure | None
     """None with a problem."""
+    about_images: Sequence[str]
+    """What the model sees otherwise than a viewer shows it."""
 
 
 class Summary(NamedTuple):
@@ -153,6 +164,10 @@ class Summary(NamedTuple):
     images: int
     notes: Notes
     measure: Measure | None
+    odd: bool
+    """Whether there are warnings, about the line or its images."""
+    key: int
+    """64 bits that stand for the example: its texts, and the content of its images."""
 
 
 class Checker:
@@ -164,12 +179,14 @@ class Checker:
         image_root: str | Path | None,
         processor: Phi3VProcessor | None,
         num_crops: int,
+        rules: ImageRules = PUBLISHED,
         max_tokens: int | None = None,
     ) -> None:
         self.resolve = image_resolver(path, image_root)
         self.root = os.path.join(os.path.realpath(image_folder(path, image_root)), "")
         self.processor = processor
         self.num_crops = processor.num_crops if processor else num_crops
+        self.rules = processor.rules if processor else rules
         self.max_tokens = max_tokens
 
     def images_of(self, line: tuple[str, bytes]) -> dict[str, int]:
@@ -183,28 +200,36 @@ class Checker:
         where, raw = line
         notes = Notes()
         example = parse(raw, where, self.resolve, notes)
+        about = list[str]()
         if example is not None:
             self._check_images(example, images, notes)
             _check_texts(example, notes)
+            shown = {image: info for image in example.images if isinstance(info := images.get(image), ImageInfo)}
+            about = list(about_files(shown, self.root, self.rules))
         measure = self._measure(example, images, notes) if example and not notes.problems else None
-        return CheckedLine(where, raw, example, notes, measure)
+        return CheckedLine(where, raw, example, notes, measure, about)
 
     def summary(self, line: tuple[str, bytes], images: Images) -> Summary:
         """What is kept of a line."""
-        where, _, example, notes, measure = self.check_line(line, images)
+        where, _, example, notes, measure, about = self.check_line(line, images)
         counts = (example.id, len(example.turns), len(example.images)) if example else ("", 0, 0)
-        return Summary(where, *counts, notes, measure)
+        key = _key(example, images) if example and measure else 0
+        return Summary(where, *counts, notes, measure, bool(notes.warnings or about), key)
 
     def _check_images(self, example: Example, images: Images, notes: Notes) -> None:
         for image in dict.fromkeys(filter(None, example.images)):  # "" is one that `parse` refused
             info = images[image]
             if isinstance(info, str):
                 notes.problems.append(info)
-            elif problem := _problem(hd_size, *info.size, self.num_crops):
+            elif problem := _problem(hd_size, *info.size_under(self.rules), self.num_crops):
                 notes.problems.append(f"{image}: {problem}")
 
     def _measure(self, example: Example, images: Images, notes: Notes) -> Measure | None:
-        sizes = {image: info.size for image in example.images if not isinstance(info := images[image], str)}
+        sizes = {
+            image: info.size_under(self.rules)
+            for image in example.images
+            if isinstance(info := images[image], ImageInfo)
+        }
         if self.processor is None:
             tiles = [num_tiles(*hd_size(*sizes[image], self.num_crops)) for image in example.images]
             return Measure(0, 0, sum(tiles) + len(tiles))
@@ -221,6 +246,12 @@ def _decode(image: str) -> ImageInfo | str:
         return read_info(image)
     except InputError as error:
         return str(error)
+
+
+def _key(example: Example, images: Images) -> int:
+    shown = [info.digest for image in example.images if isinstance(info := images[image], ImageInfo)]
+    said = [(turn.user, turn.assistant, len(turn.images)) for turn in example.turns]
+    return int.from_bytes(hashlib.blake2b(repr((said, shown)).encode(), digest_size=8).digest(), "little")
 
 
 def _check_texts(example: Example, notes: Notes) -> None:
@@ -283,6 +314,7 @@ class Tally:
         self.num_lines = 0
         self.counts = Counter(examples=0, turns=0, images=0, text_only=0)
         self.measures = [array("q") for _ in Measure._fields]
+        self.keys = array("Q")
         self.problems: list[str] = []
         self.bad_lines: list[int] = []
         self.odd_lines: list[int] = []
@@ -296,10 +328,12 @@ class Tally:
             self._warn(warning, f"{line.where}: {warning}")
         if line.notes.problems:
             self.bad_lines.append(self.num_lines)
-        if line.notes.warnings:
+        if line.odd:
             self.odd_lines.append(self.num_lines)
-        for numbers, number in zip(self.measures, line.measure or (), strict=False):
-            numbers.append(number)
+        if line.measure:
+            self.keys.append(line.key)
+            for numbers, number in zip(self.measures, line.measure, strict=True):
+                numbers.append(number)
         if line.turns:
             self.counts.update(examples=1, turns=line.turns, images=line.images, text_only=not line.images)
             number = int(line.where.rpartition(":")[2])
@@ -311,14 +345,18 @@ class Tally:
         first, count = self.warnings.get(kind, (text, 0))
         self.warnings[kind] = (first, count + 1)
 
-    def findings(self, images: Images, root: str, *, has_tokens: bool) -> Findings:
+    def findings(
+        self, images: Images, fingerprints: Mapping[str, int], checker: Checker, *, has_tokens: bool
+    ) -> Findings:
+        readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
+        about = [f"{self.path}: {text}" for text in about_files(readable, checker.root, checker.rules)]
         found = self.warnings.values()
         warnings = [text if n == 1 else f"{text} (and {counted(n - 1, 'more line')})" for text, n in found]
         tokens, answer_tokens, crops = (Statistics.of(numbers) if numbers else None for numbers in self.measures)
         return Findings(
             path=self.path,
             problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
-            warnings=tuple(map(one_line, [*warnings, *_about_files(self.path, images, root)])),
+            warnings=tuple(map(one_line, [*warnings, *about])),
             num_lines=self.num_lines,
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),
@@ -326,20 +364,28 @@ class Tally:
             tokens=tokens if has_tokens else None,
             answer_tokens=answer_tokens if has_tokens else None,
             crops=crops,
+            example_keys=self.keys.tobytes(),
+            files=readable,
+            fingerprints=fingerprints,
             **self.counts,
         )
 
 
-def _about_files(path: str, images: Images, root: str) -> Iterator[str]:
-    """Warnings about what a viewer shows differently from what the model sees."""
-    readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
-    for kind, seen, odd in (
-        ("an EXIF orientation", "it is ignored, the model sees them as they are stored", "rotated"),
-        ("several frames or pages", "the model sees the first", "animated"),
+def about_files(images: Mapping[str, ImageInfo], root: str, rules: ImageRules) -> Iterator[str]:
+    """Warnings about what a viewer shows differently from what the model sees, each with the worst file."""
+    turned, visible = rules.exif_orientation == "apply", rules.image_colors == "visible"
+    for field, kind, seen in (
+        ("rotated", "an EXIF orientation", turned or "it is ignored: --exif-orientation apply turns them"),
+        ("animated", "several frames or pages", "the model sees the first"),
+        ("clipped", "values outside 0..255", visible or "they are clipped: --image-colors visible scales them"),
+        ("transparent", "transparency", visible or "it is dropped: --image-colors visible lays them on white"),
     ):
-        if found := sorted(image for image, info in readable.items() if getattr(info, odd)):
-            files = f"{counted(len(found), 'image file')} with {kind} (such as {found[0].removeprefix(root)})"
-            yield f"{path}: {files}: {seen}"
+        found = sorted((-getattr(info, field), image) for image, info in images.items() if getattr(info, field))
+        if found and isinstance(seen, str):
+            share, worst = found[0]
+            pixels = f", {-share:.2%} of its pixels" if isinstance(share, float) else ""
+            files = f"{counted(len(found), 'image file')} with {kind} (such as {worst.removeprefix(root)}{pixels})"
+            yield f"{files}: {seen}"
 
 
 def counted(number: int, noun: str) -> str:

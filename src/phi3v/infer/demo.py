@@ -103,7 +103,8 @@ def load_speakers(model: str, compare: str | None, loading: Loading = Loading())
         return [speaker]
     if base is not None and (compare in ("base", base) or Path(compare).resolve() == Path(base).resolve()):
         return [speaker, replace(speaker, title=f"{base} (without the adapter)", without_adapter=True)]
-    other = Answerer.load(compare, replace(loading, num_crops=speaker.answerer.processor.num_crops))
+    processor = speaker.answerer.processor
+    other = Answerer.load(compare, replace(loading, num_crops=processor.num_crops, **vars(processor.rules)))
     return [speaker, Speaker(title=compare, answerer=other)]
 
 

@@ -26,7 +26,7 @@ from phi3v.base.files import disk_errors, locked, make_folder, write_text
 from phi3v.base.jsonfile import Count, read_object
 from phi3v.base.runfolder import read_lines
 from phi3v.data.encode import Example, encode, questions
-from phi3v.data.image import load_image, read_size
+from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.answering import Answerer, Loading, Packing, Scoring, evenly, model_folder
@@ -78,7 +78,7 @@ def predict(
         for question in ([example] if example.turns[-1].assistant is None else questions(example))
     ]
     prompts = {_key(prompt): prompt for prompt in evenly(found, limit)}
-    processor = Phi3VProcessor.from_pretrained(model_folder(model), num_crops=loading.num_crops)
+    processor = Phi3VProcessor.from_pretrained(model_folder(model), **loading.seeing)
     if labels:
         label_tokens(labels, processor)  # raises InputError before the model is loaded
     made_with = {
@@ -86,13 +86,13 @@ def predict(
         "DATA": hashlib.sha256(data.read_bytes()).hexdigest(),
         "--image-root": None if image_root is None else str(image_root),
         "--limit": limit,
-        "--num-crops": loading.num_crops,
+        **{f"--{name.replace('_', '-')}": value for name, value in loading.seeing.items()},
         "--max-new-tokens": max_new_tokens,
         "--labels": list(labels),
         "--dtype": loading.dtype,
     }
     skip, scoring = on_bad_example == "skip", Scoring("labels", labels) if labels else Scoring()
-    sizes = functools.cache(read_size)  # a page has many questions
+    sizes = functools.cache(processor.read_size)  # a page has many questions
     decodes = functools.cache(lambda image: load_image(image) is not None)
     make_folder(out.parent)
     with locked(out.with_name(f".{out.name}.lock"), f"--out {out}: another process is writing it"):

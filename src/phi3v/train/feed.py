@@ -21,7 +21,6 @@ from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
 from phi3v.data.check import check
 from phi3v.data.encode import Encoded, Example, encode
-from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.data.statistics import Statistics
@@ -107,6 +106,7 @@ def read_data(
     reading = Reading(
         image_token_id=processor.image_token_id,
         num_crops=processor.num_crops,
+        rules=processor.rules,
         num_workers=_num_workers(run.data.num_workers),
         pin_memory=torch.cuda.is_available(),
         on_bad_example=run.data.on_bad_example,
@@ -160,7 +160,7 @@ def encode_all(
 
     @functools.lru_cache(NAMES_KEPT)  # a page has many questions
     def sizes(image: str) -> tuple[int, int]:
-        return known[image] if image in known else read_size(image)
+        return known[image] if image in known else processor.read_size(image)
 
     left = iter(examples)
 

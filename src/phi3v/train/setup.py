@@ -123,7 +123,8 @@ def _prepare(
 ) -> tuple[Phi3VProcessor, Phi3VConfig, TrainingData, Choices, range]:
     """All that is known of a run without weights. What can be refused before the data is read, is."""
     profiled = parse_steps(run.keeping.profile_steps)
-    processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
+    base = run.base
+    processor = Phi3VProcessor.from_pretrained(base.model, base.num_crops, base.exif_orientation, base.image_colors)
     config = load_config(run.base.model)
     choices = choose(run, config, ranks)
     data = read_data(run, processor, config, check_first=not resumes, ranks=ranks)
