@@ -18,7 +18,7 @@ from rich.console import Console
 from phi3v.base.errors import InputError
 from phi3v.base.ranks import Ranks
 from phi3v.data import check as room
-from phi3v.data.check import check, check_lines, render
+from phi3v.data.check import check, check_lines, overlap, render
 from phi3v.data.encode import encode
 from phi3v.data.image import EXIF_ORIENTATION, ImageRules
 from phi3v.data.processor import Phi3VProcessor
@@ -217,6 +217,28 @@ def test_sizes_are_those_of_images_made_upright(data: Path, tiny_processor_dir: 
         assert findings.tokens is not None
         assert findings.tokens.max == encoded.tokens, "and nothing is taken from the other check"
         assert bool(findings.warnings) == (orientation == "ignore")
+
+
+def test_what_two_files_share_is_counted(data: Path, processor: Phi3VProcessor) -> None:
+    images, rng = data.parent / "images", np.random.default_rng(0)
+    for name in ("one.png", "two.png", "three.png"):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((40, 30), Image.Resampling.BICUBIC).save(images / name)
+    (images / "copy.png").write_bytes((images / "one.png").read_bytes())
+    Image.open(images / "two.png").save(images / "two.jpg")
+    data.write_text("\n".join([line(1, "what", images=("one.png",)), line(2, images=("two.png",)), line(3, "why")]))
+    val = data.with_name("val.jsonl")
+    shown = [line(7, "what", images=("copy.png",)), line(8, "what", "blue", images=("copy.png",)), line(9, "why")]
+    val.write_text("\n".join([*shown, line(10, images=("two.jpg",)), line(11, images=("three.png",))]))
+    for _ in range(2):  # checked, and found checked
+        trained, asked = check(data, None, processor), check(val, None, processor)
+        assert overlap(asked, trained) == [
+            f"{val}: 2 of 5 examples are also in {data}",
+            f"{val}: 1 of 3 image files (such as {images / 'copy.png'}): {data} shows the same file",
+            f"{val}: 1 of 3 image files (such as {images / 'two.jpg'}): {data} shows nearly the same image",
+        ]
+    val.write_text(line(11, "which", images=("three.png",)))
+    assert overlap(check(val, None, processor), trained) == []
 
 
 def test_absurdly_large_images(data: Path, processor: Phi3VProcessor) -> None:

@@ -136,7 +136,7 @@ def test_rules_for_images_are_the_same_in_training_answers_and_export(
     answerer = Answerer.load(run.keeping.out)
     assert answerer.reading.rules == answerer.processor.rules == rules
     red = str(data.parent / "images/red.png")
-    assert RunFolder(run.keeping.out).image_sizes[red] == (1008, 336)
+    assert RunFolder(run.keeping.out).images["red.png"][:2] == [1008, 336]
     inputs = answerer.processor("<|image_1|>", [red])
     assert inputs["image_sizes"].tolist() == [[1008, 336]]
     assert list(answerer.stream((Turn(user="what is it", images=(red,)),), Sampling(max_new_tokens=1)))

@@ -18,6 +18,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
@@ -29,9 +30,10 @@ from phi3v.base.errors import InputError, one_line
 from phi3v.base.pool import forked_map, num_cores
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.data.encode import Example, answer_text, encode, user_text
-from phi3v.data.image import PUBLISHED, ImageInfo, ImageRules, hd_size, num_tiles, read_info
+from phi3v.data.image import PUBLISHED, ImageInfo, ImageRules, content_digest, hd_size, num_tiles, read_info
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import Notes, image_folder, image_resolver, lines, parse
+from phi3v.data.split import twins
 from phi3v.data.stamp import fingerprint, inputs_of, read_stamp, write_stamp
 from phi3v.data.statistics import Findings, Statistics
 
@@ -77,12 +79,9 @@ def check(
     """
     data = Path(path)
     checker = ranks.all_do(lambda: Checker(data, image_root, processor, num_crops, rules, max_tokens))
+    sight = f"{checker.num_crops} crops, {checker.rules}"
     num_lines, inputs, stamp = ranks.first_does(
-        lambda: (
-            sum(1 for _ in lines(path)),
-            inputs_of(data, processor, checker.num_crops, checker.rules),
-            read_stamp(data),
-        )
+        lambda: (sum(1 for _ in lines(path)), inputs_of(data, processor, sight), read_stamp(data))
     )
     share = partial(_shared, ranks=ranks, num_workers=num_workers, progress=progress)
 
@@ -102,13 +101,32 @@ def check(
     tally = Tally(str(path))
     for line in share(partial(checker.summary, images=images), lines(path), "checking lines", "lines", num_lines):
         tally.add(line)
-    findings = tally.findings(images, fingerprints, checker, has_tokens=processor is not None)
+    findings = tally.findings(images, fingerprints, checker)
     if ranks.is_first:
         try:
             write_stamp(data, inputs, findings, {fingerprints[image]: info for image, info in findings.files.items()})
         except InputError as error:
             say(f"[yellow]note[/]  the next check starts from scratch: {escape(str(error))}")
     return findings
+
+
+def changed_images(
+    images: Mapping[str, Sequence[int]], root: str, *, progress: bool = True, ranks: Ranks = ALONE
+) -> list[str]:
+    """The images whose content is not the one that was kept; missing ones do not count.
+
+    `images` holds (height, width, digest, fingerprint below `root`) by path. Only those with another fingerprint are
+    read, and those without a digest are not compared.
+    """
+
+    def has_changed(image: str) -> bool:
+        kept, now = images[image][2:], fingerprint(image, root)
+        return bool(kept) and now not in (0, kept[1]) and content_digest(image) != kept[0]
+
+    changed = _shared(
+        has_changed, images, "comparing images", "images", len(images), ranks=ranks, num_workers=None, progress=progress
+    )
+    return [image for image, has in zip(images, changed, strict=True) if has]
 
 
 def check_lines(
@@ -221,15 +239,11 @@ class Checker:
             info = images[image]
             if isinstance(info, str):
                 notes.problems.append(info)
-            elif problem := _problem(hd_size, *info.size_under(self.rules), self.num_crops):
+            elif problem := _problem(hd_size, *info.seen(self.rules), self.num_crops):
                 notes.problems.append(f"{image}: {problem}")
 
     def _measure(self, example: Example, images: Images, notes: Notes) -> Measure | None:
-        sizes = {
-            image: info.size_under(self.rules)
-            for image in example.images
-            if isinstance(info := images[image], ImageInfo)
-        }
+        sizes = {image: info.seen(self.rules) for image in example.images if not isinstance(info := images[image], str)}
         if self.processor is None:
             tiles = [num_tiles(*hd_size(*sizes[image], self.num_crops)) for image in example.images]
             return Measure(0, 0, sum(tiles) + len(tiles))
@@ -345,9 +359,7 @@ class Tally:
         first, count = self.warnings.get(kind, (text, 0))
         self.warnings[kind] = (first, count + 1)
 
-    def findings(
-        self, images: Images, fingerprints: Mapping[str, int], checker: Checker, *, has_tokens: bool
-    ) -> Findings:
+    def findings(self, images: Images, fingerprints: Mapping[str, int], checker: Checker) -> Findings:
         readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
         about = [f"{self.path}: {text}" for text in about_files(readable, checker.root, checker.rules)]
         found = self.warnings.values()
@@ -361,8 +373,8 @@ class Tally:
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),
             image_files=len(images),
-            tokens=tokens if has_tokens else None,
-            answer_tokens=answer_tokens if has_tokens else None,
+            tokens=tokens if checker.processor else None,
+            answer_tokens=answer_tokens if checker.processor else None,
             crops=crops,
             example_keys=self.keys.tobytes(),
             files=readable,
@@ -375,7 +387,7 @@ def about_files(images: Mapping[str, ImageInfo], root: str, rules: ImageRules) -
     """Warnings about what a viewer shows differently from what the model sees, each with the worst file."""
     turned, visible = rules.exif_orientation == "apply", rules.image_colors == "visible"
     for field, kind, seen in (
-        ("rotated", "an EXIF orientation", turned or "it is ignored: --exif-orientation apply turns them"),
+        ("orientation", "an EXIF orientation", turned or "it is ignored: --exif-orientation apply turns them"),
         ("animated", "several frames or pages", "the model sees the first"),
         ("clipped", "values outside 0..255", visible or "they are clipped: --image-colors visible scales them"),
         ("transparent", "transparency", visible or "it is dropped: --image-colors visible lays them on white"),
@@ -386,6 +398,19 @@ def about_files(images: Mapping[str, ImageInfo], root: str, rules: ImageRules) -
             pixels = f", {-share:.2%} of its pixels" if isinstance(share, float) else ""
             files = f"{counted(len(found), 'image file')} with {kind} (such as {worst.removeprefix(root)}{pixels})"
             yield f"{files}: {seen}"
+
+
+def overlap(questions: Findings, training: Findings) -> list[str]:
+    """What a file to evaluate on shares with one to train on, as warnings."""
+    asked, trained = (np.frombuffer(one.example_keys, np.uint64) for one in (questions, training))
+    shared = int(np.isin(asked, trained).sum())
+    found = [f"{shared:,} of {counted(len(asked), 'example')} are also in {training.path}"] if shared else []
+    files = sorted(questions.files)
+    kinds = twins([questions.files[file] for file in files], training.files.values())
+    for kind, number in Counter(filter(None, kinds)).items():
+        which = f"{number:,} of {counted(len(files), 'image file')} (such as {files[kinds.index(kind)]})"
+        found.append(f"{which}: {training.path} shows {kind}")
+    return [f"{questions.path}: {text}" for text in found]
 
 
 def counted(number: int, noun: str) -> str:

@@ -6,15 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from phi3v.base.console import progress_bar
+from rich.markup import escape
+
+from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, Fraction, check_values
 from phi3v.base.pool import forked_map, num_cores
 from phi3v.data.encode import Example
-from phi3v.data.image import read_size
+from phi3v.data.image import ImageInfo, read_info, read_size
 from phi3v.data.layouts import FOLDERS, TAG, Format, read
-from phi3v.data.split import split
+from phi3v.data.split import split, twins
 from phi3v.data.writer import DatasetWriter, writing
+
+Taken = tuple[list[str], ImageInfo | None]
+"""The names of the images that were written for a source file, and what is in the first of them."""
 
 
 def convert(
@@ -44,7 +49,8 @@ def convert(
         image_root: Folder the image paths are relative to, and may not lead out of. Default: the file's own.
         question: The question about class folders. Default: to classify, naming all classes.
         num_frames: Frames of a video, at equal distances.
-        val_fraction: Share of the examples that goes to val.jsonl. Those that share an image stay together.
+        val_fraction: Share of the examples that goes to val.jsonl, of every class if the answers are few. Those that
+            show an image with the same content stay together.
         seed: Seed of that choice.
         progress: Show a progress bar.
     """
@@ -66,7 +72,8 @@ def convert(
                 writer.leave_out(where, found)
             else:
                 examples.append(found)
-        names, failed = _take(examples, writer, root, num_frames if format == "video-folder" else None, progress)
+        frames = num_frames if format == "video-folder" else None
+        taken, failed = _take(examples, writer, root, frames, val_fraction > 0, progress)
         whole = []
         for example in examples:
             if error := next((failed[image] for image in example.images if image in failed), None):
@@ -75,30 +82,39 @@ def convert(
                 whole.append(example)
         if not whole:
             raise InputError(f"{source}: nothing to convert; {(writer.left_out or ['it is empty'])[0]}")
-        held_out = split([example.images for example in whole], val_fraction, seed)
+        contents = [[info.digest for image in example.images if (info := taken[image][1])] for example in whole]
+        held_out = split(contents, [example.answers[0] for example in whole], val_fraction, seed)
+        sides: list[dict[str, ImageInfo]] = [{}, {}]
         for example, held in zip(whole, held_out, strict=True):
-            writer.add("val" if held else "train", _record(example, names), example.where)
+            writer.add("val" if held else "train", _record(example, taken), example.where)
+            sides[held] |= {image: info for image in example.images if (info := taken[image][1])}
     writer.summarize(out)
+    kinds = twins(list(sides[1].values()), sides[0].values())
+    if alike := [image for image, kind in zip(sides[1], kinds, strict=True) if kind]:
+        what = f"{len(alike):,} images of val.jsonl (such as {alike[0]}) look nearly like one of train.jsonl"
+        say(f"[yellow]warning[/]  {escape(what)}")
 
 
 def _take(
-    examples: Sequence[Example], writer: DatasetWriter, root: Path, num_frames: int | None, progress: bool
-) -> tuple[dict[str, list[str]], dict[str, InputError]]:
-    """By source file, the names of the images that were written for it, or why there are none."""
+    examples: Sequence[Example], writer: DatasetWriter, root: Path, num_frames: int | None, looks: bool, progress: bool
+) -> tuple[dict[str, Taken], dict[str, InputError]]:
+    """By source file, the images that were written for it, or why there are none; `looks`: and what is in the first."""
     files = list(dict.fromkeys(image for example in examples for image in example.images))
     real_root = os.path.realpath(root)
 
-    def take(file: str) -> list[str] | InputError:
+    def take(file: str) -> Taken | InputError:
         name, path = os.path.relpath(file, real_root), Path(file)
         try:
             if num_frames is not None:
-                return writer.put_frames(name, path, num_frames)
-            read_size(path)
-            return [writer.put_image(name, path)]
+                names = writer.put_frames(name, path, num_frames)
+            else:
+                read_size(path)
+                names = [writer.put_image(name, path)]
+            return names, read_info(writer.folder / "images" / names[0]) if looks else None
         except InputError as error:
             return error
 
-    names: dict[str, list[str]] = {}
+    taken: dict[str, Taken] = {}
     failed: dict[str, InputError] = {}
     results = forked_map(take, files, min(num_cores(), len(files)), chunk=32 if num_frames is None else 1)
     with progress_bar("taking", len(files), "files", show=progress) as advance:
@@ -106,16 +122,16 @@ def _take(
             if isinstance(result, InputError):
                 failed[file] = result
             else:
-                names[file] = result
+                taken[file] = result
             advance(1)
-    return names, failed
+    return taken, failed
 
 
-def _record(example: Example, names: Mapping[str, list[str]]) -> dict[str, object]:
+def _record(example: Example, taken: Mapping[str, Taken]) -> dict[str, object]:
     """The line of an example, given the names of what was written for its images."""
     turns = [
         {
-            "images": [name for image in turn.images for name in names[image]],
+            "images": [name for image in turn.images for name in taken[image][0]],
             "user": turn.user,
             "assistant": turn.assistant,
         }

@@ -21,6 +21,9 @@ from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags, check_te
 __all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "prompt_text", "questions"]
 
 
+Sizes = Callable[[str], tuple[int, int]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One exchange: what the user says, with the images (absolute paths) shown in it, and the answer.
@@ -101,9 +104,7 @@ class Encoded:
         return sum(num_image_tokens(h, w) - 1 for h, w in self.image_sizes)
 
 
-def encode(
-    example: Example, processor: Phi3VProcessor, sizes: Callable[[str], tuple[int, int]] | None = None
-) -> Encoded:
+def encode(example: Example, processor: Phi3VProcessor, sizes: Sizes | None = None) -> Encoded:
     """Token ids and loss mask of a conversation.
 
     `sizes` gives the (width, height) of an image file as the model sees it. Default: read from the file.

@@ -18,7 +18,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class ImageInfo(NamedTuple):
     """(width, height) in pixels as stored."""
 
     orientation: int
-    """EXIF orientation, 1 to 8; 1 is upright."""
+    """EXIF orientation if viewers turn or mirror the image, 2 to 8; otherwise 0."""
 
     animated: bool
     """Whether it has several frames or pages. The model sees the first."""
@@ -92,12 +92,7 @@ class ImageInfo(NamedTuple):
     look: bytes
     """LOOK bytes that barely change when the image is scaled or saved in another format."""
 
-    @property
-    def rotated(self) -> bool:
-        """Whether viewers turn or mirror it."""
-        return self.orientation > 1
-
-    def size_under(self, rules: ImageRules) -> tuple[int, int]:
+    def seen(self, rules: ImageRules) -> tuple[int, int]:
         """(width, height) of what `load_image` returns."""
         return _turned_size(self.size, self.orientation, rules)
 
@@ -135,7 +130,7 @@ def read_info(path: str | Path) -> ImageInfo:
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
             clipped, transparent = _lost(image, rgb)
         except Exception:  # damaged metadata or a damaged second frame raises anything, and does not matter
-            orientation, animated, clipped, transparent = 1, False, 0.0, 0.0
+            orientation, animated, clipped, transparent = 0, False, 0.0, 0.0
         small = rgb.resize((4, 4), Image.Resampling.BOX)
         look = small.convert("L").tobytes() + small.resize((1, 1), Image.Resampling.BOX).tobytes()
         return ImageInfo(rgb.size, orientation, animated, clipped, transparent, content_digest(path), look)
@@ -265,12 +260,11 @@ def _scaled(width: int, height: int, num_crops: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image that is open; 1 for none, and for damaged metadata."""
-    try:
-        found = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # anything at all
-        return 1
-    return found if found in TURNS else 1
+    """The EXIF orientation of an image that is open; 0 if upright, and for damaged metadata, which raises anything."""
+    with suppress(Exception):
+        if (found := image.getexif().get(EXIF_ORIENTATION)) in TURNS:
+            return int(found)
+    return 0
 
 
 def _turned_size(size: tuple[int, int], orientation: int, rules: ImageRules) -> tuple[int, int]:

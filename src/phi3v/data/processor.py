@@ -22,17 +22,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from phi3v.base import jsonfile
 from phi3v.base.config import Colors, Orientation
 from phi3v.base.errors import InputError
-from phi3v.data.image import (
-    MEAN,
-    PUBLISHED,
-    STD,
-    ImageRules,
-    hd_transform,
-    load_image,
-    num_image_tokens,
-    pixel_values,
-    read_size,
-)
+from phi3v.data.image import MEAN, STD, ImageRules, hd_transform, load_image, num_image_tokens, pixel_values, read_size
 from phi3v.data.tokenizer import named_errors, read_tokenizer
 
 ImageSource = Image.Image | str | Path
@@ -62,6 +52,8 @@ TOKENIZER_FILES = (
 )
 REMOTE_CODE = "processing_phi3_v.py"  # copied for other readers, never run
 FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", REMOTE_CODE)
+
+UNSAID = ImageRules()  # in preprocessor_config.json, as published
 
 MAX_CROPS = 1024
 """More do not fit in a context: 1,000 crops are 144,000 tokens."""
@@ -99,7 +91,7 @@ def expand(ids: Sequence[int] | NDArray[np.int32], image_token_id: int, counts: 
 class Phi3VProcessor:
     """Tokenizer and HD transform of a checkpoint. Raises InputError if the tokenizer lacks a special token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_crops: int = 4, rules: ImageRules = PUBLISHED) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_crops: int = 4, rules: ImageRules = UNSAID) -> None:
         if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
             raise InputError(f"num_crops is {num_crops!r}, it must be a whole number from 1 to {MAX_CROPS}")
         self.tokenizer = tokenizer
@@ -154,7 +146,7 @@ class Phi3VProcessor:
         settings = json.loads(self._files.get("preprocessor_config.json", b"null")) or PREPROCESSOR_CONFIG
         files = {"processor_config.json": _json(PROCESSOR_CONFIG), **self._files}
         # The published files have no rules, and those of a model that follows the published ones stay without.
-        rules = {key: rule for key, rule in vars(self.rules).items() if key in settings or rule != vars(PUBLISHED)[key]}
+        rules = {key: rule for key, rule in vars(self.rules).items() if key in settings or rule != vars(UNSAID)[key]}
         files["preprocessor_config.json"] = _json({**settings, "num_crops": self.num_crops, **rules})
         if self._loaded != self._tokenizer_state():
             files = {file: content for file, content in files.items() if file not in TOKENIZER_FILES}

@@ -21,8 +21,8 @@ import numpy as np
 import PIL
 
 import phi3v
-from phi3v.base.files import write_text
-from phi3v.data.image import LOOK, ImageInfo, ImageRules
+from phi3v.base.files import file_digest, write_text
+from phi3v.data.image import LOOK, ImageInfo
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.statistics import Findings
 
@@ -60,12 +60,11 @@ class Stamp:
         return None if too_long else found
 
 
-def inputs_of(data: Path, processor: Phi3VProcessor | None, num_crops: int, rules: ImageRules) -> str:
-    """What the findings in a data file depend on besides the images."""
-    with open(data, "rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+def inputs_of(data: Path, processor: Phi3VProcessor | None, sight: str) -> str:
+    """What the findings in a data file depend on besides the images; `sight` is how those are seen."""
     tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor else ""
-    return f"{data}, {content}, {num_crops} crops, {rules}, tokenizer {hashlib.sha256(tokenizer.encode()).hexdigest()}"
+    digest = hashlib.sha256(tokenizer.encode()).hexdigest()
+    return f"{data}, {file_digest(data)}, {sight}, tokenizer {digest}"
 
 
 def read_stamp(data: Path) -> Stamp | None:

@@ -19,7 +19,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.hardware import pick_device, pick_dtype, pick_tokens_per_pack
 from phi3v.base.jsonfile import Count, NonNegativeInt
 from phi3v.base.ranks import ALONE, Ranks
-from phi3v.base.runfolder import RunFolder
+from phi3v.base.runfolder import RunFolder, model_digest
 from phi3v.base.stopping import Stopped
 from phi3v.data.encode import Example, Turn, encode, questions
 from phi3v.data.processor import Phi3VProcessor
@@ -179,6 +179,9 @@ class Loading:
     attention: Attention = "auto"
     """How attention is computed. All choices compute the same."""
 
+    base: str | None = None
+    """Where the base model of an adapter is now. Default: where it was in training."""
+
     @property
     def seeing(self) -> dict[str, Any]:
         """The keywords of `Phi3VProcessor.from_pretrained`."""
@@ -212,10 +215,13 @@ class Answerer:
     @classmethod
     def load(cls, name: str | Path, loading: Loading = Loading(), packing: Packing = Packing()) -> Answerer:
         """Load the model that `model_folder` finds onto the fastest device of this machine. Raises InputError."""
+        check_base(name, loading.base)
         device = pick_device()
         dtype = pick_dtype(loading.dtype, device)
         attention = pick_attention(loading.attention, device, dtype)
-        model, processor = load_model(model_folder(name), attention=attention, device=device, **loading.seeing)
+        model, processor = load_model(
+            model_folder(name), attention=attention, device=device, base=loading.base, **loading.seeing
+        )
         widen(model, dtype)
         return cls(
             model=model.to(device).eval(),
@@ -263,6 +269,13 @@ def model_folder(name: str | Path) -> str | Path:
     if folder.checkpoints.is_dir():
         raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume auto`")
     return name
+
+
+def check_base(run: str | Path, base: str | None) -> None:
+    """Raises InputError if `base` is not the model, if that was a folder, that a run was started from."""
+    known = (RunFolder(run).environment.get("data") or {}).get("model")
+    if base and known and Path(base).is_dir() and model_digest(Path(base)) != known:
+        raise InputError(f"--base {base} is not the model that {run} was trained on: its files have another content")
 
 
 def started_from(run: str | Path) -> str | None:

@@ -8,7 +8,6 @@ beside it holds what they were made with, so that lines made otherwise are never
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 from collections import defaultdict
@@ -22,9 +21,9 @@ from tyro.conf import arg
 from phi3v.base.config import check_flags
 from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
-from phi3v.base.files import disk_errors, locked, make_folder, write_text
+from phi3v.base.files import disk_errors, file_digest, locked, make_folder, write_text
 from phi3v.base.jsonfile import Count, read_object
-from phi3v.base.runfolder import read_lines
+from phi3v.base.runfolder import model_digest, read_lines
 from phi3v.data.encode import Example, encode, questions
 from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
@@ -72,6 +71,8 @@ def predict(
         progress: Show a progress bar.
     """
     check_flags(locals(), predict)
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: name a file")
     found = [
         question
         for example in read_jsonl(data, image_root, prompts=True)
@@ -82,8 +83,8 @@ def predict(
     if labels:
         label_tokens(labels, processor)  # raises InputError before the model is loaded
     made_with = {
-        "MODEL": model,
-        "DATA": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "MODEL": model_digest(folder) if (folder := Path(model_folder(model))).is_dir() else model,
+        "DATA": file_digest(data),
         "--image-root": None if image_root is None else str(image_root),
         "--limit": limit,
         **{f"--{name.replace('_', '-')}": value for name, value in loading.seeing.items()},
@@ -188,7 +189,8 @@ class AnswerFile:
         before = read_object(self.settings)
         for name, value in self._made_with.items():
             if before.get(name) != value:
-                what = "the data has changed since" if name == "DATA" else f"{name} was {before.get(name)}, now {value}"
+                changed = f"the {name.lower()} has changed since"
+                what = changed if name in ("DATA", "MODEL") else f"{name} was {before.get(name)}, now {value}"
                 raise InputError(f"--out {self.path} was begun otherwise: {what}; choose another file, or remove it")
 
     def _read(self) -> None:

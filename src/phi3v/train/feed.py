@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from phi3v.base.config import Run
 from phi3v.base.console import say
@@ -19,10 +21,10 @@ from phi3v.base.hardware import pick_tokens_per_pack
 from phi3v.base.pool import num_cores
 from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
-from phi3v.data.check import check
+from phi3v.data.check import changed_images, check, overlap
 from phi3v.data.encode import Encoded, Example, encode
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.schema import NAMES_KEPT, iter_jsonl
+from phi3v.data.schema import NAMES_KEPT, image_folder, iter_jsonl
 from phi3v.data.statistics import Statistics
 from phi3v.infer.answering import Scoring, read_questions
 from phi3v.model.configuration import Phi3VConfig
@@ -47,6 +49,10 @@ class TrainingData:
     total_steps: int
     questions: list[Example]
     scoring: Scoring
+    warnings: Sequence[str] = ()
+    """What is odd in the data of a new run."""
+    contents: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Digest and fingerprint of the images of a new run, by path."""
 
     def schedule(self, epoch: int) -> EpochSchedule:
         """The optimizer steps of an epoch."""
@@ -83,11 +89,9 @@ def read_data(
     sizes it began with from its folder instead, so that its schedule is the same whatever has become of the files.
     """
     assert run.data.train is not None
-    if check_first:
-        _check(run, processor, config, ranks)
-    # A run that resumes plans with the image sizes it began with, whatever has become of the files; padded images are
-    # padded no further.
-    known = {} if check_first else RunFolder(run.keeping.out).image_sizes
+    warnings, contents = _check(run, processor, config, ranks) if check_first else ([], {})
+    # A run that resumes plans with the image sizes it began with, whatever has become of the files.
+    known = {} if check_first else _images_before(run, ranks)
     sizes = {image: (w, h) for image, (h, w) in known.items()}  # padded sizes, which are padded no further
     examples, encoded = encode_all(iter_jsonl(run.data.train, run.data.image_root), processor, ranks, sizes)
     lengths = Lengths.of(encoded)
@@ -123,10 +127,16 @@ def read_data(
         total_steps=run.optim.max_steps or max(1, round(run.optim.epochs * steps_per_epoch)),
         questions=read_questions(run.data.eval, run.data.image_root) if run.data.eval else [],
         scoring=Scoring.of(run.evaluation.score, run.evaluation.labels, examples),
+        warnings=warnings,
+        contents=contents,
     )
 
 
-def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Ranks) -> None:
+def _check(
+    run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Ranks
+) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """All warnings about both files, which are printed, and `TrainingData.contents`."""
+    checked = []
     for file in filter(None, (run.data.train, run.data.eval)):
         findings = check(
             file,
@@ -137,9 +147,37 @@ def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Rank
             ranks=ranks,
         )
         if findings.problems:
-            others = len(findings.problems) - 1
-            more = f" (and {others} more: phi3v check {file})" if others else ""
+            left = len(findings.problems) - 1
+            more = f" (and {left} more: phi3v check {file})" if left else ""
             raise InputError(f"{findings.problems[0]}{more}")
+        checked.append(findings)
+    training, *evaluated = checked
+    shared = [warning for findings in evaluated for warning in overlap(findings, training)]
+    warnings = [*(warning for findings in checked for warning in findings.warnings), *shared]
+    for warning in warnings:
+        say(f"[yellow]warning[/]     {escape(warning)}")
+    return warnings, {image: (info.digest, training.fingerprints[image]) for image, info in training.files.items()}
+
+
+def _images_before(run: Run, ranks: Ranks) -> dict[str, tuple[int, int]]:
+    """Padded (h, w) of the training images when the run began, by their paths now.
+
+    Raises InputError if the content of an image has changed, or prints it with `--on-bad-example skip`.
+    """
+    root = image_root(run)
+    images = {os.path.join(root, name): entry for name, entry in RunFolder(run.keeping.out).images.items()}
+    if changed := changed_images(images, root, progress=run.keeping.progress, ranks=ranks):
+        what = f"{len(changed):,} images have changed since the run began, such as {changed[0]}"
+        if run.data.on_bad_example == "stop":
+            raise InputError(f"--resume: {what}; put them back, or start a new run")
+        say(f"[yellow]note[/]        {escape(what)}")
+    return {path: (entry[0], entry[1]) for path, entry in images.items()}
+
+
+def image_root(run: Run) -> str:
+    """The folder of the training images, links followed, with a slash at its end."""
+    assert run.data.train is not None
+    return os.path.join(os.path.realpath(image_folder(run.data.train, run.data.image_root)), "")
 
 
 ENCODED_AT_ONCE = 512

@@ -30,7 +30,7 @@ from phi3v.train.checkpoint import resume
 from phi3v.train.choices import Choices, choose, pick_recompute
 from phi3v.train.describe import describe, list_settings
 from phi3v.train.engines import Engine, EngineSettings, build_engine
-from phi3v.train.feed import TrainingData, read_data
+from phi3v.train.feed import TrainingData, image_root, read_data
 from phi3v.train.flops import Flops, training_flops
 from phi3v.train.optim import build_optimizer, build_schedule
 from phi3v.train.profiling import Profiler, parse_steps
@@ -141,7 +141,9 @@ def open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack, pub
     if folder.claim(run) != "new":
         raise InputError(f"--out {folder.path}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
-    folder.save(environment=about, images=data.image_sizes, lengths=data.statistics())
+    root, contents = image_root(run), data.contents
+    images = {path.removeprefix(root): [*size, *contents.get(path, ())] for path, size in data.image_sizes.items()}
+    folder.save(environment=about, images=images, lengths=data.statistics(), warnings={"data": data.warnings})
     if published:
         folder.save(published=dict(published))
     folder.save(config=run.to_dict())  # last: it makes the folder a run
