@@ -96,7 +96,7 @@ def test_an_image_that_has_changed_ends_the_run_and_does_not_change_its_steps(
     Image.new("RGB", (400, 100)).save(blue)
     status, said = night.run(run, resume="auto", **flags)
     assert status == 2
-    assert f"--resume: 1 images have changed since the run began, such as {blue}" in said.splitlines()[-1]
+    assert f"--resume: 1 image changed since the run began, such as {blue}" in said.splitlines()[-1]
     sizes = {name: entry[:2] for name, entry in json.loads((run / "images.json").read_text()).items()}
     (run / "images.json").write_text(json.dumps(sizes))  # as an earlier version wrote it
     status, said = night.run(run, resume="auto", **flags)

@@ -255,6 +255,15 @@ def test_what_has_vanished_is_named_and_kept_as_the_page_had_it(
     assert capsys.readouterr().out == ""
 
 
+def test_images_are_shown_as_the_model_saw_them(run: Path, picture: Path) -> None:
+    logo = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (9, 9, 50, 20))
+    logo.save(picture)
+    blank = report(run).gallery["images"]
+    (run / "config.json").write_text(json.dumps({"base": {"image_colors": "visible", "exif_orientation": None}}))
+    assert report(run).gallery["images"] != blank
+
+
 def test_warnings_about_the_data_are_shown(run: Path) -> None:
     (run / "warnings.json").write_text(json.dumps({"data": ["9 of 10 examples are also in <train>"]}))
     page = report(run)

@@ -422,12 +422,12 @@ def test_a_run_goes_on_where_its_data_and_model_have_moved_to_and_knows_their_im
     moved = {"model": "model", "train": Path("data/train.jsonl"), "out": Path("run"), "resume": "auto", **flags}
     before = (new / "data/images/red.png").read_bytes()
     Image.new("RGB", (48, 40), "purple").save(new / "data/images/red.png")
-    with pytest.raises(InputError, match=r"--resume: 1 images have changed since the run began, such as .*red\.png;"):
+    with pytest.raises(InputError, match=r"--resume: 1 image changed since the run began, such as .*red\.png;"):
         train(settings_for(**moved))
     monkeypatch.setattr(room, "learn", lambda job: None)
     monkeypatch.setattr(room, "finish", lambda job: {})
     assert train(settings_for(**moved, on_bad_example="skip")) == {}
-    assert "1 images have changed since the run began" in " ".join(capsys.readouterr().out.split())
+    assert "1 image changed since the run began" in " ".join(capsys.readouterr().out.split())
     monkeypatch.undo()
     monkeypatch.chdir(new)
     (new / "data/images/red.png").write_bytes(before)  # the bytes count, not when they were written

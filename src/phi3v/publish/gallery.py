@@ -17,6 +17,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, NonNegative
 from phi3v.data.check import counted
 from phi3v.data.encode import Example, questions
+from phi3v.data.image import ImageRules
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.metrics import Prediction, normalize_answer
 from phi3v.publish.chart import number, percent
@@ -126,7 +127,9 @@ def gallery(runs: Sequence[Results], options: Options, before: Mapping[str, Any]
             entries.append(entry)
     if not entries:
         return None
-    album = Album(lambda path: kept.get(path) or thumbnail(path, options.picture_size), options.picture_mb)
+    seen = runs[0].settings.get("base") or {}
+    rules = ImageRules(**{key: seen[key] for key in vars(ImageRules()) if seen.get(key)})
+    album = Album(lambda path: kept.get(path) or thumbnail(path, options.picture_size, rules), options.picture_mb)
     wrong_first = sorted(range(len(entries)), key=lambda at: entries[at]["correct"])
     album.add(path for at in wrong_first for path in images[at])
     for entry, paths in zip(entries, images, strict=True):

@@ -21,7 +21,7 @@ from phi3v.base.hardware import pick_tokens_per_pack
 from phi3v.base.pool import num_cores
 from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
-from phi3v.data.check import changed_images, check, overlap
+from phi3v.data.check import changed_images, check, counted, overlap
 from phi3v.data.encode import Encoded, Example, encode
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, image_folder, iter_jsonl
@@ -167,7 +167,7 @@ def _images_before(run: Run, ranks: Ranks) -> dict[str, tuple[int, int]]:
     root = image_root(run)
     images = {os.path.join(root, name): entry for name, entry in RunFolder(run.keeping.out).images.items()}
     if changed := changed_images(images, root, progress=run.keeping.progress, ranks=ranks):
-        what = f"{len(changed):,} images have changed since the run began, such as {changed[0]}"
+        what = f"{counted(len(changed), 'image')} changed since the run began, such as {changed[0]}"
         if run.data.on_bad_example == "stop":
             raise InputError(f"--resume: {what}; put them back, or start a new run")
         say(f"[yellow]note[/]        {escape(what)}")
