@@ -24,7 +24,7 @@ from tyro.conf import DisallowNone, arg
 from tyro.conf import OmitArgPrefixes as Flat
 
 from phi3v import __version__
-from phi3v.base.config import Run, check_flags, read_config
+from phi3v.base.config import Colors, Orientation, Run, check_flags, read_config
 from phi3v.base.errors import InputError, RankError
 from phi3v.base.jsonfile import Count, NonNegativeInt
 from phi3v.recipes import RECIPES, find_recipe, load_recipe
@@ -333,6 +333,8 @@ def check(
     image_root: Path | None = None,
     model: str | None = None,
     num_crops: Count | None = None,
+    exif_orientation: Orientation | None = None,
+    image_colors: Colors | None = None,
     max_tokens: Count | None = None,
     num_workers: NonNegativeInt | None = None,
 ) -> int:
@@ -343,19 +345,21 @@ def check(
         image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
         model: Count tokens with this model's tokenizer and num_crops.
         num_crops: Tiles an image may be cut into, beside its global view. Default: the model's own, 4 without a model.
+        exif_orientation: Turn images as `phi3v train --exif-orientation` does. Default: the model's own, or ignore.
+        image_colors: Read colors as `phi3v train --image-colors` does. Default: the model's own, or published.
         max_tokens: Report examples with more tokens than this; needs --model.
         num_workers: Processes that read images. Default: one per core.
     """
     from phi3v.base.console import console
     from phi3v.data import check as room
-    from phi3v.data.processor import Phi3VProcessor
+    from phi3v.data.processor import seeing
 
     check_flags(locals(), check)
     if max_tokens and not model:
         raise InputError("--max-tokens needs --model, whose tokenizer counts them")
-    processor = Phi3VProcessor.from_pretrained(model, num_crops=num_crops) if model else None
+    processor, crops, rules = seeing(model, num_crops, exif_orientation, image_colors)
     findings = room.check(
-        data, image_root, processor, num_crops=num_crops or 4, max_tokens=max_tokens, num_workers=num_workers
+        data, image_root, processor, num_crops=crops, rules=rules, max_tokens=max_tokens, num_workers=num_workers
     )
     room.render(findings, console)
     return 0 if findings.ok else 2

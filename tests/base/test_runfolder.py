@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,6 +139,31 @@ def test_a_run_does_not_go_on_with_other_data(
         claim(settings_for(resume="auto", **{flag: copy}))
 
 
+def test_what_counts_is_the_content_and_not_the_path(
+    settings_for: MAKE, left: Callable[..., Path], tiny_data: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    for finished in ((), ("metrics.json",)):
+        left("config.json", "environment.json", *finished, eval=tiny_data)
+        shutil.copytree(tiny_model_dir, tmp_path / "elsewhere/model", dirs_exist_ok=True)
+        shutil.copy(tiny_data, tmp_path / "elsewhere/data.jsonl")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        flags = {"model": "./model", "train": Path("data.jsonl"), "eval": Path("../elsewhere/data.jsonl")}
+        flags["image_root"] = tiny_data.parent / "images"
+        assert claim(settings_for(resume="auto", **flags)) == (FINISHED if finished else STARTED)
+        with pytest.raises(InputError, match=r"--resume: --eval was .*train\.jsonl in .*, now it is None$"):
+            claim(settings_for(resume="auto", **flags | {"eval": None}))
+        (tmp_path / "elsewhere/model/config.json").write_text("{}")
+        with pytest.raises(InputError, match=r"--resume: --model ./model has changed since the run began"):
+            claim(settings_for(resume="auto", **flags))
+
+
+def test_a_model_of_the_hub_is_known_by_its_name(settings_for: MAKE, left: Callable[..., Path], tmp_path: Path) -> None:
+    left("config.json", "environment.json", model="owner/name")
+    assert claim(settings_for(resume="auto", model="owner/name")) == STARTED
+    with pytest.raises(InputError, match=r"--resume: --model was owner/name in .*, now it is owner/another"):
+        claim(settings_for(resume="auto", model="owner/another"))
+
+
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 def test_a_file_that_no_run_writes_is_named(name: str, settings_for: MAKE, left: Callable[..., Path]) -> None:
     folder = left("config.json", "environment.json")
@@ -237,7 +263,8 @@ def test_what_is_not_there_yet_is_empty(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert not run.is_run
     assert not run.is_finished
-    assert run.settings == run.environment == run.metrics == run.lengths == run.published == run.image_sizes == {}
+    assert run.settings == run.environment == run.metrics == run.lengths == run.published == run.images == {}
+    assert run.warnings == []
     assert run.log == run.predictions == []
 
 

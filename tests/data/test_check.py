@@ -18,9 +18,9 @@ from rich.console import Console
 from phi3v.base.errors import InputError
 from phi3v.base.ranks import Ranks
 from phi3v.data import check as room
-from phi3v.data.check import check, check_lines, render
+from phi3v.data.check import check, check_lines, overlap, render
 from phi3v.data.encode import encode
-from phi3v.data.image import EXIF_ORIENTATION
+from phi3v.data.image import EXIF_ORIENTATION, ImageRules
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.data.statistics import Findings
@@ -198,9 +198,71 @@ def test_what_a_viewer_would_show_otherwise(data: Path, processor: Phi3VProcesso
     data.write_text("\n".join(line(number, images=(name,)) for number, name in enumerate([*shown, "turned.jpg"])))
     findings = check(data, None, processor)
     assert findings.ok
+    assert len(findings.odd_lines) == 8
     rotated, animated = findings.warnings
     assert f"{data}: 3 image files with an EXIF orientation (such as turned.jpg)" in rotated
     assert f"{data}: 4 image files with several frames or pages (such as moves.gif)" in animated
+
+
+def test_images_that_lose_their_content_are_named_with_the_share_and_the_remedy(
+    data: Path, processor: Phi3VProcessor
+) -> None:
+    images = data.parent / "images"
+    Image.new("RGBA", (20, 10), (9, 9, 9, 255)).save(images / "opaque.png")
+    for name, opaque in {"logo.png": 5, "icon.png": 10}.items():
+        image = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+        image.paste((0, 0, 0, 255), (0, 0, 20, opaque))
+        image.save(images / name)
+    Image.fromarray(np.linspace(1000, 4000, 200).reshape(10, 20).astype(np.uint16)).save(images / "ct.png")
+    shown = ("opaque.png", "logo.png", "icon.png", "ct.png", "a.png")
+    data.write_text("\n".join(line(number, images=(name,)) for number, name in enumerate(shown)))
+    findings = check(data, None, processor)
+    assert findings.odd_lines == (1, 3)
+    assert findings.warnings == (
+        f"{data}: 1 image file with values outside 0..255 (such as ct.png, 100.00% of its pixels): "
+        "they are clipped: --image-colors visible scales them",
+        f"{data}: 1 image file with transparency (such as logo.png, 50.00% of its pixels): "
+        "it is dropped: --image-colors visible lays them on white",
+    )
+    (detail,) = check_lines(data, None, processor, {3})
+    assert list(detail.about_images) == [findings.warnings[0].removeprefix(f"{data}: ")]
+    assert check(data, rules=ImageRules(image_colors="visible")).warnings == ()
+
+
+def test_sizes_are_those_of_images_made_upright(data: Path, tiny_processor_dir: Path) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.new("RGB", (900, 300)).save(data.parent / "images" / "turned.jpg", exif=exif)
+    data.write_text(line(1, images=("turned.jpg",)))
+    for orientation in ("ignore", "apply"):
+        upright = Phi3VProcessor.from_pretrained(tiny_processor_dir, 4, orientation)  # type: ignore[arg-type]
+        findings, encoded = check(data, None, upright), encode(read_jsonl(data)[0], upright)
+        assert encoded.image_sizes == ((336, 1008) if orientation == "ignore" else (1008, 336),)
+        assert findings.tokens is not None
+        assert findings.tokens.max == encoded.tokens, "and nothing is taken from the other check"
+        assert bool(findings.warnings) == (orientation == "ignore")
+
+
+def test_what_two_files_share_is_counted(data: Path, processor: Phi3VProcessor) -> None:
+    images, rng = data.parent / "images", np.random.default_rng(0)
+    for name in ("one.png", "two.png", "three.png"):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((40, 30), Image.Resampling.BICUBIC).save(images / name)
+    (images / "copy.png").write_bytes((images / "one.png").read_bytes())
+    Image.open(images / "two.png").save(images / "two.jpg")
+    data.write_text("\n".join([line(1, "what", images=("one.png",)), line(2, images=("two.png",)), line(3, "why")]))
+    val = data.with_name("val.jsonl")
+    shown = [line(7, "what", images=("copy.png",)), line(8, "what", "blue", images=("copy.png",)), line(9, "why")]
+    val.write_text("\n".join([*shown, line(10, images=("two.jpg",)), line(11, images=("three.png",))]))
+    for _ in range(2):  # checked, and found checked
+        trained, asked = check(data, None, processor), check(val, None, processor)
+        assert overlap(asked, trained) == [
+            f"{val}: 2 of 5 examples are also in {data}",
+            f"{val}: 1 of 3 image files (such as {images / 'copy.png'}): {data} shows the same file",
+            f"{val}: 1 of 3 image files (such as {images / 'two.jpg'}): {data} shows nearly the same image",
+        ]
+    val.write_text(line(11, "which", images=("three.png",)))
+    assert overlap(check(val, None, processor), trained) == []
 
 
 def test_absurdly_large_images(data: Path, processor: Phi3VProcessor) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
+import re
+import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +49,9 @@ def written(out: Path, name: str = "train") -> list[dict[str, Any]]:
 
 def turns(out: Path) -> list[list[tuple[Any, ...]]]:
     return [[(*t["images"], t["user"], t["assistant"]) for t in line["conversations"]] for line in written(out)]
+
+
+SPLITS = ("train", "val")
 
 
 def left_out(out: Path) -> list[str]:
@@ -548,6 +557,47 @@ def test_splits_share_no_image(source: Path) -> None:
     assert [line["id"] for line in sides[0]] == sorted(line["id"] for line in sides[0]), "the order is the source's"
 
 
+def test_copies_of_an_image_stay_on_one_side_and_nearly_equal_ones_are_named(source: Path, capsys) -> None:
+    pictures, rng = source / "pictures", np.random.default_rng(0)
+    for k in range(8):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((40, 30), Image.Resampling.BICUBIC).save(pictures / f"{k}.png")
+        (pictures / f"copy-{k}.png").write_bytes((pictures / f"{k}.png").read_bytes())
+        if k < 2:
+            Image.open(pictures / f"{k}.png").save(pictures / f"{k}.jpg", quality=80)
+    records = [
+        {"image": f"pictures/{path.name}", "conversations": say(f"{path.name}?", "x")}
+        for path in sorted(pictures.glob("*[0-9].*"))
+    ]
+    warned = set()
+    for seed in range(4):
+        out = converted(source, records, val_fraction=0.25, seed=seed)
+        train, val = ({line["conversations"][0]["images"][0] for line in written(out, name)} for name in SPLITS)
+        assert (len(train), len(val)) == (14, 4)
+        contents = [{(out / "images" / image).read_bytes() for image in side} for side in (train, val)]
+        assert not contents[0] & contents[1]
+        apart = any((f"pictures/{k}.png" in val) != (f"pictures/{k}.jpg" in val) for k in range(2))
+        assert ("look nearly like one of train.jsonl" in " ".join(capsys.readouterr().out.split())) == apart
+        warned.add(apart)
+        shutil.rmtree(out)
+    assert warned == {False, True}
+
+
+def test_every_class_has_examples_to_train_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, number in {"common": 16, "rare": 4, "single": 1}.items():
+        (tmp_path / "source" / name).mkdir(parents=True)
+        for k in range(number):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            image.save(tmp_path / "source" / name / f"{k}.png")
+    for seed in range(4):
+        out = tmp_path / f"out{seed}"
+        convert("imagefolder", tmp_path / "source", out=out, val_fraction=0.5, seed=seed, progress=False)
+        sides = [Counter(line["conversations"][0]["assistant"] for line in written(out, name)) for name in SPLITS]
+        assert sides[0] == {"common": 8, "rare": 2, "single": 1}
+        assert sides[1] == {"common": 8, "rare": 2}
+
+
 @pytest.mark.parametrize(
     ("format", "flags", "message"),
     [
@@ -590,6 +640,44 @@ def test_nothing_is_written_over(source: Path) -> None:
     with pytest.raises(InputError, match=r"out is not empty: choose another folder, or remove it"):
         converted(source, [GOOD, GOOD])
     assert (out / "train.jsonl").read_bytes() == before
+
+
+def test_a_second_process_waits_and_replaces_nothing_nor_is_the_current_folder_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, second, log = room.DatasetWriter.put_image, [], tmp_path / "said"
+
+    def while_another_comes(self: Any, name: str, content: Any) -> str:
+        if not second and not (process := os.fork()):  # a lock does not bind the process that holds it
+            try:
+                with open(log, "w") as stream, contextlib.redirect_stdout(stream):
+                    converted(source, [{**GOOD, "id": "another"}])
+            except InputError as error:
+                log.with_suffix(".error").write_text(str(error))
+            finally:
+                os._exit(0)
+        if not second:
+            second.append(process)
+            for _ in range(6000):
+                if log.exists() and "waiting for another process that writes" in log.read_text():
+                    break
+                time.sleep(0.01)
+        return put(self, name, content)
+
+    monkeypatch.setattr(room.DatasetWriter, "put_image", while_another_comes)
+    monkeypatch.setattr("phi3v.data.convert.forked_map", lambda function, items, *unused, **also: map(function, items))
+    out = converted(source, [GOOD])
+    before = (out / "train.jsonl").read_bytes()
+    os.waitpid(second[0], 0)
+    assert log.with_suffix(".error").read_text().startswith(f"{out} is not empty: choose another folder")
+    assert (out / "train.jsonl").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "said", "said.error"}
+    monkeypatch.setattr(room.DatasetWriter, "put_image", put)
+    (tmp_path / "here/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/below")
+    for place in (".", ".."):
+        with pytest.raises(InputError, match=rf"^{re.escape(place)} is the current folder, or holds it"):
+            convert("llava", source / "data.json", out=Path(place), progress=False)
 
 
 def test_a_copy_where_no_link_can_be(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

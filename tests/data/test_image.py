@@ -5,19 +5,24 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from phi3v.base.errors import InputError
 from phi3v.data.image import (
     CROP,
     EXIF_ORIENTATION,
+    LOOK,
+    ImageInfo,
+    ImageRules,
     colors,
     global_view,
     hd_padding,
@@ -215,18 +220,107 @@ def test_the_picture_of_a_file(tmp_path: Path) -> None:
     for orientation, rotated in ((1, False), (6, True), (8, True), (9, False), (0, False)):
         exif[EXIF_ORIENTATION] = orientation
         wide.save(tmp_path / "a.jpg", exif=exif)
-        assert read_info(tmp_path / "a.jpg") == ((30, 20), rotated, False)
+        assert (info := read_info(tmp_path / "a.jpg"))[:3] == ((30, 20), orientation if rotated else 0, False)
+        assert bool(info.orientation) == rotated
     exif[EXIF_ORIENTATION] = 6
     wide.save(tmp_path / "a.tif", exif=exif)  # the one format that Pillow turns itself
-    assert read_info(tmp_path / "a.tif") == ((20, 30), False, False)
+    assert read_info(tmp_path / "a.tif")[:3] == ((20, 30), 0, False)
     assert read_size(tmp_path / "a.tif") == load_image(tmp_path / "a.tif").size == (20, 30)
     wide.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (30, 20), "red")])
-    assert read_info(tmp_path / "a.gif") == ((30, 20), False, True)
+    assert read_info(tmp_path / "a.gif")[:3] == ((30, 20), 0, True)
     assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (0, 0, 0)
     whole = (tmp_path / "a.gif").read_bytes()
     for end in range(len(whole) - 60, len(whole)):  # damage in the second frame, which nobody looks at
         (tmp_path / "a.gif").write_bytes(whole[:end])
         assert read_info(tmp_path / "a.gif").size == load_image(tmp_path / "a.gif").size == (30, 20)
+
+
+UPRIGHT = ImageRules(exif_orientation="apply")
+VISIBLE = ImageRules(image_colors="visible")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_orientation_is_applied_when_asked_and_the_header_says_the_size(format: str, tmp_path: Path) -> None:
+    wide = Image.new("RGB", (32, 16), "white")
+    wide.paste("red", (0, 0, 16, 16))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        wide.save(tmp_path / "a", format, exif=exif, **({"quality": 100} if format in ("JPEG", "WEBP") else {}))
+        with Image.open(tmp_path / "a") as image:
+            expected = ImageOps.exif_transpose(image).convert("RGB")
+        found = load_image(tmp_path / "a", UPRIGHT)
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
+        assert read_size(tmp_path / "a", UPRIGHT) == read_info(tmp_path / "a").seen(UPRIGHT) == found.size
+
+
+def drawing(strokes: Any, ground: Any, mode: str) -> Image.Image:
+    image = Image.new(mode, (20, 10), ground)
+    image.paste(strokes, (5, 5, 15, 6))
+    return image
+
+
+BLANK = {
+    "16 bits": Image.fromarray(np.linspace(1000, 60000, 200).reshape(10, 20).astype(np.uint16)),
+    "32 bits": Image.fromarray(np.linspace(-70000, -300, 200).reshape(10, 20).astype(np.int32)),
+    "float": Image.fromarray(np.linspace(0, 1, 200).reshape(10, 20).astype(np.float32)),
+    "black on nothing": drawing((0, 0, 0, 255), (0, 0, 0, 0), "RGBA"),
+    "white on nothing": drawing((255, 255, 255, 255), (255, 255, 255, 0), "RGBA"),
+    "grey and alpha": drawing((0, 255), (0, 0), "LA"),
+}
+
+
+@pytest.mark.parametrize("kind", BLANK)
+def test_what_the_published_rules_lose_is_measured_and_the_others_show_it(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.tif" if BLANK[kind].mode in ("I", "F") else "a.png")
+    BLANK[kind].save(path)
+    info = read_info(path)
+    assert info.clipped + info.transparent == 1
+    assert (info.transparent == 1) == (BLANK[kind].mode in ("LA", "RGBA"))
+    assert load_image(path).convert("L").getextrema() in [(0, 0), (255, 255), (0, 1)]
+    assert load_image(path, VISIBLE).convert("L").getextrema() == (0, 255)
+    shades = np.asarray(load_image(path, VISIBLE).convert("L"), dtype=int).flatten()
+    assert kind.endswith(("nothing", "alpha")) or (np.diff(shades) >= 0).all(), "scaled, in the same order"
+
+
+def test_the_share_that_is_lost() -> None:
+    values = np.full((10, 10), 200, np.uint16)
+    values[:3] = 300
+    assert image_info(Image.fromarray(values)).clipped == 0.3
+    assert image_info(Image.fromarray(np.full((10, 10), 70000, np.int32))).clipped == 1, "one color in the file as well"
+    icon = Image.new("RGBA", (10, 10), (255, 0, 0, 255))
+    icon.paste((0, 0, 0, 0), (0, 0, 10, 4))
+    assert image_info(icon).transparent == 0.4
+
+
+def image_info(image: Image.Image) -> ImageInfo:
+    with tempfile.TemporaryDirectory() as folder:
+        image.save(path := Path(folder) / "a.tif", "TIFF")
+        return read_info(path)
+
+
+def test_what_loses_nothing_is_the_same_under_all_rules() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (10, 20, 4), dtype=np.uint8)
+    opaque = noise.copy()
+    opaque[..., 3] = 255
+    for image in (Image.fromarray(noise[..., :3]), Image.fromarray(opaque), Image.fromarray(noise[..., 0] * 1.0)):
+        assert np.array_equal(np.asarray(load_image(image)), np.asarray(load_image(image, VISIBLE)))
+
+
+def test_the_look_of_an_image_survives_another_format_and_not_another_content(tmp_path: Path) -> None:
+    looks = []
+    for seed, name, size, options in (
+        (0, "a.png", (64, 48), {}),
+        (0, "a.jpg", (64, 48), {"quality": 70}),
+        (0, "large.png", (160, 120), {}),
+        (1, "b.png", (64, 48), {}),
+    ):
+        coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC).resize(size).save(tmp_path / name, **options)
+        looks.append(np.frombuffer(read_info(tmp_path / name).look, np.uint8).astype(int))
+        assert len(looks[-1]) == LOOK
+    distances = [abs(look - looks[0]).max() for look in looks]
+    assert max(distances[:3]) <= 2 < distances[3]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

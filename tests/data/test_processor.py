@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from phi3v.base.errors import InputError
+from phi3v.data.image import ImageRules
 from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, expand
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -224,6 +225,17 @@ def test_save_and_load_are_inverse(tiny_processor_dir: Path, tmp_path: Path) -> 
     changed.save_pretrained(tmp_path / "changed")
     assert json.loads((tmp_path / "changed" / "preprocessor_config.json").read_text()) == settings | {"num_crops": 16}
     assert Phi3VProcessor.from_pretrained(tmp_path / "changed").num_crops == 16
+    upright = Phi3VProcessor.from_pretrained(source, exif_orientation="apply")
+    upright.save_pretrained(tmp_path / "upright")
+    rules = {"exif_orientation": "apply"}
+    assert json.loads((tmp_path / "upright" / "preprocessor_config.json").read_text()) == settings | rules
+    again = Phi3VProcessor.from_pretrained(tmp_path / "upright", exif_orientation="ignore")
+    assert again.rules == ImageRules()
+    again.save_pretrained(tmp_path / "upright")
+    assert Phi3VProcessor.from_pretrained(tmp_path / "upright").rules == ImageRules()
+    (tmp_path / "upright" / "preprocessor_config.json").write_text('{"image_colors": "pale"}')
+    with pytest.raises(InputError, match=r"preprocessor_config.json: image_colors: must be published, visible, not"):
+        Phi3VProcessor.from_pretrained(tmp_path / "upright")
 
 
 def test_save_of_a_tokenizer_that_was_not_loaded_or_was_changed(tiny_processor_dir: Path, tmp_path: Path) -> None:

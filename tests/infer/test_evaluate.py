@@ -96,6 +96,25 @@ def test_results_go_beside_the_model_by_default(finished_run: Path, tiny_data: P
     assert "questions       4" in said
 
 
+def test_files_of_one_name_do_not_replace_each_others_answers(
+    scripted_model_dir: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(scripted_model_dir, model := tmp_path / "model")
+    lines = tiny_data.read_text().splitlines(keepends=True)
+    for name, some in {"a": lines[:3], "b": lines[3:5]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text("".join(some))
+    flags: dict = {"image_root": tiny_data.parent / "images", "max_new_tokens": 6, "loading": FP32, "progress": False}
+    for name in ("a", "b", "a", "b"):
+        evaluate(str(model), data=tmp_path / name / "test.jsonl", **flags)
+    first, second = sorted((model / "evaluation").iterdir())
+    assert (first.name, second.name[:5], len(second.name)) == ("test", "test-", 13)
+    assert [len(records(folder)) for folder in (first, second)] == [3, 2]
+    with pytest.raises(InputError, match=r"--out .*test holds the answers to another file: choose another folder"):
+        evaluate(str(model), data=tmp_path / "b/test.jsonl", out=first, **flags)
+    evaluate(str(model), data=tmp_path / "a/test.jsonl", out=first, **flags)
+
+
 def test_a_run_is_not_written_over(finished_run: Path, tiny_data: Path) -> None:
     before = (finished_run / "metrics.json").read_bytes()
     with pytest.raises(InputError, match=r"--out .*finished holds a run or a model: choose another folder"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -250,12 +251,20 @@ def test_a_file_is_never_made_in_two_ways(
     ):
         with pytest.raises(InputError, match=message):
             predict(str(scripted_model_dir), data, out=out, **{"limit": 2, **FLAGS, **changed})
-    with pytest.raises(InputError, match=r"MODEL was .*scripted_model.*, now .*tiny_model"):
+    with pytest.raises(InputError, match=r"out\.jsonl was begun otherwise: the model has changed since; choose"):
         predict(str(tiny_model_dir), data, out=out, limit=2, **FLAGS)
     data.write_bytes(data.read_bytes() + b"\n")
     with pytest.raises(InputError, match="the data has changed since"):
         predict(str(scripted_model_dir), data, out=out, limit=2, **FLAGS)
     assert out.read_bytes() == before
+
+
+def test_a_model_goes_on_under_another_name(scripted_model_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(scripted_model_dir, tmp_path / "moved")
+    out = predict(str(scripted_model_dir), tiny_data, out=tmp_path / "out.jsonl", **FLAGS)
+    assert predict(str(tmp_path / "moved"), tiny_data, out=out, **FLAGS) == out
+    with pytest.raises(InputError, match=r"--out .* is a folder: name a file"):
+        predict(str(scripted_model_dir), tiny_data, out=tmp_path, **FLAGS)
 
 
 def test_other_files_are_left_alone(scripted_model_dir: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -87,11 +87,18 @@ def test_a_run_that_stopped_at_an_image_goes_on_without_it(night: Any, data: Pat
     assert [entry["step"] for entry in _log(run) if entry["kind"] == "step"] == [*range(1, 11)]
 
 
-def test_an_image_of_another_size_does_not_change_the_steps(night: Any, data: Path, tmp_path: Path) -> None:
+def test_an_image_that_has_changed_ends_the_run_and_does_not_change_its_steps(
+    night: Any, data: Path, tmp_path: Path
+) -> None:
     run, blue = tmp_path / "run", data.with_name("images") / "blue.png"
     flags = {"train": data, "eval": data.with_name("eval.jsonl"), "num_crops": 4}
     assert night.run(run, ["when", STEP, [5], "die"], **flags)[0] == -9
     Image.new("RGB", (400, 100)).save(blue)
+    status, said = night.run(run, resume="auto", **flags)
+    assert status == 2
+    assert f"--resume: 1 image changed since the run began, such as {blue}" in said.splitlines()[-1]
+    sizes = {name: entry[:2] for name, entry in json.loads((run / "images.json").read_text()).items()}
+    (run / "images.json").write_text(json.dumps(sizes))  # as an earlier version wrote it
     status, said = night.run(run, resume="auto", **flags)
     assert status == 2
     assert f"{blue}: now (336, 1344) pixels padded, it was (672, 672) when the data was read" in said.splitlines()[-1]

@@ -148,7 +148,7 @@ def test_an_empty_pack_keeps_every_shape_and_type(fabricate):
 
 def test_a_page_is_read_once_even_where_its_tree_is_cut(fabricate, images, monkeypatch):
     read = []
-    monkeypatch.setattr("phi3v.packing.pack.load_image", lambda path: read.append(path) or load_image(path))
+    monkeypatch.setattr("phi3v.packing.pack.load_image", lambda path, rules: read.append(path) or load_image(path))
     encoded = [fabricate(3, images["square"], 5, -2, id=str(seed), seed=seed) for seed in range(4)]
     trees = [tree_of(0, 1), tree_of(2, long=True), tree_of(3)]
     pack = make_pack(trees, encoded, **SETTINGS)
@@ -305,7 +305,7 @@ def test_all_branches_of_a_tree_are_lost_with_its_image(fabricate, images, tmp_p
     ]
     os.unlink(path)
     read = []
-    monkeypatch.setattr("phi3v.packing.pack.load_image", lambda path: read.append(path) or load_image(path))
+    monkeypatch.setattr("phi3v.packing.pack.load_image", lambda path, rules: read.append(path) or load_image(path))
     trees = [tree_of(0, 1, weights=[0.5, 0.25]), tree_of(2, weights=[0.125]), tree_of(3), tree_of(4)]
     pack = make_pack(trees, encoded, **SETTINGS, on_bad_example="skip")
     check(pack, [trees[1], trees[3]], encoded)

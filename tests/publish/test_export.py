@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,26 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
+from phi3v.base.config import Run
 from phi3v.base.errors import InputError
+from phi3v.base.runfolder import RunFolder
+from phi3v.data.encode import Turn
+from phi3v.data.image import EXIF_ORIENTATION, ImageRules
 from phi3v.data.processor import Phi3VProcessor
+from phi3v.infer.answering import Answerer, Loading
 from phi3v.infer.predict import predict
+from phi3v.infer.stream import Sampling
 from phi3v.model.loading import load_model, save_model
 from phi3v.model.parts import add_lora
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.publish import export as room
 from phi3v.publish.export import carry, export
 from phi3v.publish.merge import merge
+from phi3v.train.loop import train
 
 DOCS = Path(__file__).parents[2] / "docs"
 HUB_NAME = "microsoft/Phi-3.5-vision-instruct"
@@ -108,6 +117,36 @@ def test_num_crops_are_those_of_the_run(lora_run: Path, tmp_path: Path, capsys) 
     out = export(str(run), out=tmp_path / "out")
     assert json.loads((out / "preprocessor_config.json").read_text())["num_crops"] == 2
     assert "images are cut into at most 2 crops" in capsys.readouterr().out
+
+
+def test_rules_for_images_are_the_same_in_training_answers_and_export(
+    settings_for: Callable[..., Run], tiny_data: Path, tmp_path: Path
+) -> None:
+    """A turned image has another number of tokens: the run would end if any part of it saw the image otherwise."""
+    shutil.copytree(tiny_data.parent, tmp_path / "data")
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.new("RGB", (900, 300), "red").save(tmp_path / "data/images/red.png", exif=exif)
+    data = tmp_path / "data/train.jsonl"
+    flags = {"train": data, "eval": data, "num_crops": 4, "score": "both", "labels": ("yes", "no")}
+    flags |= {"lora": True, "max_steps": 2}
+    run = settings_for(**flags, exif_orientation="apply", image_colors="visible")
+    train(run)
+    rules = ImageRules(exif_orientation="apply", image_colors="visible")
+    answerer = Answerer.load(run.keeping.out)
+    assert answerer.reading.rules == answerer.processor.rules == rules
+    red = str(data.parent / "images/red.png")
+    assert RunFolder(run.keeping.out).images["red.png"][:2] == [1008, 336]
+    inputs = answerer.processor("<|image_1|>", [red])
+    assert inputs["image_sizes"].tolist() == [[1008, 336]]
+    assert list(answerer.stream((Turn(user="what is it", images=(red,)),), Sampling(max_new_tokens=1)))
+    out = export(str(run.keeping.out), out=tmp_path / "exported")
+    assert AutoProcessor.from_pretrained(out).rules == rules
+    card = (out / "README.md").read_text()
+    assert "turned as their EXIF orientation says" in card
+    assert "laid on white" in card
+    published = Answerer.load(out, Loading(exif_orientation="ignore", image_colors="published"))
+    assert published.reading.rules == ImageRules()
 
 
 def test_a_run_of_an_earlier_version_is_exported(old_run: Path, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_text_of_a_model_stays_text(report_page: Path, opened: Open) -> None:
     page = opened(report_page)
     page.get_by_label("Search").fill("hostile")
     card = page.locator("button.entry")
-    assert card.locator(".asked").text_content() == f"hostile {ATTACK}"
+    assert card.locator(".asked").text_content() == f"hostile {ATTACK}"  # inner_text is "" until the card is painted
     card.click()
     assert page.locator("dialog .turn p").inner_text() == f"hostile {ATTACK}"
     assert page.locator("img[src=x]").count() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,17 @@ from safetensors.torch import load_file
 
 from phi3v.base.config import Run
 from phi3v.base.errors import InputError
+from phi3v.infer.answering import Loading
+from phi3v.infer.chat import chat
+from phi3v.infer.demo import load_speakers
+from phi3v.infer.evaluate import evaluate
+from phi3v.infer.predict import predict
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.loading import load_model, save_model
 from phi3v.model.parts import add_lora
 from phi3v.model.quantization import Quantization, quantize
 from phi3v.publish import merge as room
+from phi3v.publish.export import export
 from phi3v.publish.merge import merge
 from phi3v.train.loop import train
 
@@ -147,9 +155,6 @@ def test_a_merge_that_changed_the_model_is_not_written(lora_run: Path, tmp_path:
 
 
 def test_an_adapter_whose_base_is_gone_says_so(lora_run: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     folder = tmp_path / "adapter"
     shutil.copytree(lora_run / "final", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -157,6 +162,36 @@ def test_an_adapter_whose_base_is_gone_says_so(lora_run: Path, tmp_path: Path) -
         json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
     )
     with pytest.raises(
-        InputError, match=r"adapter: the adapter's base model cannot be loaded: .*gone: no such model folder"
+        InputError,
+        match=r"adapter: the adapter's base model cannot be loaded: .*gone: no such model folder \(--base DIR\)",
     ):
         merge(str(folder), out=tmp_path / "merged")
+
+
+def test_a_base_that_has_moved_is_named_and_another_is_refused(
+    lora_run: Path, tiny_model_dir: Path, tiny_data: Path, changed_model, tmp_path: Path
+) -> None:
+    """By every command that loads an adapter."""
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    shutil.copytree(tiny_model_dir, moved := tmp_path / "moved")
+    file = run / "final/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "gone")}))
+    other = str(changed_model(tensors={"lm_head.weight": torch.zeros(432, 32)}))
+    loading = {base: Loading(base=base) for base in (str(moved), other)}
+    commands = {
+        "merge": lambda base, out: merge(str(run), out=out, base=base),
+        "export": lambda base, out: export(str(run), out=out, base=base),
+        "evaluate": lambda base, out: evaluate(str(run), data=tiny_data, out=out, limit=1, loading=loading[base]),
+        "predict": lambda base, out: predict(str(run), tiny_data, out=out, limit=1, loading=loading[base]),
+        "chat": lambda base, out: chat(str(run), "what", max_new_tokens=1, loading=loading[base]),
+        "demo": lambda base, out: load_speakers(str(run), "base", loading[base]),
+    }
+    for name, command in commands.items():
+        command(str(moved), tmp_path / name)
+        with pytest.raises(InputError, match=r"--base .*changed_model is not the model that .*run was trained on"):
+            command(other, tmp_path / f"{name} with another")
+    merged, expected = merge(str(lora_run), out=tmp_path / "expected"), tmp_path / "merge"
+    assert (merged / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"--base .*moved has no effect: .*merge is no adapter"):
+        evaluate(str(tmp_path / "merge"), data=tiny_data, out=tmp_path / "whole", loading=loading[str(moved)])

@@ -235,6 +235,42 @@ def test_pictures_that_have_moved_are_found_through_the_data(run: Path, tmp_path
     assert report(run, data=data).gallery == moved
 
 
+def test_what_has_vanished_is_named_and_kept_as_the_page_had_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(run / "predictions.jsonl", [conversation(tmp_path / "data")])
+    before = report(run).gallery
+    assert capsys.readouterr().out == ""
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    for _ in range(2):  # what the page keeps is kept by the next one, too
+        kept = report(run).gallery
+        assert kept["images"] == before["images"] != [None]
+        assert kept["entries"][0]["turns"] == before["entries"][0]["turns"]
+        said = capsys.readouterr().out.replace("\n", " ")
+        assert f"1 image cannot be found, such as {tmp_path / 'data/images/red.png'}; the page keeps 1 of them" in said
+        assert f"{tmp_path / 'data/test.jsonl'} cannot be found: earlier turns may be missing (--data)" in said
+    report(run, out=tmp_path / "another.html")
+    assert "the page keeps 0 of them" in capsys.readouterr().out.replace("\n", " ")
+    report(run, data=tmp_path / "elsewhere/test.jsonl")
+    assert capsys.readouterr().out == ""
+
+
+def test_images_are_shown_as_the_model_saw_them(run: Path, picture: Path) -> None:
+    logo = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (9, 9, 50, 20))
+    logo.save(picture)
+    blank = report(run).gallery["images"]
+    (run / "config.json").write_text(json.dumps({"base": {"image_colors": "visible", "exif_orientation": None}}))
+    assert report(run).gallery["images"] != blank
+
+
+def test_warnings_about_the_data_are_shown(run: Path) -> None:
+    (run / "warnings.json").write_text(json.dumps({"data": ["9 of 10 examples are also in <train>"]}))
+    page = report(run)
+    assert "Warnings about the data" in page.text
+    assert "9 of 10 examples are also in <train>" in page.text
+
+
 def test_data_that_has_changed_is_not_taken_for_what_was_asked(run: Path, tmp_path: Path) -> None:
     line = conversation(tmp_path / "data")
     write_lines(run / "predictions.jsonl", [{**line, "user": "another question?"}])

@@ -97,6 +97,27 @@ def test_the_first_problem_of_either_file_is_named_with_the_number_of_others(
             data_of(run, check_first=True)
 
 
+def test_what_is_odd_in_the_data_is_printed_and_kept(
+    settings_for: MAKE, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data.parent, tmp_path / "data")
+    train, val = tmp_path / "data/train.jsonl", tmp_path / "data/val.jsonl"
+    lines = train.read_text().splitlines()
+    train.write_text("\n".join(line.replace('{"id"', '{"license": "MIT", "id"') for line in lines))
+    val.write_text("\n".join(lines[:3]))
+    for _ in range(2):  # checked, and found checked
+        data = data_of(settings_for(train=train, eval=val), check_first=True)
+        assert data.warnings == [
+            f"{train}:1: unknown key 'license' is ignored (and 13 more lines)",
+            f"{val}: 3 of 3 examples are also in {train}",
+            f"{val}: 1 of 1 image file (such as {train.parent / 'images/red.png'}): {train} shows the same file",
+        ]
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(f"warning {warning}" in said for warning in data.warnings)
+        assert data.contents.keys() == data.image_sizes.keys()
+    assert data_of(settings_for(train=train, eval=val)).warnings == []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Two(Ranks):
     """One of two ranks; the other's items are given."""

@@ -69,6 +69,7 @@ def test_the_run_folder_holds_everything(finished_run: Path) -> None:
             "images.json",
             "lengths.json",
             "log.jsonl",
+            "warnings.json",
             "checkpoints",
             "final",
             ".lock",
@@ -431,6 +432,35 @@ def test_a_run_that_was_killed_goes_on_bitwise(
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
+def test_a_run_goes_on_where_its_data_and_model_have_moved_to_and_knows_their_images(
+    settings_for: MAKE, tiny_data: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    flags: dict[str, Any] = {"max_steps": 4, "save_every_steps": 1}
+    whole = settings_for(out=tmp_path / "whole", **flags)
+    train(whole)
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(tiny_data.parent, old / "data")
+    shutil.copytree(tiny_model_dir, old / "model")
+    killed = settings_for(model=old / "model", train=old / "data/train.jsonl", out=old / "run", **flags)
+    train_until(killed, 3, monkeypatch)
+    old.rename(new)
+    monkeypatch.chdir(new)
+    moved = {"model": "model", "train": Path("data/train.jsonl"), "out": Path("run"), "resume": "auto", **flags}
+    before = (new / "data/images/red.png").read_bytes()
+    Image.new("RGB", (48, 40), "purple").save(new / "data/images/red.png")
+    with pytest.raises(InputError, match=r"--resume: 1 image changed since the run began, such as .*red\.png;"):
+        train(settings_for(**moved))
+    monkeypatch.setattr(room, "learn", lambda job: None)
+    monkeypatch.setattr(room, "finish", lambda job: {})
+    assert train(settings_for(**moved, on_bad_example="skip")) == {}
+    assert "1 image changed since the run began" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.undo()
+    monkeypatch.chdir(new)
+    (new / "data/images/red.png").write_bytes(before)  # the bytes count, not when they were written
+    assert train(settings_for(**moved)) == json.loads((whole.keeping.out / "metrics.json").read_text())
+    assert same(weights(new / "run"), weights(tmp_path / "whole"))
+
+
 def test_with_other_dropout_it_would_not(dropping: MAKE, tmp_path: Path, log_of: LOG, monkeypatch) -> None:
     """The test above can fail: dropout matters, and it is the seed of the step that brings it back."""
     train(dropping(out=tmp_path / "whole", max_steps=4))
@@ -656,7 +686,8 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_last_checkpoint(settings_for:
         with pytest.raises(InputError, match=r"cannot write .*final: .*No space left"):
             train(run := settings_for(max_steps=2))
     assert {file.name for file in run.keeping.out.iterdir()} == {
-        *("config.json", "environment.json", "images.json", "lengths.json", "log.jsonl", "checkpoints", ".lock")
+        *("config.json", "environment.json", "images.json", "lengths.json", "warnings.json"),
+        *("log.jsonl", "checkpoints", ".lock"),
     }
     train(settings_for(max_steps=2, resume="auto"))
     assert (run.keeping.out / "final").is_dir()

@@ -29,6 +29,8 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 Metric = Literal["exact_match", "anls", "anls_official", "vqa_accuracy", "rouge_l", "bleu", "chrf"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
+Orientation = Literal["ignore", "apply"]
+Colors = Literal["published", "visible"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,14 @@ class Base:
     num_crops: Count | None = None
     """Largest number of tiles an image is cut into, not counting its global view: 16 suits single images, 4 several
     frames. Default: the checkpoint's own."""
+
+    exif_orientation: Orientation | None = None
+    """ignore: images are seen as they are stored. apply: they are turned as their EXIF orientation says. The model
+    keeps it for evaluation, chat, demo and export. Default: the checkpoint's own; the published ones ignore it."""
+
+    image_colors: Colors | None = None
+    """published: values outside 0..255 are clipped and transparency is dropped. visible: such values are scaled to
+    0..255, and transparent images laid on white. Kept as `--exif-orientation`. Default: the checkpoint's own."""
 
     attention: Attention = "auto"
     """Attention backend; all compute the same function. auto: flash_attention_2 (PyTorch's own kernel) on CUDA in bf16

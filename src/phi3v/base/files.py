@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import platform
 import shutil
@@ -19,20 +20,27 @@ from phi3v.base.errors import InputError
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, *, new: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` once its block is done and its files are on disk; or nothing at all.
 
-    An existing `target` is replaced. Raises InputError when writing fails, a full disk for one; `target` then is as
-    it was before.
+    An existing `target` is replaced; with `new` it must be empty. Waits for another process that writes it. Raises
+    InputError when writing fails, on a full disk for instance; `target` then is as it was before.
     """
-    temporary = begin(target)
-    try:
-        with disk_errors(target):
-            yield temporary
-        finish(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    if Path.cwd().is_relative_to(target.resolve()):  # to the shell that stands there, it would vanish
+        raise InputError(f"{target} is the current folder, or holds it: choose another folder")
+    make_folder(target.parent)
+    lock = target.with_name(f".{target.name}.writing")
+    with locked(lock, f"waiting for another process that writes {target}", wait=True):
+        try:
+            if new and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+                raise InputError(f"{target} is not empty: choose another folder, or remove it")
+            temporary = begin(target)
+            with disk_errors(target):
+                yield temporary
+            finish(temporary, target)
+        finally:
+            shutil.rmtree(target.with_name(f".{target.name}.unfinished"), ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def begin(target: Path) -> Path:
@@ -91,6 +99,10 @@ def locked(file: Path, message: str, *, wait: bool = False) -> Iterator[str]:
                 raise InputError(message) from error
             say(escape(message))
             fcntl.lockf(stream, fcntl.LOCK_EX)
+        if not os.fstat(stream.fileno()).st_nlink:  # its holder has removed it: now the name is another file's
+            with locked(file, message, wait=wait) as holder:
+                yield holder
+            return
         holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
         stream.truncate(0)
         stream.write(holder)
@@ -108,7 +120,7 @@ def make_folder(folder: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.unfinished")
+    temporary = file.parent / f".{file.name}.unfinished"
     try:
         temporary.write_text(text, encoding="utf-8")
         flush(temporary)
@@ -116,6 +128,12 @@ def write_text(file: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {file}: {error}") from error
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

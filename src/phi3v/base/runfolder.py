@@ -14,25 +14,28 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from phi3v.base.config import Run, run_of
 from phi3v.base.errors import InputError
-from phi3v.base.files import locked, make_folder, write_text
+from phi3v.base.files import file_digest, locked, make_folder, write_text
 from phi3v.base.jsonfile import convert, read_object
 
 LOCK = ".lock"
-BEFORE_IT_BEGAN = {"environment.json", "images.json", "lengths.json", "published.json"}
+BEFORE_IT_BEGAN = {"environment.json", "images.json", "lengths.json", "published.json", "warnings.json"}
 BEFORE_IT_BEGAN |= {LOCK, *(f".{name}.unfinished" for name in (*BEFORE_IT_BEGAN, "config.json"))}
 """All that a run leaves that was killed before it wrote config.json, which makes a folder a run folder."""
 
-# Settings that may differ between a run and its continuation: how the work is spread, what surrounds the loop, and what
-# happens when something goes wrong.
+# Settings that may differ between a run and its continuation: how the work is spread, what surrounds the loop, what
+# happens when something goes wrong, and where the images are, whose content is compared.
 FREE_GROUPS = ("scaling", "keeping")
-FREE_FLAGS = ("num_workers", "on_bad_example")
+FREE_FLAGS = ("num_workers", "on_bad_example", "image_root")
 
 
 State = Literal["new", "unfinished", "finished"]
+Image = Annotated[list[int], Meta(min_length=2, max_length=4)]
 
 
 class RunFolder:
@@ -94,9 +97,15 @@ class RunFolder:
         return self._read("trackers")
 
     @property
-    def image_sizes(self) -> dict[str, tuple[int, int]]:
-        """Padded (height, width) of every training image when the run began, by path."""
-        return convert(self._read("images"), dict[str, tuple[int, int]], str(self.path / "images.json"))
+    def images(self) -> dict[str, Image]:
+        """Every training image when the run began, by its path below the image root: padded height and width, digest
+        and fingerprint of the file (earlier versions kept whole paths, and only the size)."""
+        return convert(self._read("images"), dict[str, Image], str(self.path / "images.json"))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was odd in the data when the run began."""
+        return convert(self._read("warnings"), dict[str, list[str]], str(self.path / "warnings.json")).get("data", [])
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -107,6 +116,11 @@ class RunFolder:
     def predictions(self) -> list[dict[str, Any]]:
         """The answers of the final evaluation."""
         return read_lines(self.predictions_file)
+
+    def answers_another(self, digest: str) -> bool:
+        """Whether there are answers, and not to the data file with this SHA-256."""
+        known = (self.environment.get("data") or {}).get("eval")
+        return self.predictions_file.exists() and known != digest
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.path / f"{name}.json"
@@ -145,29 +159,30 @@ class RunFolder:
                 f"--out {path} holds an unfinished run: add --resume auto to continue it, or choose another folder"
             )
         self._check_same_settings(run)
-        if self.is_finished:
-            return "finished"
-        self._check_same_data(run)
-        return "unfinished"
+        return "finished" if self.is_finished else "unfinished"
 
     def _check_same_settings(self, run: Run) -> None:
-        """An exact continuation needs the same settings, except for those that are free."""
-        ours, theirs = run.to_dict(), self.config.to_dict()
+        """An exact continuation needs the same settings, except for those that are free; of files the same content."""
+        ours, theirs, now = run.to_dict(), self.config.to_dict(), digests(run)
+        place = f"{self.path / 'environment.json'}: data"
+        before = convert(self.environment.get("data") or {}, dict[str, str], place)
+        weights = [list(one.data.train_files.values()) for one in (self.config, run)]
+        if weights[0] != weights[1]:
+            raise InputError(
+                f"--resume: the weights of --train were {weights[0]} in {self.path}, now they are {weights[1]}"
+            )
         for group in ours:
             for name, value in ours[group].items():
                 free = name in FREE_FLAGS or (group in FREE_GROUPS and name != "seed")
-                if not free and theirs[group][name] != value:
+                known = {flag: digest for flag, digest in before.items() if flag.partition(" ")[0] == name}
+                if known.keys() == {flag for flag in now if flag.partition(" ")[0] == name} != set():
+                    if changed := [number for number, flag in enumerate(known) if known[flag] != now[flag]]:
+                        which = value if isinstance(value, str) else value[changed[0]]
+                        what = f"{which} has changed since the run began; start a new run with it"
+                        raise InputError(f"--resume: --{name} {what}")
+                elif not free and theirs[group][name] != value:
                     flag = name.replace("_", "-")
                     raise InputError(f"--resume: --{flag} was {theirs[group][name]} in {self.path}, now it is {value}")
-
-    def _check_same_data(self, run: Run) -> None:
-        place = f"{self.path / 'environment.json'}: data"
-        before = convert(self.environment.get("data") or {}, dict[str, str], place)
-        for flag, digest in digests(run).items():
-            if before.get(flag, digest) != digest:
-                name, _, number = flag.partition(" ")
-                path = getattr(run.data, name)[int(number or 1) - 1]
-                raise InputError(f"--resume: --{name} {path} has changed since the run began; start a new run with it")
 
     @contextmanager
     def locked(self) -> Iterator[str]:
@@ -215,11 +230,18 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def digests(run: Run) -> dict[str, str]:
-    """SHA-256 of the data files by flag: "train", "train 2" and so on for further ones, "eval"."""
+    """SHA-256 of what a run reads, by flag: "train", "train 2" and so on, "eval", ..., and "model" if that is a folder."""
     found = {}
     for flag, files in (("train", run.data.train_files), ("eval", run.data.eval_files.values())):
         for number, file in enumerate(files, start=1):
-            with open(file, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found[flag if number == 1 else f"{flag} {number}"] = digest
-    return found
+            if file.is_file():
+                found[flag if number == 1 else f"{flag} {number}"] = file_digest(file)
+    model = Path(run.base.model)
+    return {**found, "model": model_digest(model)} if model.is_dir() else found
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of the weights and settings in a model folder."""
+    settings = ("config.json", "preprocessor_config.json", "tokenizer.json")
+    files = sorted([*folder.glob("*.safetensors"), *(file for name in settings if (file := folder / name).is_file())])
+    return hashlib.sha256("".join(f"{file.name} {file_digest(file)}\n" for file in files).encode()).hexdigest()

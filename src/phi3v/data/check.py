@@ -6,16 +6,19 @@ is decoded once, however many lines show it, and not again until it changes (`da
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
@@ -27,9 +30,10 @@ from phi3v.base.errors import InputError, one_line
 from phi3v.base.pool import forked_map, num_cores
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.data.encode import Example, encode, user_text, without_images
-from phi3v.data.image import ImageInfo, hd_size, num_tiles, read_info
+from phi3v.data.image import PUBLISHED, ImageInfo, ImageRules, content_digest, hd_size, num_tiles, read_info
 from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor
 from phi3v.data.schema import Notes, image_folder, image_resolver, lines, parse
+from phi3v.data.split import twins
 from phi3v.data.stamp import fingerprint, inputs_of, read_stamp, write_stamp
 from phi3v.data.statistics import Findings, Statistics
 from phi3v.data.tags import PLACE
@@ -57,6 +61,7 @@ def check(
     processor: Phi3VProcessor | None = None,
     *,
     num_crops: int = 4,
+    rules: ImageRules = PUBLISHED,
     max_tokens: int | None = None,
     num_workers: int | None = None,
     progress: bool = True,
@@ -64,8 +69,9 @@ def check(
 ) -> Findings:
     """Everything that is wrong with a data file, and its statistics; on several ranks they share the work.
 
-    processor     counts the tokens, and brings its num_crops; without one, no tokens are counted
+    processor     counts the tokens, and brings its num_crops and rules; without one, no tokens are counted
     num_crops     tiles an image may be cut into, without a processor
+    rules         how image files become pixels, without a processor
     max_tokens    more in one example are a problem
     num_workers   processes of this rank besides this one. Default: one per core, none for a small file
 
@@ -73,9 +79,10 @@ def check(
     cannot be read or the given `image_root` is no folder.
     """
     data = Path(path)
-    checker = ranks.all_do(lambda: Checker(data, image_root, processor, num_crops, max_tokens))
+    checker = ranks.all_do(lambda: Checker(data, image_root, processor, num_crops, rules, max_tokens))
+    sight = f"{checker.num_crops} crops, {checker.rules}"
     num_lines, inputs, stamp = ranks.first_does(
-        lambda: (sum(1 for _ in lines(path)), inputs_of(data, processor, checker.num_crops), read_stamp(data))
+        lambda: (sum(1 for _ in lines(path)), inputs_of(data, processor, sight), read_stamp(data))
     )
     share = partial(_shared, ranks=ranks, num_workers=num_workers, progress=progress)
 
@@ -83,25 +90,44 @@ def check(
     for found in share(checker.images_of, lines(path), "reading", "lines", num_lines):
         fingerprints |= found
     known = stamp.known_images if stamp else {}
-    images: dict[str, ImageInfo | str] = {image: known[n] for image, n in fingerprints.items() if n in known}
+    known_files = {image: known[n] for image, n in fingerprints.items() if n in known}
+    images: dict[str, ImageInfo | str] = {**known_files}
     changed = sorted(fingerprints.keys() - images.keys())
     if stamp and not changed and (kept := stamp.findings_of(inputs, max_tokens)):
         examples = counted(kept.examples, "example")
         say(f"{escape(str(path))}: checked on {stamp.date}, nothing has changed: {examples}")
-        return kept
+        return replace(kept, files=known_files, fingerprints=fingerprints)
 
     images |= zip(changed, share(_decode, changed, "checking images", "images", len(changed)), strict=True)
     tally = Tally(str(path))
     for line in share(partial(checker.summary, images=images), lines(path), "checking lines", "lines", num_lines):
         tally.add(line)
-    findings = tally.findings(images, checker.root, has_tokens=processor is not None)
+    findings = tally.findings(images, fingerprints, checker)
     if ranks.is_first:
-        readable = {n: info for image, n in fingerprints.items() if not isinstance(info := images[image], str)}
         try:
-            write_stamp(data, inputs, findings, readable)
+            write_stamp(data, inputs, findings, {fingerprints[image]: info for image, info in findings.files.items()})
         except InputError as error:
             say(f"[yellow]note[/]  the next check starts from scratch: {escape(str(error))}")
     return findings
+
+
+def changed_images(
+    images: Mapping[str, Sequence[int]], root: str, *, progress: bool = True, ranks: Ranks = ALONE
+) -> list[str]:
+    """The images whose content is not the one that was kept; missing ones do not count.
+
+    `images` holds (height, width, digest, fingerprint below `root`) by path. Only those with another fingerprint are
+    read, and those without a digest are not compared.
+    """
+
+    def has_changed(image: str) -> bool:
+        kept, now = images[image][2:], fingerprint(image, root)
+        return bool(kept) and now not in (0, kept[1]) and content_digest(image) != kept[0]
+
+    changed = _shared(
+        has_changed, images, "comparing images", "images", len(images), ranks=ranks, num_workers=None, progress=progress
+    )
+    return [image for image, has in zip(images, changed, strict=True) if has]
 
 
 def check_lines(
@@ -111,9 +137,10 @@ def check_lines(
     wanted: Set[int],
     *,
     num_crops: int = 4,
+    rules: ImageRules = PUBLISHED,
 ) -> list[CheckedLine]:
     """Some lines of a data file in detail: the `wanted`, counted from 0 among those that are not blank."""
-    checker, stamp = Checker(Path(path), image_root, processor, num_crops), read_stamp(Path(path))
+    checker, stamp = Checker(Path(path), image_root, processor, num_crops, rules), read_stamp(Path(path))
     known = stamp.known_images if stamp else {}
     found = []
     for number, line in enumerate(lines(path)):
@@ -143,6 +170,8 @@ class CheckedLine(NamedTuple):
     notes: Notes
     measure: Measure | None
     """None with a problem."""
+    about_images: Sequence[str]
+    """What the model sees otherwise than a viewer shows it."""
 
 
 class Summary(NamedTuple):
@@ -154,6 +183,10 @@ class Summary(NamedTuple):
     images: int
     notes: Notes
     measure: Measure | None
+    odd: bool
+    """Whether there are warnings, about the line or its images."""
+    key: int
+    """64 bits that stand for the example: its texts, and the content of its images."""
 
 
 class Checker:
@@ -165,12 +198,14 @@ class Checker:
         image_root: str | Path | None,
         processor: Phi3VProcessor | None,
         num_crops: int,
+        rules: ImageRules = PUBLISHED,
         max_tokens: int | None = None,
     ) -> None:
         self.resolve = image_resolver(path, image_root)
         self.root = os.path.join(os.path.realpath(image_folder(path, image_root)), "")
         self.processor = processor
         self.num_crops = processor.num_crops if processor else num_crops
+        self.rules = processor.rules if processor else rules
         self.max_tokens = max_tokens
 
     def images_of(self, line: tuple[str, bytes]) -> dict[str, int]:
@@ -184,28 +219,32 @@ class Checker:
         where, raw = line
         notes = Notes()
         example = parse(raw, where, self.resolve, notes)
+        about = list[str]()
         if example is not None:
             self._check_images(example, images, notes)
             _check_texts(example, notes)
+            shown = {image: info for image in example.images if isinstance(info := images.get(image), ImageInfo)}
+            about = list(about_files(shown, self.root, self.rules))
         measure = self._measure(example, images, notes) if example and not notes.problems else None
-        return CheckedLine(where, raw, example, notes, measure)
+        return CheckedLine(where, raw, example, notes, measure, about)
 
     def summary(self, line: tuple[str, bytes], images: Images) -> Summary:
         """What is kept of a line."""
-        where, _, example, notes, measure = self.check_line(line, images)
+        where, _, example, notes, measure, about = self.check_line(line, images)
         counts = (example.id, len(example.turns), len(example.images)) if example else ("", 0, 0)
-        return Summary(where, *counts, notes, measure)
+        key = _key(example, images) if example and measure else 0
+        return Summary(where, *counts, notes, measure, bool(notes.warnings or about), key)
 
     def _check_images(self, example: Example, images: Images, notes: Notes) -> None:
         for image in dict.fromkeys(filter(None, example.images)):  # "" is one that `parse` refused
             info = images[image]
             if isinstance(info, str):
                 notes.problems.append(info)
-            elif problem := _problem(hd_size, *info.size, self.num_crops):
+            elif problem := _problem(hd_size, *info.seen(self.rules), self.num_crops):
                 notes.problems.append(f"{image}: {problem}")
 
     def _measure(self, example: Example, images: Images, notes: Notes) -> Measure | None:
-        sizes = {image: info.size for image in example.images if not isinstance(info := images[image], str)}
+        sizes = {image: info.seen(self.rules) for image in example.images if not isinstance(info := images[image], str)}
         if self.processor is None:
             tiles = [num_tiles(*hd_size(*sizes[image], self.num_crops)) for image in example.images]
             return Measure(0, 0, sum(tiles) + len(tiles))
@@ -222,6 +261,12 @@ def _decode(image: str) -> ImageInfo | str:
         return read_info(image)
     except InputError as error:
         return str(error)
+
+
+def _key(example: Example, images: Images) -> int:
+    shown = [info.digest for image in example.images if isinstance(info := images[image], ImageInfo)]
+    said = [(turn.user, turn.assistant, len(turn.images)) for turn in example.turns]
+    return int.from_bytes(hashlib.blake2b(repr((said, shown)).encode(), digest_size=8).digest(), "little")
 
 
 def _check_texts(example: Example, notes: Notes) -> None:
@@ -290,6 +335,7 @@ class Tally:
         self.num_lines = 0
         self.counts = Counter(examples=0, turns=0, images=0, text_only=0)
         self.measures = [array("q") for _ in Measure._fields]
+        self.keys = array("Q")
         self.problems: list[str] = []
         self.bad_lines: list[int] = []
         self.odd_lines: list[int] = []
@@ -303,10 +349,12 @@ class Tally:
             self._warn(warning, f"{line.where}: {warning}")
         if line.notes.problems:
             self.bad_lines.append(self.num_lines)
-        if line.notes.warnings:
+        if line.odd:
             self.odd_lines.append(self.num_lines)
-        for numbers, number in zip(self.measures, line.measure or (), strict=False):
-            numbers.append(number)
+        if line.measure:
+            self.keys.append(line.key)
+            for numbers, number in zip(self.measures, line.measure, strict=True):
+                numbers.append(number)
         if line.turns:
             self.counts.update(examples=1, turns=line.turns, images=line.images, text_only=not line.images)
             number = int(line.where.rpartition(":")[2])
@@ -318,7 +366,9 @@ class Tally:
         first, count = self.warnings.get(kind, (text, 0))
         self.warnings[kind] = (first, count + 1)
 
-    def findings(self, images: Images, root: str, *, has_tokens: bool) -> Findings:
+    def findings(self, images: Images, fingerprints: Mapping[str, int], checker: Checker) -> Findings:
+        readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
+        about = [f"{self.path}: {text}" for text in about_files(readable, checker.root, checker.rules)]
         found = self.warnings.values()
         bare, examples = self.counts["text_only"], counted(self.counts["examples"], "example")
         lost = [f"{self.path}: {bare:,} of {examples} without an image"] * (bare > 0)  # maybe lost on the way
@@ -327,28 +377,49 @@ class Tally:
         return Findings(
             path=self.path,
             problems=tuple(self.problems if self.num_lines else [f"{self.path}: no examples"]),
-            warnings=tuple(map(one_line, [*lost, *warnings, *_about_files(self.path, images, root)])),
+            warnings=tuple(map(one_line, [*lost, *warnings, *about])),
             num_lines=self.num_lines,
             bad_lines=tuple(self.bad_lines),
             odd_lines=tuple(self.odd_lines),
             image_files=len(images),
-            tokens=tokens if has_tokens else None,
-            answer_tokens=answer_tokens if has_tokens else None,
+            tokens=tokens if checker.processor else None,
+            answer_tokens=answer_tokens if checker.processor else None,
             crops=crops,
+            example_keys=self.keys.tobytes(),
+            files=readable,
+            fingerprints=fingerprints,
             **self.counts,
         )
 
 
-def _about_files(path: str, images: Images, root: str) -> Iterator[str]:
-    """Warnings about what a viewer shows differently from what the model sees."""
-    readable = {image: info for image, info in images.items() if isinstance(info, ImageInfo)}
-    for kind, seen, odd in (
-        ("an EXIF orientation", "it is ignored, the model sees them as they are stored", "rotated"),
-        ("several frames or pages", "the model sees the first", "animated"),
+def about_files(images: Mapping[str, ImageInfo], root: str, rules: ImageRules) -> Iterator[str]:
+    """Warnings about what a viewer shows differently from what the model sees, each with the worst file."""
+    turned, visible = rules.exif_orientation == "apply", rules.image_colors == "visible"
+    for field, kind, seen in (
+        ("orientation", "an EXIF orientation", turned or "it is ignored: --exif-orientation apply turns them"),
+        ("animated", "several frames or pages", "the model sees the first"),
+        ("clipped", "values outside 0..255", visible or "they are clipped: --image-colors visible scales them"),
+        ("transparent", "transparency", visible or "it is dropped: --image-colors visible lays them on white"),
     ):
-        if found := sorted(image for image, info in readable.items() if getattr(info, odd)):
-            files = f"{counted(len(found), 'image file')} with {kind} (such as {found[0].removeprefix(root)})"
-            yield f"{path}: {files}: {seen}"
+        found = sorted((-getattr(info, field), image) for image, info in images.items() if getattr(info, field))
+        if found and isinstance(seen, str):
+            share, worst = found[0]
+            pixels = f", {-share:.2%} of its pixels" if isinstance(share, float) else ""
+            files = f"{counted(len(found), 'image file')} with {kind} (such as {worst.removeprefix(root)}{pixels})"
+            yield f"{files}: {seen}"
+
+
+def overlap(questions: Findings, training: Findings) -> list[str]:
+    """What a file to evaluate on shares with one to train on, as warnings."""
+    asked, trained = (np.frombuffer(one.example_keys, np.uint64) for one in (questions, training))
+    shared = int(np.isin(asked, trained).sum())
+    found = [f"{shared:,} of {counted(len(asked), 'example')} are also in {training.path}"] if shared else []
+    files = sorted(questions.files)
+    kinds = twins([questions.files[file] for file in files], training.files.values())
+    for kind, number in Counter(filter(None, kinds)).items():
+        which = f"{number:,} of {counted(len(files), 'image file')} (such as {files[kinds.index(kind)]})"
+        found.append(f"{which}: {training.path} shows {kind}")
+    return [f"{questions.path}: {text}" for text in found]
 
 
 def counted(number: int, noun: str) -> str:

@@ -21,15 +21,18 @@ from phi3v.base.pool import forked_map, num_cores
 from phi3v.data.check import counted
 from phi3v.data.encode import Example
 from phi3v.data.hub import download
-from phi3v.data.image import read_size
+from phi3v.data.image import ImageInfo, read_info, read_size
 from phi3v.data.layouts import LAYOUTS, Format, read, recognize
 from phi3v.data.layouts.record import TAG
 from phi3v.data.layouts.source import ASKED, Reading, Row, Source
-from phi3v.data.split import split
+from phi3v.data.split import split, twins
 from phi3v.data.writer import DatasetWriter, writing
 
 NUM_SHOWN, MAX_SHOWN = 3, 400
 """Records that are shown before and after, if their layout was recognized, and characters of each."""
+
+Taken = tuple[list[str], ImageInfo | None]
+"""The names of the images that were written for a source file, and what is in the first of them."""
 
 
 def convert(
@@ -58,7 +61,8 @@ def convert(
         image_root: Folder the image paths are relative to, and may not lead out of. Default: the file's own. For an
             archive, a folder in it.
         num_frames: Frames of a video, at equal distances.
-        val_fraction: Share of the examples that goes to val.jsonl. Those that share an image stay together.
+        val_fraction: Share of the examples that goes to val.jsonl, of every class if the answers are few. Those that
+            show an image with the same content stay together.
         seed: Seed of that choice.
         progress: Show a progress bar.
     """
@@ -99,11 +103,12 @@ def convert(
                 leave_out(row.where, row.value)
             else:
                 rows.append(row if len(rows) < NUM_SHOWN else row._replace(raw=None))
-        images = dict.fromkeys(image for row in rows for image in row.value.images)
-        taken = _take(list(images), writer, data.root, num_frames if chosen == "video-folder" else None, progress)
+        images = list(dict.fromkeys(image for row in rows for image in row.value.images))
+        frames = num_frames if chosen == "video-folder" else None
+        taken, failed = _take(images, writer, data.root, frames, val_fraction > 0, progress)
         whole: list[Row] = []
         for row in rows:
-            if wrong := next((one for image in row.value.images if isinstance(one := taken[image], InputError)), None):
+            if wrong := next((failed[image] for image in row.value.images if image in failed), None):
                 leave_out(row.where, wrong)
             else:
                 whole.append(row)
@@ -113,10 +118,15 @@ def convert(
             raise InputError(f"--val-fraction has no effect: {place} has a validation split")
         if reading.question and not any(note.startswith(ASKED) for note in data.notes):
             raise InputError("--question has no effect: every record has its own question")
-        held = iter(split([row.value.images for row in whole if row.split == "train"], val_fraction, seed))
+        dividing = [row.value for row in whole if row.split == "train"]
+        contents = [[info.digest for image in one.images if (info := taken[image][1])] for one in dividing]
+        held = iter(split(contents, [one.answers[0] for one in dividing], val_fraction, seed))
+        sides: dict[str, dict[str, ImageInfo]] = {"train": {}, "val": {}}
         for row in whole:
             line = _line(row.value, taken)
-            writer.add("val" if row.split == "train" and next(held) else row.split, line, row.where)
+            side = "val" if row.split == "train" and next(held) else row.split
+            writer.add(side, line, row.where)
+            sides.setdefault(side, {}).update({image: info for image in row.value.images if (info := taken[image][1])})
             if named is None and row.raw is not None:
                 say(f"[dim]before[/]  {escape(_short(row.raw))}\n[dim]after [/]  {escape(_short(line))}")
         writer.not_used = [f"{key}: {counted(number, 'record')}" for key, number in data.unused.most_common()]
@@ -126,6 +136,10 @@ def convert(
         data.notes[f"of {counted(len(whole), 'example')} without an image"] = bare
     for note, number in data.notes.most_common():
         say(f"{number:>9,}  {escape(note)}")
+    kinds = twins(list(sides["val"].values()), sides["train"].values())
+    if alike := [image for image, kind in zip(sides["val"], kinds, strict=True) if kind]:
+        what = f"{len(alike):,} images of val.jsonl (such as {alike[0]}) look nearly like one of train.jsonl"
+        say(f"[yellow]warning[/]  {escape(what)}")
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:
@@ -139,38 +153,44 @@ def _unpacked(archive: Path, folder: Path) -> Path:
 
 
 def _take(
-    files: Sequence[str], writer: DatasetWriter, root: Path, num_frames: int | None, progress: bool
-) -> dict[str, list[str] | InputError]:
-    """By source file, the names of the images that were written for it, or why there are none."""
+    files: Sequence[str], writer: DatasetWriter, root: Path, num_frames: int | None, looks: bool, progress: bool
+) -> tuple[dict[str, Taken], dict[str, InputError]]:
+    """By source file, the images that were written for it, or why there are none; `looks`: and what is in the first."""
     real_root, written = os.path.realpath(root), os.path.realpath(writer.images)
 
-    def take(file: str) -> list[str] | InputError:
+    def take(file: str) -> Taken | InputError:
         path = Path(file)
         linked = hashlib.sha256(os.fsencode(file)).hexdigest()[:24] + path.suffix
         name = os.path.relpath(file, real_root) if path.is_relative_to(real_root) else linked
         try:
             if num_frames is not None:
-                return writer.put_frames(name, path, num_frames)
-            read_size(path)
-            return [path.name if path.is_relative_to(written) else writer.put_image(name, path)]
+                names = writer.put_frames(name, path, num_frames)
+            else:
+                read_size(path)
+                names = [path.name if path.is_relative_to(written) else writer.put_image(name, path)]
+            return names, read_info(writer.images / names[0]) if looks else None
         except InputError as error:
             return error
 
-    taken = {}
+    taken: dict[str, Taken] = {}
+    failed: dict[str, InputError] = {}
     results = forked_map(take, files, min(num_cores(), len(files)), chunk=32 if num_frames is None else 1)
     with progress_bar("taking", len(files), "files", show=progress) as advance:
         for file, result in zip(files, results, strict=True):
-            taken[file] = result
+            if isinstance(result, InputError):
+                failed[file] = result
+            else:
+                taken[file] = result
             advance(1)
-    return taken
+    return taken, failed
 
 
-def _line(example: Example, names: Mapping[str, Any]) -> dict[str, Any]:
+def _line(example: Example, taken: Mapping[str, Taken]) -> dict[str, Any]:
     """The line of an example, given the names of what was written for its images; without what is as usual."""
     usual = {"answers": (example.turns[-1].assistant,)}
     turns = []
     for turn in example.turns:
-        images = [name for image in turn.images for name in names[image]]
+        images = [name for image in turn.images for name in taken[image][0]]
         answer = {} if turn.assistant is None else {"assistant": turn.assistant}
         turns.append({"images": images, "user": turn.user, **answer, **({} if turn.loss else {"loss": False})})
     line = {"id": example.id, "system": example.system, "conversations": turns, "answers": example.answers}

@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3v.base.errors import InputError
-from phi3v.data.image import hd_size, num_image_tokens, num_tiles, read_size
+from phi3v.data.image import hd_size, num_image_tokens, num_tiles
 from phi3v.data.processor import IMAGE_TAG, Phi3VProcessor, check_tags, check_text, expand, tag_numbers
 
 __all__ = ["Encoded", "Example", "Turn", "encode", "expand", "messages", "prompt_text", "questions"]
+
+
+Sizes = Callable[[str], tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +107,10 @@ class Encoded:
         return sum(num_image_tokens(h, w) - 1 for h, w in self.image_sizes)
 
 
-def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], tuple[int, int]] = read_size) -> Encoded:
-    """Token ids and loss mask of a conversation; `sizes` gives the (width, height) of an image file.
+def encode(example: Example, processor: Phi3VProcessor, sizes: Sizes | None = None) -> Encoded:
+    """Token ids and loss mask of a conversation.
+
+    `sizes` gives the (width, height) of an image file as the model sees it. Default: read from the file.
 
     The targets of every turn with loss are the answer, `<|end|>` and its newline, and `<|endoftext|>` at the end of the
     conversation (of every turn, with `closed_turns`). If the last turn lacks its answer, it is a prompt for generation
@@ -125,7 +130,7 @@ def encode(example: Example, processor: Phi3VProcessor, sizes: Callable[[str], t
                 ids += [processor.end_of_text_id, processor.bos_token_id]
                 answers[-1] = (answers[-1][0], len(ids) - 1)
             ids += piece
-        image_sizes = tuple(hd_size(*sizes(image), processor.num_crops) for image in images)
+        image_sizes = tuple(hd_size(*(sizes or processor.read_size)(image), processor.num_crops) for image in images)
     except InputError as error:
         raise InputError(f"{example.where}: {error}") from error
     if example.turns[-1].assistant is None:

@@ -1,5 +1,8 @@
 """The HD transform: an image of any shape becomes 336x336 crops, bit for bit as in the published processor.
 
+`ImageRules` say how a file becomes pixels. The published rules lose what does not fit into eight bits, and
+transparency; `read_info` measures how much that is.
+
 An image is scaled so that at most `num_crops` tiles cover it, and padded with white to whole tiles. The padded image,
 uint8, is what data loading yields. Normalization and the global view (the whole image resized to one more crop) are
 float operations on the tiles and run on any device. Sizes of padded images are (h, w) in pixels, both multiples of 336;
@@ -8,24 +11,28 @@ sizes of files are (width, height), as in Pillow.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import os
 import stat
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from phi3v.base.config import Colors, Orientation
 from phi3v.base.errors import InputError
 
 CROP = 336
@@ -42,48 +49,100 @@ MAX_BYTES = 2**30
 """Size of the largest file that is read: some decoders begin by reading all of it."""
 
 EXIF_ORIENTATION = 0x0112
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
+"""What makes an image upright, by its EXIF orientation."""
+
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+"""Pillow's modes with more than eight bits."""
+
+VISIBLE = 16
+"""A difference between two colors, of 255, that is seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRules:
+    """How an image file becomes the pixels that a model sees; a model keeps them in preprocessor_config.json."""
+
+    exif_orientation: Orientation = "ignore"
+    image_colors: Colors = "published"
+
+
+PUBLISHED = ImageRules()
 
 
 class ImageInfo(NamedTuple):
-    """What an image file says besides its pixels."""
+    """What is in an image file, whatever the rules."""
 
     size: tuple[int, int]
-    """(width, height) in pixels."""
+    """(width, height) in pixels as stored."""
 
-    rotated: bool
-    """Whether its EXIF orientation tells viewers to turn or mirror it. The model sees it as it is stored."""
+    orientation: int
+    """EXIF orientation if viewers turn or mirror the image, 2 to 8; otherwise 0."""
 
     animated: bool
     """Whether it has several frames or pages. The model sees the first."""
 
+    clipped: float
+    """Share of the pixels that the published rules lose because they are outside 0..255; 1 if no content is left."""
 
-def read_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) from the header of an image file, without decoding it. Raises InputError as `load_image` does."""
+    transparent: float
+    """Share of the pixels that look otherwise without transparency; 1 if no content is left."""
+
+    digest: int
+    """64 bits that stand for the bytes of the file."""
+
+    look: bytes
+    """LOOK bytes that barely change when the image is scaled or saved in another format."""
+
+    def seen(self, rules: ImageRules) -> tuple[int, int]:
+        """(width, height) of what `load_image` returns."""
+        return _turned_size(self.size, self.orientation, rules)
+
+
+LOOK = 4 * 4 + 3
+
+
+def read_size(path: str | Path, rules: ImageRules = PUBLISHED) -> tuple[int, int]:
+    """(width, height) of what `load_image` returns, from the header of a file. Raises InputError as that does."""
     with _opened(path) as image:
-        return image.size
+        if rules.exif_orientation == "ignore" or image.format == "TIFF":  # Pillow turns a TIFF itself, size and all
+            return image.size
+        return _turned_size(image.size, _orientation(image), rules)
 
 
-def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """The RGB image in a file, or of a Pillow image: alpha dropped, grey repeated, palette looked up, EXIF ignored.
+def load_image(source: str | Path | Image.Image, rules: ImageRules = PUBLISHED) -> Image.Image:
+    """The RGB image in a file, or of a Pillow image: grey repeated, palette looked up, otherwise as the rules say.
 
     With several frames or pages it is the first. Raises InputError, naming the file, if it is missing, in none of
     FORMATS, unreadable, truncated or has more than MAX_PIXELS pixels.
     """
     with _opened(source) as image:
-        return image.convert("RGB")
+        rgb = image.convert("RGB") if rules.image_colors == "published" else _visible(image)
+        turn = TURNS.get(_orientation(image)) if rules.exif_orientation == "apply" else None
+        return rgb if turn is None else rgb.transpose(turn)
 
 
 def read_info(path: str | Path) -> ImageInfo:
     """Decode an image file to see whether `load_image` can load it; raises InputError as that does."""
     with _opened(path) as image:
-        size = image.convert("RGB").size
+        rgb = image.convert("RGB")
         try:
             # Only now: once decoded, a TIFF has been turned, and says so. The preview a telephone adds is no frame.
-            rotated = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+            orientation = _orientation(image)
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
+            clipped, transparent = _lost(image, rgb)
         except Exception:  # damaged metadata or a damaged second frame raises anything, and does not matter
-            rotated = animated = False
-        return ImageInfo(size, rotated, animated)
+            orientation, animated, clipped, transparent = 0, False, 0.0, 0.0
+        small = rgb.resize((4, 4), Image.Resampling.BOX)
+        look = small.convert("L").tobytes() + small.resize((1, 1), Image.Resampling.BOX).tobytes()
+        return ImageInfo(rgb.size, orientation, animated, clipped, transparent, content_digest(path), look)
+
+
+def content_digest(path: str | Path) -> int:
+    """64 bits that stand for the bytes of a file."""
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, functools.partial(hashlib.blake2b, digest_size=8))
+    return int.from_bytes(digest.digest(), "little")
 
 
 def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
@@ -200,6 +259,58 @@ def _scaled(width: int, height: int, num_crops: int) -> tuple[int, int]:
     if h == 0:
         raise InputError(f"image with sides {width} and {height} is too elongated for {num_crops} crops")
     return h, w
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image that is open; 0 if upright, and for damaged metadata, which raises anything."""
+    with suppress(Exception):
+        if (found := image.getexif().get(EXIF_ORIENTATION)) in TURNS:
+            return int(found)
+    return 0
+
+
+def _turned_size(size: tuple[int, int], orientation: int, rules: ImageRules) -> tuple[int, int]:
+    return size[::-1] if rules.exif_orientation == "apply" and orientation >= 5 else size
+
+
+def _lost(image: Image.Image, rgb: Image.Image) -> tuple[float, float]:
+    """(clipped, transparent) of an image, which the published rules turn into `rgb`."""
+    if image.mode in DEEP:
+        values = np.asarray(image)
+        blank = values.min() < values.max() and (_is_blank(rgb) or values.max() <= 1)  # 0 and 1 of 255 look the same
+        return (1.0 if blank else float(np.mean((values < 0) | (values > 255)))), 0.0
+    if not image.has_transparency_data:
+        return 0.0, 0.0
+    if _is_blank(rgb) and not _is_blank(image.convert("RGBA").getchannel("A")):
+        return 0.0, 1.0
+    differences = np.asarray(ImageChops.difference(rgb, _laid_on(image, 255))).max(axis=2)
+    return 0.0, float(np.mean(differences > VISIBLE))
+
+
+def _visible(image: Image.Image) -> Image.Image:
+    """The RGB image with what the published rules would lose; the same as theirs if that is nothing."""
+    rgb = image.convert("RGB")
+    clipped, transparent = _lost(image, rgb)
+    if clipped:
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        values = values - values.min()
+        return Image.fromarray((values * (255 / (values.max() or 1))).round().astype(np.uint8)).convert("RGB")
+    if transparent:
+        on_white = _laid_on(image, 255)
+        return _laid_on(image, 0) if _is_blank(on_white) else on_white  # what is white itself needs black
+    return rgb
+
+
+def _laid_on(image: Image.Image, shade: int) -> Image.Image:
+    """A transparent image on a background of one shade of grey."""
+    background = Image.new("RGBA", image.size, (shade, shade, shade, 255))
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+
+
+def _is_blank(image: Image.Image) -> bool:
+    """Whether all pixels have the same color; `image` has eight bits a channel."""
+    extrema: Any = image.getextrema()
+    return all(low == high for low, high in (extrema if image.mode == "RGB" else [extrema]))
 
 
 @contextmanager

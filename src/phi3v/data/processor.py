@@ -20,8 +20,9 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from phi3v.base import jsonfile
+from phi3v.base.config import Colors, Orientation
 from phi3v.base.errors import InputError
-from phi3v.data.image import MEAN, STD, hd_transform, load_image, num_image_tokens, pixel_values
+from phi3v.data.image import MEAN, STD, ImageRules, hd_transform, load_image, num_image_tokens, pixel_values, read_size
 from phi3v.data.tokenizer import named_errors, read_tokenizer
 
 ImageSource = Image.Image | str | Path
@@ -51,6 +52,8 @@ TOKENIZER_FILES = (
 )
 REMOTE_CODE = "processing_phi3_v.py"  # copied for other readers, never run
 FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", REMOTE_CODE)
+
+UNSAID = ImageRules()  # in preprocessor_config.json, as published
 
 MAX_CROPS = 1024
 """More do not fit in a context: 1,000 crops are 144,000 tokens."""
@@ -88,11 +91,12 @@ def expand(ids: Sequence[int] | NDArray[np.int32], image_token_id: int, counts: 
 class Phi3VProcessor:
     """Tokenizer and HD transform of a checkpoint. Raises InputError if the tokenizer lacks a special token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_crops: int = 4) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_crops: int = 4, rules: ImageRules = UNSAID) -> None:
         if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
             raise InputError(f"num_crops is {num_crops!r}, it must be a whole number from 1 to {MAX_CROPS}")
         self.tokenizer = tokenizer
         self.num_crops = num_crops
+        self.rules = rules
         self.bos_token_id = self._special_id("<s>")
         self.image_token_id = self._special_id(IMAGE_TOKEN)
         self.end_of_text_id = self._special_id("<|endoftext|>")
@@ -102,11 +106,19 @@ class Phi3VProcessor:
         self._loaded: tuple[int, str | None] | None = None
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, num_crops: int | None = None, **hub: Any) -> Phi3VProcessor:
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        num_crops: int | None = None,
+        exif_orientation: Orientation | None = None,
+        image_colors: Colors | None = None,
+        **hub: Any,
+    ) -> Phi3VProcessor:
         """The processor of a model folder, or of a model on the Hub (`hub`: revision, cache_dir, token, ...).
 
-        `num_crops` replaces the checkpoint's own (4 for Phi-3.5-vision, 16 for Phi-3-vision). No code of the checkpoint
-        is run. Raises InputError, naming the file, if something is missing or unreadable.
+        `num_crops` replaces the checkpoint's own (4 for Phi-3.5-vision, 16 for Phi-3-vision), and so do the rules for
+        images. No code of the checkpoint is run. Raises InputError, naming the file, if something is missing or
+        unreadable.
         """
         for word in ("trust_remote_code", "_from_auto"):  # from AutoProcessor
             hub.pop(word, None)
@@ -114,11 +126,12 @@ class Phi3VProcessor:
         files = {path.name: jsonfile.read_bytes(path) for file in FILES if (path := folder / file).is_file()}
         if "tokenizer.json" not in files:
             raise InputError(f"{name}: no tokenizer.json, so this is not a model folder")
-        settings = jsonfile.parse_object(
-            files.get("preprocessor_config.json", b"{}"), f"{name}/preprocessor_config.json"
-        )
+        place = f"{name}/preprocessor_config.json"
+        settings = jsonfile.parse_object(files.get("preprocessor_config.json", b"{}"), place)
+        given = {"exif_orientation": exif_orientation, "image_colors": image_colors}
+        rules = jsonfile.convert(settings | {key: rule for key, rule in given.items() if rule}, ImageRules, place)
         tokenizer = read_tokenizer(files, str(name))
-        processor = cls(tokenizer, num_crops if num_crops is not None else settings.get("num_crops", 4))
+        processor = cls(tokenizer, num_crops if num_crops is not None else settings.get("num_crops", 4), rules)
         processor._files = files
         processor._loaded = processor._tokenizer_state()
         return processor
@@ -132,12 +145,18 @@ class Phi3VProcessor:
         folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads(self._files.get("preprocessor_config.json", b"null")) or PREPROCESSOR_CONFIG
         files = {"processor_config.json": _json(PROCESSOR_CONFIG), **self._files}
-        files["preprocessor_config.json"] = _json({**settings, "num_crops": self.num_crops})
+        # The published files have no rules, and those of a model that follows the published ones stay without.
+        rules = {key: rule for key, rule in vars(self.rules).items() if key in settings or rule != vars(UNSAID)[key]}
+        files["preprocessor_config.json"] = _json({**settings, "num_crops": self.num_crops, **rules})
         if self._loaded != self._tokenizer_state():
             files = {file: content for file, content in files.items() if file not in TOKENIZER_FILES}
             self.tokenizer.save_pretrained(folder)
         for file, content in files.items():
             (folder / file).write_bytes(content)
+
+    def read_size(self, path: str | Path) -> tuple[int, int]:
+        """(width, height) of an image file as the model sees it."""
+        return read_size(path, self.rules)
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text: one image id and a `<s>` for each tag, no `<s>` in front. The tags' numbers do not matter.
@@ -183,7 +202,7 @@ class Phi3VProcessor:
         for prompt, group in zip(texts, groups, strict=True):
             shown = [] if group is None else [group] if isinstance(group, ImageSource) else list(group)
             check_tags(tag_numbers(prompt), len(shown))
-            hd = [hd_transform(load_image(image), self.num_crops) for image in shown]
+            hd = [hd_transform(load_image(image, self.rules), self.num_crops) for image in shown]
             counts = [num_image_tokens(*image.shape[:2]) for image in hd]
             ids = expand([self.bos_token_id, *self.token_ids(prompt)], self.image_token_id, counts)
             rows.append(ids.tolist())
@@ -250,6 +269,17 @@ class Phi3VProcessor:
     def _tokenizer_state(self) -> tuple[int, str | None]:
         """What a user may change in a loaded tokenizer: its size and its template."""
         return len(self.tokenizer), self.tokenizer.chat_template
+
+
+def seeing(
+    model: str | None, num_crops: int | None, exif_orientation: Orientation | None, image_colors: Colors | None
+) -> tuple[Phi3VProcessor | None, int, ImageRules]:
+    """The processor of a model, and how it sees images; without a model as the published one does."""
+    if model:
+        processor = Phi3VProcessor.from_pretrained(model, num_crops, exif_orientation, image_colors)
+        return processor, processor.num_crops, processor.rules
+    rules = ImageRules(exif_orientation=exif_orientation or "ignore", image_colors=image_colors or "published")
+    return None, num_crops or 4, rules
 
 
 def _with_tags(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[ImageSource]]:

@@ -1,7 +1,7 @@
 """What is known of a data file since it was last checked, kept beside it in .NAME.checked.json.
 
 The file is hidden, so that tools that load every JSON file of a folder do not take it for data. It lists the readable
-images with their sizes by fingerprints of 8 bytes, which change with the image file: 100,000 images take about 1 MB.
+images by fingerprints of 8 bytes, which change with the image file: 100,000 images take about 6 MB.
 If there were no problems, it holds the findings as well. Problems are never kept, but found again.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,16 +21,16 @@ import numpy as np
 import PIL
 
 import phi3v
-from phi3v.base.files import write_text
-from phi3v.data.image import ImageInfo
+from phi3v.base.files import file_digest, write_text
+from phi3v.data.image import LOOK, ImageInfo
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.statistics import Findings
 
 CHECKER = f"phi3v {phi3v.__version__}, rules 3, Pillow {PIL.__version__}"
 """Raise the number of the rules when `check` finds something else than before."""
 
-IMAGES = np.dtype("<u8, <u4, <u4, ?, ?")
-"""Fingerprint, width, height, rotated, animated."""
+IMAGES = np.dtype(f"<u8, <u4, <u4, u1, ?, <f4, <f4, <u8, ({LOOK},)u1")
+"""Fingerprint, width, height and the other fields of ImageInfo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Stamp:
     def known_images(self) -> dict[int, ImageInfo]:
         """The readable images by fingerprint."""
         table = np.frombuffer(zlib.decompress(self.images), IMAGES).tolist()
-        return {number: ImageInfo((width, height), *odd) for number, width, height, *odd in table}
+        return {number: ImageInfo._make(((w, h), *rest, bytes(look))) for number, w, h, *rest, look in table}
 
     def findings_of(self, inputs: str, max_tokens: int | None) -> Findings | None:
         """The findings, if they are also those of these inputs as long as no image has changed."""
@@ -60,12 +60,11 @@ class Stamp:
         return None if too_long else found
 
 
-def inputs_of(data: Path, processor: Phi3VProcessor | None, num_crops: int) -> str:
-    """What the findings in a data file depend on besides the images."""
-    with open(data, "rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+def inputs_of(data: Path, processor: Phi3VProcessor | None, sight: str) -> str:
+    """What the findings in a data file depend on besides the images; `sight` is how those are seen."""
     tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor else ""
-    return f"{data}, {content}, {num_crops} crops, tokenizer {hashlib.sha256(tokenizer.encode()).hexdigest()}"
+    digest = hashlib.sha256(tokenizer.encode()).hexdigest()
+    return f"{data}, {file_digest(data)}, {sight}, tokenizer {digest}"
 
 
 def read_stamp(data: Path) -> Stamp | None:
@@ -80,12 +79,12 @@ def read_stamp(data: Path) -> Stamp | None:
 
 def write_stamp(data: Path, inputs: str, findings: Findings, images: Mapping[int, ImageInfo]) -> None:
     """Write the stamp of a data file. `images` are the readable ones, by fingerprint. Raises InputError."""
-    rows = ((number, *info.size, info.rotated, info.animated) for number, info in images.items())
+    rows = ((number, *info.size, *info[1:-1], np.frombuffer(info.look, "u1")) for number, info in images.items())
     stamp = Stamp(
         checker=CHECKER,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         inputs=inputs,
-        findings=findings if findings.ok else None,
+        findings=replace(findings, files={}) if findings.ok else None,
         images=zlib.compress(np.fromiter(rows, IMAGES, len(images)).tobytes()),
     )
     write_text(_file(data), msgspec.json.encode(stamp).decode())

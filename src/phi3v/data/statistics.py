@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from phi3v.data.image import ImageInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,11 @@ class Findings:
     tokens: Statistics | None
     answer_tokens: Statistics | None
     crops: Statistics | None
+    example_keys: bytes = b""
+    """64 bits for each example without a problem, which stand for its texts and the content of its images."""
+    files: Mapping[str, ImageInfo] = field(default_factory=dict)
+    """The readable images by path, and below the fingerprints of all (`data.stamp`)."""
+    fingerprints: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

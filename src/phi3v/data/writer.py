@@ -36,9 +36,7 @@ def writing(target: Path, source: str) -> Iterator[DatasetWriter]:
 
     `source` is the `source` of every line. Raises InputError if `target` is not empty, or the disk is full.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} is not empty: choose another folder, or remove it")
-    with written_whole(target) as folder:
+    with written_whole(target, new=True) as folder:
         writer = DatasetWriter(folder, source)
         yield writer
         for name, texts in writer.files.items():

@@ -13,16 +13,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from phi3v.base.config import Attention, Precision
+from phi3v.base.config import Attention, Colors, Orientation, Precision
 from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
 from phi3v.base.hardware import pick_dtype, pick_tokens_per_pack
 from phi3v.base.jsonfile import Count, NonNegativeInt
 from phi3v.base.ranks import ALONE, Ranks
-from phi3v.base.runfolder import RunFolder
+from phi3v.base.runfolder import RunFolder, model_digest
 from phi3v.base.stopping import Stopped
 from phi3v.data.encode import Example, Turn, encode, questions
-from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.labels import closed_answers, score_labels
@@ -118,7 +117,7 @@ def answer(
     for what cannot be encoded or read.
     """
     device = next(model.parameters()).device
-    sizes = functools.cache(read_size)  # a page has many questions
+    sizes = functools.cache(processor.read_size)  # a page has many questions
     encoded = [encode(prompt, processor, sizes) for prompt in prompts]
     answered: list[tuple[int, Prediction]] = []
     packs = prompt_packs(
@@ -168,11 +167,26 @@ class Loading:
     num_crops: Count | None = None
     """Tiles an image may be cut into, besides its global view. Default: the checkpoint's own."""
 
+    exif_orientation: Orientation | None = None
+    """Whether images are turned as their EXIF orientation says. Default: as in training."""
+
+    image_colors: Colors | None = None
+    """Whether values outside 0..255 are clipped and transparency is dropped (published), or such values scaled and
+    transparent images laid on white (visible). Default: as in training."""
+
     dtype: Precision = "auto"
     """Precision of the arithmetic."""
 
     attention: Attention = "auto"
     """How attention is computed. All choices compute the same."""
+
+    base: str | None = None
+    """Where the base model of an adapter is now. Default: where it was in training."""
+
+    @property
+    def seeing(self) -> dict[str, Any]:
+        """The keywords of `Phi3VProcessor.from_pretrained`."""
+        return {name: getattr(self, name) for name in ("num_crops", "exif_orientation", "image_colors")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +222,12 @@ class Answerer:
 
         It goes to the fastest device of this machine, on each of several ranks to its own. Raises InputError.
         """
+        check_base(name, loading.base)
         device = ranks.device
         dtype = pick_dtype(loading.dtype, device)
         attention = pick_attention(loading.attention, device, dtype)
         model, processor = load_model(
-            model_folder(name), attention=attention, num_crops=loading.num_crops, device=device
+            model_folder(name), attention=attention, device=device, base=loading.base, **loading.seeing
         )
         widen(model, dtype)
         return cls(
@@ -224,7 +239,10 @@ class Answerer:
                 original_max=model.config.original_max_position_embeddings,
             ),
             reading=Reading(
-                image_token_id=processor.image_token_id, num_crops=processor.num_crops, num_workers=packing.num_workers
+                image_token_id=processor.image_token_id,
+                num_crops=processor.num_crops,
+                rules=processor.rules,
+                num_workers=packing.num_workers,
             ),
             dtype=dtype,
             ranks=ranks,
@@ -280,6 +298,13 @@ def model_folder(name: str | Path) -> str | Path:
     if folder.checkpoints.is_dir():
         raise InputError(f"{name} is an unfinished run: finish it with `phi3v train ... --out {name} --resume auto`")
     return name
+
+
+def check_base(run: str | Path, base: str | None) -> None:
+    """Raises InputError if `base` is not the model, if that was a folder, that a run was started from."""
+    known = (RunFolder(run).environment.get("data") or {}).get("model")
+    if base and known and Path(base).is_dir() and model_digest(Path(base)) != known:
+        raise InputError(f"--base {base} is not the model that {run} was trained on: its files have another content")
 
 
 def started_from(run: str | Path) -> str | None:

@@ -98,7 +98,7 @@ def load_speakers(model: str, compare: str | None, loading: Loading = Loading())
     """The model, and the one that `--compare` names. The base of an adapter is not loaded a second time."""
     folder = Path(model_folder(model))
     adapted = (folder / ADAPTER_CONFIG).is_file()
-    base = read_adapter_config(folder)["base_model_name_or_path"] if adapted else None
+    base = loading.base or read_adapter_config(folder)["base_model_name_or_path"] if adapted else None
     if compare == "base" and base is None and (compare := started_from(model)) is None:
         raise InputError(f"--compare base: {model} does not say what it was fine-tuned from; name that model instead")
     speaker = Speaker(title=model, answerer=Answerer.load(model, loading))
@@ -106,7 +106,8 @@ def load_speakers(model: str, compare: str | None, loading: Loading = Loading())
         return [speaker]
     if base is not None and (compare in ("base", base) or Path(compare).resolve() == Path(base).resolve()):
         return [speaker, replace(speaker, title=f"{base} (without the adapter)", without_adapter=True)]
-    other = Answerer.load(compare, replace(loading, num_crops=speaker.answerer.processor.num_crops))
+    processor = speaker.answerer.processor
+    other = Answerer.load(compare, replace(loading, base=None, num_crops=processor.num_crops, **vars(processor.rules)))
     return [speaker, Speaker(title=compare, answerer=other)]
 
 

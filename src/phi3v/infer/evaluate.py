@@ -11,7 +11,7 @@ from tyro.conf import arg
 from phi3v.base.config import Metric, check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.base.files import make_folder
+from phi3v.base.files import file_digest, make_folder
 from phi3v.base.jsonfile import Count
 from phi3v.base.ranks import join
 from phi3v.base.runfolder import RunFolder
@@ -45,7 +45,8 @@ def evaluate(
         model: A run folder (its final model), or a model or adapter folder, or a name on the Hub.
         data: Conversations, one JSON object a line.
         image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
-        out: Where the results go. Default: `evaluation/<name of the data>` inside the run or model folder.
+        out: Where the results go. Default: `evaluation/<name of the data>` inside the run or model folder, with eight
+            digits of the data's SHA-256 at the end if another file of that name is there already.
         limit: Answer only this many questions, evenly spread.
         metrics: Scores beside the accuracy. Default: those that suit the length of the answers.
         max_new_tokens: Longest answer, in tokens.
@@ -55,13 +56,17 @@ def evaluate(
     """
     check_flags(locals(), evaluate)
     ranks = join()
-    target = out or (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation" / data.stem
-    results = RunFolder(target)
+    place = (Path(model) if Path(model).is_dir() else Path("runs")) / "evaluation"
+    results = RunFolder(out or place / data.stem)
     if results.is_run:
-        raise InputError(f"--out {target} holds a run or a model: choose another folder")
+        raise InputError(f"--out {out} holds a run or a model: choose another folder")
     prompts = read_questions(data, image_root, limit)
+    if results.answers_another(digest := file_digest(data)):
+        if out is not None:
+            raise InputError(f"--out {out} holds the answers to another file: choose another folder")
+        results = RunFolder(place / f"{data.stem}-{digest[:8]}")
     scoring = Scoring.of(score, labels, read_jsonl(data, image_root))
-    ranks.first_does(lambda: make_folder(target))
+    ranks.first_does(lambda: make_folder(results.path))
     answerer = Answerer.load(model, loading, packing, ranks)
     if scoring.labels:
         say(escape(f"  labels          {', '.join(scoring.labels)}"))
@@ -69,7 +74,7 @@ def evaluate(
     scores = scores_of(predictions, pick_metrics(metrics, prompts))
     tables = {"labels": label_tables(predictions, scoring.labels)} if scoring.labels else {}
     ranks.first_does(lambda: results.save_predictions(predictions))
-    ranks.first_does(lambda: results.save(metrics={**scores, **tables}))
+    ranks.first_does(lambda: results.save(metrics={**scores, **tables}, environment={"data": {"eval": digest}}))
     for name, value in scores.items():
         say(f"  {name:<15} {value:,}" if name == "questions" else f"  {name:<15} {value:7.2%}")
     say(f"  predictions     {escape(str(results.predictions_file))}")

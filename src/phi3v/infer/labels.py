@@ -28,7 +28,6 @@ from phi3v.base.errors import InputError
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.base.stopping import Stopped
 from phi3v.data.encode import Encoded, Example, encode, without_images
-from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.infer.metrics import normalize_answer
 from phi3v.packing.loader import Reading, prompt_packs
@@ -71,7 +70,7 @@ def score_labels(
     encoded or read.
     """
     assert all(prompt.turns[-1].assistant is None for prompt in prompts)
-    sizes = functools.cache(read_size)  # a page has many questions
+    sizes = functools.cache(processor.read_size)  # a page has many questions
     endings = label_tokens(labels, processor)
     branches = Branches(share([encode(prompt, processor, sizes) for prompt in prompts], len(labels)), endings)
     packs = prompt_packs(branches, limits, reading, max_new_tokens=0, rank=ranks.rank, num_ranks=ranks.num, log=say)

@@ -11,7 +11,6 @@ few numbers for each of them.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import zlib
@@ -28,11 +27,12 @@ from tyro.conf import arg
 from phi3v.base.config import check_flags
 from phi3v.base.console import progress_bar, say
 from phi3v.base.errors import InputError
-from phi3v.base.files import disk_errors, flush, locked, make_folder, write_text
+from phi3v.base.files import disk_errors, file_digest, flush, locked, make_folder, write_text
 from phi3v.base.jsonfile import Count, read_object
 from phi3v.base.ranks import Ranks, join
+from phi3v.base.runfolder import model_digest
 from phi3v.data.encode import Example, encode, questions
-from phi3v.data.image import load_image, read_size
+from phi3v.data.image import load_image
 from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.schema import NAMES_KEPT, iter_jsonl
 from phi3v.infer.answering import Answerer, Loading, Packing, Scoring, evenly, model_folder
@@ -77,24 +77,26 @@ def predict(
         progress: Show a progress bar.
     """
     check_flags(locals(), predict)
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: name a file")
     ranks = join()
     asked = ranks.all_do(lambda: Asked(data, image_root, limit))
-    processor = Phi3VProcessor.from_pretrained(model_folder(model), num_crops=loading.num_crops)
+    processor = Phi3VProcessor.from_pretrained(model_folder(model), **loading.seeing)
     if labels:
         label_tokens(labels, processor)  # raises InputError before the model is loaded
     made_with = {
-        "MODEL": model,
+        "MODEL": model_digest(folder) if (folder := Path(model_folder(model))).is_dir() else model,
         "DATA": asked.digest,
         "--image-root": None if image_root is None else str(image_root),
         "--limit": limit,
-        "--num-crops": loading.num_crops,
+        **{f"--{name.replace('_', '-')}": value for name, value in loading.seeing.items()},
         "--max-new-tokens": max_new_tokens,
         "--labels": list(labels),
         "--dtype": loading.dtype,
     }
     skip, scoring = on_bad_example == "skip", Scoring("labels", labels) if labels else Scoring()
     file, num_asked = AnswerFile(out, made_with, asked), len(asked.order)
-    sizes = functools.lru_cache(NAMES_KEPT)(read_size)  # a page has many questions
+    sizes = functools.lru_cache(NAMES_KEPT)(processor.read_size)  # a page has many questions
     decodes = functools.lru_cache(NAMES_KEPT)(lambda image: load_image(image) is not None)
 
     def fault(prompt: Example) -> str | None:
@@ -149,8 +151,7 @@ class Asked:
                 pages.append(hash(prompt.images) if prompt.images else len(pages))  # a text is a page of its own
                 keys.append(_key(_about(prompt)))
                 self._prompts.extend([prompt])
-        with open(data, "rb") as stream:
-            self.digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self.digest = file_digest(data)
         self.key: Ints = np.array(keys)
         _, first, page = np.unique(np.array(pages), return_index=True, return_inverse=True)
         self.page: Ints = first[page]
@@ -221,7 +222,8 @@ class AnswerFile:
         before = read_object(self.settings)
         for name, value in self._made_with.items():
             if before.get(name) != value:
-                what = "the data has changed since" if name == "DATA" else f"{name} was {before.get(name)}, now {value}"
+                changed = f"the {name.lower()} has changed since"
+                what = changed if name in ("DATA", "MODEL") else f"{name} was {before.get(name)}, now {value}"
                 raise InputError(f"--out {self.path} was begun otherwise: {what}; choose another file, or remove it")
 
     def _read(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,28 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     attention: str = "sdpa",
-    num_crops: int | None = None,
     as_trained: bool = True,
     device: torch.device | None = None,
+    base: str | None = None,
+    **seeing: Any,
 ) -> tuple[Any, Phi3VProcessor]:
     """The model in a folder or on the Hub, and its processor. An adapter is loaded onto its base, inside PEFT.
 
-    `dtype` is by default that of the checkpoint. With `as_trained` the base of an adapter is quantized if it was
-    quantized in training, on `device`; everything else is on the CPU. Raises InputError if the model cannot be loaded.
+    `base` is where the base of an adapter is now, if not where the adapter says.
+
+    `dtype` is by default that of the checkpoint, and `seeing` are keywords of `Phi3VProcessor.from_pretrained`. With
+    `as_trained` the base of an adapter is quantized if it was quantized in training, on `device`; everything else is on
+    the CPU. Raises InputError if the model cannot be loaded.
     """
     folder = Path(name)
     if (folder / ADAPTER_CONFIG).is_file():
         how = read_quantization(folder) if as_trained else None
-        return _load_adapter(folder, how, dtype, attention, num_crops, device)
+        return _load_adapter(folder, how, dtype, attention, device, base, seeing)
+    if base is not None:
+        raise InputError(f"--base {base} has no effect: {name} is no adapter")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name}: no model here, the folder has neither config.json nor {ADAPTER_CONFIG}")
-    processor = Phi3VProcessor.from_pretrained(name, num_crops=num_crops)
+    processor = Phi3VProcessor.from_pretrained(name, **seeing)
     transformers_logging.disable_progress_bar()
     try:
         model = Phi3VForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
@@ -61,23 +68,24 @@ def _load_adapter(
     how: Quantization | None,
     dtype: torch.dtype | str,
     attention: str,
-    num_crops: int | None,
     device: torch.device | None,
+    base_name: str | None,
+    seeing: Mapping[str, Any],
 ) -> tuple[Any, Phi3VProcessor]:
-    base_name = read_adapter_config(folder)["base_model_name_or_path"]
+    base_name = base_name or read_adapter_config(folder)["base_model_name_or_path"]
     try:
         if (Path(base_name) / ADAPTER_CONFIG).is_file():
             raise InputError(f"{base_name} is an adapter itself")
         # For any `dtype`, the checkpoint is quantized in its own precision, as in training.
         base, _ = load_model(base_name, dtype="auto" if how else dtype, attention=attention)
     except InputError as error:
-        raise InputError(f"{folder}: the adapter's base model cannot be loaded: {error}") from error
+        raise InputError(f"{folder}: the adapter's base model cannot be loaded: {error} (--base DIR)") from error
     if how:
         quantize(base, how, compute_dtype=base.dtype, device=device)
         if isinstance(dtype, torch.dtype):
             set_precision(base.requires_grad_(False), dtype)
     model = load_adapter(base, folder)
-    return model, Phi3VProcessor.from_pretrained(folder, num_crops=num_crops)
+    return model, Phi3VProcessor.from_pretrained(folder, **seeing)
 
 
 def save_model(model: Any, processor: Phi3VProcessor, folder: Path, *, carry_from: str | Path | None = None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from phi3v.data.encode import Encoded
+from phi3v.data.image import PUBLISHED, ImageRules
 from phi3v.packing.pack import Lost, OnBadExample, Pack, make_pack
 from phi3v.packing.schedule import EpochSchedule, PackTrees, Step, schedule_prompts
 from phi3v.packing.trees import Lengths, PackLimits
@@ -27,6 +28,7 @@ class Reading:
 
     image_token_id: int
     num_crops: int
+    rules: ImageRules = PUBLISHED
 
     num_workers: int = 0
     """Processes that decode images; 0 does it in the training process, best for small images and few cores."""
@@ -142,6 +144,7 @@ class _Order(NamedTuple):
             self.encoded,
             image_token_id=reading.image_token_id,
             num_crops=reading.num_crops,
+            rules=reading.rules,
             pauses_s=reading.pauses_s,
             on_bad_example=reading.on_bad_example,
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phi3v.base.errors import InputError
 from phi3v.data.encode import Encoded
-from phi3v.data.image import CROP, hd_transform, load_image, num_image_tokens, tiles_of
+from phi3v.data.image import CROP, PUBLISHED, ImageRules, hd_transform, load_image, num_image_tokens, tiles_of
 from phi3v.packing.layout import Layout, Tree
 from phi3v.packing.trees import PackTree
 
@@ -109,6 +109,7 @@ def make_pack(
     *,
     image_token_id: int,
     num_crops: int,
+    rules: ImageRules = PUBLISHED,
     pauses_s: Iterable[float] = (),
     on_bad_example: OnBadExample = "stop",
 ) -> Pack:
@@ -121,7 +122,7 @@ def make_pack(
     has changed since it was encoded, is an InputError naming example and file; with `on_bad_example="skip"` the
     examples of its trees are left out and listed in `lost`.
     """
-    images = _Images(num_crops, pauses_s)
+    images = _Images(num_crops, rules, pauses_s)
     layout, shown, ids = [], list[Tensor](), []
     image_sizes: list[tuple[int, int]] = []
     lost: list[Lost] = []
@@ -189,8 +190,8 @@ def _expanded(example: Encoded, image_token_id: int) -> tuple[NDArray[np.int32],
 class _Images:
     """The images of a pack: every file is read once, whether that succeeds or not."""
 
-    def __init__(self, num_crops: int, pauses_s: Iterable[float]) -> None:
-        self._num_crops = num_crops
+    def __init__(self, num_crops: int, rules: ImageRules, pauses_s: Iterable[float]) -> None:
+        self._num_crops, self._rules = num_crops, rules
         self._pauses_s = iter(pauses_s)
         self._read: dict[str, Tensor | str] = {}
 
@@ -207,7 +208,7 @@ class _Images:
         waited = 0.0
         while True:
             try:
-                hd = hd_transform(load_image(image), self._num_crops)
+                hd = hd_transform(load_image(image, self._rules), self._num_crops)
             except InputError as error:
                 pause = next(self._pauses_s, None) if _may_pass(error) else None
                 if pause is None:

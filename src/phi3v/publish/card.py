@@ -17,6 +17,7 @@ from phi3v.base.config import Run
 from phi3v.base.files import write_text
 from phi3v.base.jsonfile import read_object
 from phi3v.base.runfolder import RunFolder
+from phi3v.data.processor import Phi3VProcessor
 from phi3v.infer.answering import evenly
 from phi3v.infer.metrics import Prediction
 from phi3v.publish.curves import BASELINE_NOTES, METRIC_NOTES, Contestant, metric_table
@@ -55,6 +56,7 @@ def write_card(
     run_folder = RunFolder(source)
     is_run = run_folder.is_run and run_folder.final.is_dir()
     run, results = (run_folder.config, Results.read(source)) if is_run else (None, None)
+    processor = Phi3VProcessor.from_pretrained(folder)
     templates = environment(Path(__file__).parent, autoescape=False)  # Markdown, where `code` shows the texts of others
     templates.filters["code"] = code
     text = templates.get_template("card.md.jinja").render(
@@ -68,7 +70,8 @@ def write_card(
         scores=metric_table([Contestant("", "", results.final), Contestant("", "", results.before)]) if results else [],
         baseline_notes=BASELINE_NOTES,
         samples=_samples(results.predictions) if results else [],
-        num_crops=read_object(folder / "preprocessor_config.json")["num_crops"],
+        num_crops=processor.num_crops,
+        rules=processor.rules,
         original_max=read_object(folder / "config.json").get("original_max_position_embeddings", 4096),
         difference=difference,
     )

@@ -40,6 +40,7 @@ def export(
     /,
     *,
     out: Path,
+    base: str | None = None,
     base_model: str | None = None,
     dataset: tuple[str, ...] = (),
     push: str | None = None,
@@ -55,34 +56,35 @@ def export(
     Args:
         run: A run folder. A model or adapter folder works too, with less in its card.
         out: Where it goes. It must not exist.
+        base: Where the base model of an adapter is now. Default: where it was in training.
         base_model: Name on the Hub of the model that was tuned, for the card. Default: the run's
             base model, if that is a name on the Hub.
         dataset: Names of its data sets on the Hub, for the card.
         push: Upload it to the Hub under this name, owner/model.
         private: With --push: only the owner can see it.
     """
-    folder = source_folder(run, out)
+    folder = source_folder(run, out, base)
     if push is not None:
         _check_push(push)
     elif private:
         raise InputError("--private has no effect without --push")
     device = pick_device()
     if (folder / ADAPTER_CONFIG).is_file():
-        model, processor, base, own, expected = merge_adapter(folder, device)
-        name = base
+        model, processor, source, own, expected = merge_adapter(folder, device, base)
+        name = source
     else:
-        base, name = str(folder), started_from(run) or ""
-        model, processor = load_model(folder)
+        source, name = str(folder), started_from(run) or ""
+        model, processor = load_model(folder, base=base)
         precision = model.dtype
         own = expected = probe(model, processor, device)
         set_precision(model.requires_grad_(False), precision)
     model.generation_config.eos_token_id = list(processor.stop_token_ids)
     model.generation_config.pad_token_id = processor.pad_token_id
     base_model = base_model or _name_on_hub(name)
-    with written_whole(out) as temporary:
+    with written_whole(out, new=True) as temporary:
         save_model(model, processor, temporary)
         del model  # makes room for the exported one
-        carry(Path(base), base_model, temporary)
+        carry(Path(source), base_model, temporary)
         difference = self_test(temporary, expected, own, processor.num_crops, device)
         write_card(temporary, out.name, Path(run), base_model=base_model, datasets=dataset, difference=difference)
     say(f"exported model  {escape(str(out))}")

@@ -7,14 +7,17 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.markup import escape
+
+from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, NonNegative
 from phi3v.data.check import counted
 from phi3v.data.encode import Example, questions
+from phi3v.data.image import ImageRules
 from phi3v.data.schema import read_jsonl
 from phi3v.infer.metrics import Prediction, normalize_answer
 from phi3v.publish.chart import number, percent
@@ -100,11 +103,14 @@ def confusion(predictions: Sequence[Prediction]) -> Confusion | None:
 # -- gallery ---------------------------------------------------------------------------------------------------------
 
 
-def gallery(runs: Sequence[Results], options: Options) -> Gallery | None:
+def gallery(runs: Sequence[Results], options: Options, before: Mapping[str, Any]) -> Gallery | None:
     """The questions with their images and answers; None if there are none.
 
-    Raises InputError when `options.data` or its image root cannot be read.
+    What cannot be found any more is taken from the gallery `before`, as `gallery_in` reads it, and printed. Raises
+    InputError when `options.data` or its image root cannot be read.
     """
+    known = {entry["key"]: entry for entry in before.get("entries", ())}
+    kept: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     images: list[tuple[str, ...]] = []
     for place, (run, lines) in enumerate(zip(runs, _chosen(runs, options.limit), strict=True)):
@@ -112,15 +118,26 @@ def gallery(runs: Sequence[Results], options: Options) -> Gallery | None:
         classes = _classes(run.predictions)[:MAX_CLASSES]
         for order, line in enumerate(lines):
             prompt = prompts.get(_key(line["where"], line["id"], line["user"]))
-            entries.append({**_entry(line, prompt), "order": order, "run": place, "cell": _cell(classes, line)})
+            entry = {**_entry(line, prompt), "order": order, "run": place, "cell": _cell(classes, line)}
             images.append(_images(line, prompt))
+            if old := known.get(entry["key"]):
+                entry["turns"] = entry["turns"] if prompt else old["turns"]
+                numbers = zip(images[-1], old["images"], strict=False)
+                kept |= {path: before["images"][n] for path, n in numbers if n >= 0 and not os.path.exists(path)}
+            entries.append(entry)
     if not entries:
         return None
-    album = Album(partial(thumbnail, pixels=options.picture_size), options.picture_mb)
+    seen = runs[0].settings.get("base") or {}
+    rules = ImageRules(**{key: seen[key] for key in vars(ImageRules()) if seen.get(key)})
+    album = Album(lambda path: kept.get(path) or thumbnail(path, options.picture_size, rules), options.picture_mb)
     wrong_first = sorted(range(len(entries)), key=lambda at: entries[at]["correct"])
     album.add(path for at in wrong_first for path in images[at])
     for entry, paths in zip(entries, images, strict=True):
         entry["images"] = album[paths]
+    if gone := sorted({path for paths in images for path in paths if not os.path.exists(path)}):
+        shown = sum(path in kept for path in gone)
+        what = f"{counted(len(gone), 'image')} cannot be found, such as {gone[0]}; the page keeps {shown:,} of them"
+        say(f"[yellow]note[/]    {escape(what)} (--data and --image-root say where they are now)")
     return Gallery(
         entries=entries,
         images=album.images,
@@ -168,6 +185,8 @@ def _prompts(run: Results, lines: Sequence[Prediction], options: Options) -> dic
     """
     file = options.data or (lines[0]["where"].rpartition(":")[0] if lines else "")
     if not options.data and not os.path.isfile(file):
+        if file:
+            say(f"[yellow]note[/]    {escape(str(file))} cannot be found: earlier turns may be missing (--data)")
         return {}
     root = options.image_root or (run.settings.get("data") or {}).get("image_root")
     try:

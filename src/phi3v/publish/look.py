@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from rich.markup import escape
 
-from phi3v.base.config import check_flags
+from phi3v.base.config import Colors, Orientation, check_flags
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.base.jsonfile import Count, NonNegative, NonNegativeInt
@@ -22,6 +22,7 @@ from phi3v.data.check import CheckedLine, check, check_lines, counted
 from phi3v.data.encode import Encoded, encode
 from phi3v.data.image import (
     CROP,
+    ImageRules,
     colors,
     global_view,
     hd_padding,
@@ -31,7 +32,7 @@ from phi3v.data.image import (
     num_image_tokens,
     tiles_of,
 )
-from phi3v.data.processor import Phi3VProcessor
+from phi3v.data.processor import Phi3VProcessor, seeing
 from phi3v.data.statistics import Findings
 from phi3v.infer.answering import evenly
 from phi3v.publish.chart import bars, number
@@ -48,6 +49,8 @@ def look(
     image_root: Path | None = None,
     model: str | None = None,
     num_crops: Count | None = None,
+    exif_orientation: Orientation | None = None,
+    image_colors: Colors | None = None,
     out: Path | None = None,
     limit: Count = 300,
     picture_mb: NonNegative = 16.0,
@@ -63,6 +66,8 @@ def look(
         image_root: Folder the image paths are relative to. Default: the folder `images` beside the data file.
         model: Show the tokens of this model's tokenizer, and cut images by its num_crops.
         num_crops: Tiles an image may be cut into. Default: the model's own, 4 without a model.
+        exif_orientation: Turn images as `phi3v train --exif-orientation` does. Default: the model's own, or ignore.
+        image_colors: Read colors as `phi3v train --image-colors` does. Default: the model's own, or published.
         out: The page. Default: the data file's name with .html, beside it.
         limit: Examples in the page, evenly spread, those with problems first.
         picture_mb: Megabytes of images in the page.
@@ -73,11 +78,11 @@ def look(
     target = out or data.with_suffix(".html")
     if target == data:
         raise InputError(f"{data}: its page would replace it: choose another --out")
-    processor = Phi3VProcessor.from_pretrained(model, num_crops) if model else None
-    crops = processor.num_crops if processor else num_crops or 4
-    findings = check(data, image_root, processor, num_crops=crops, num_workers=num_workers)
-    chosen = check_lines(data, image_root, processor, choose(findings, limit), num_crops=crops)
-    shown = _gallery(chosen, findings.num_lines, processor, crops, picture_mb, crop_size)
+    processor, crops, rules = seeing(model, num_crops, exif_orientation, image_colors)
+    findings = check(data, image_root, processor, num_crops=crops, rules=rules, num_workers=num_workers)
+    chosen = check_lines(data, image_root, processor, choose(findings, limit), num_crops=crops, rules=rules)
+    album = Album(partial(_crops, num_crops=crops, rules=rules, pixels=crop_size), picture_mb)
+    shown = _gallery(chosen, findings.num_lines, processor, album, picture_mb)
     histograms = [
         bars(f"{name.capitalize()} per example", one.histogram, noun="examples", note=f"mean {number(one.mean)}")
         for name, one in findings.statistics.items()
@@ -97,13 +102,11 @@ def _gallery(
     chosen: Sequence[CheckedLine],
     num_lines: int,
     processor: Phi3VProcessor | None,
-    num_crops: int,
+    album: Album,
     picture_mb: float,
-    crop_size: int,
 ) -> Gallery | None:
     if not chosen:
         return None
-    album = Album(partial(_crops, num_crops=num_crops, pixels=crop_size), picture_mb)
     images = [list(line.example.images) if line.example else [] for line in chosen]
     album.add(path for paths in images for path in paths)
     vocabulary: dict[int, str] = {}
@@ -152,10 +155,11 @@ def choose(findings: Findings, limit: int) -> set[int]:
 def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
     """An entry of the gallery; a line that holds no example is shown by its beginning."""
     example, measure, notes = line.example, line.measure, line.notes
-    rank = 0 if notes.problems else 1 if notes.warnings else 2
+    warnings = [*notes.warnings, *line.about_images]
+    rank = 0 if notes.problems else 1 if warnings else 2
     place = line.where.rpartition(":")[2]
     rows = [("", f"\N{BALLOT X} {cut(text)}", "bad") for text in notes.problems]
-    rows += [("", f"! {cut(text)}", "note") for text in notes.warnings]
+    rows += [("", f"! {cut(text)}", "note") for text in warnings]
     turns: list[tuple[str, str | None, int]] = [(line.raw.decode("utf-8", "replace").strip(), None, 0)]
     details = {"where": line.where}
     foot = [f":{place}"]
@@ -191,9 +195,9 @@ def _entry(line: CheckedLine, images: list[int]) -> dict[str, Any]:
 # -- what the model sees ---------------------------------------------------------------------------------------------
 
 
-def _crops(path: str, num_crops: int, pixels: int) -> dict[str, Any]:
+def _crops(path: str, num_crops: int, rules: ImageRules, pixels: int) -> dict[str, Any]:
     """The padded image with the grid it is cut along, and the global crop; a crop is `pixels` wide in the page."""
-    image = load_image(path)
+    image = load_image(path, rules)
     hd = hd_transform(image, num_crops)
     h, w, _ = hd.shape
     squeezed = colors(global_view(normalize(tiles_of(hd)), h, w)).permute(1, 2, 0).numpy()

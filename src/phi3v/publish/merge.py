@@ -15,7 +15,7 @@ from phi3v.base.errors import InputError
 from phi3v.base.files import written_whole
 from phi3v.base.hardware import name_of, pick_device, pick_dtype
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.infer.answering import model_folder
+from phi3v.infer.answering import check_base, model_folder
 from phi3v.model.adapter import read_adapter_config
 from phi3v.model.loading import ADAPTER_CONFIG, load_model, save_model
 from phi3v.model.parts import set_precision, widen
@@ -40,7 +40,7 @@ class Merged(NamedTuple):
     """The probe's logits of the merged model."""
 
 
-def merge(run: str, /, *, out: Path) -> Path:
+def merge(run: str, /, *, out: Path, base: str | None = None) -> Path:
     """Merge the adapter of a LoRA or QLoRA run into its base model.
 
     The result is a checkpoint in the published layout, in the base model's own precision: not quantized, even if the
@@ -51,19 +51,21 @@ def merge(run: str, /, *, out: Path) -> Path:
     Args:
         run: A run folder, or an adapter folder.
         out: Where the merged model goes. It must not exist.
+        base: Where the base model is now. Default: where it was in training.
     """
-    folder = source_folder(run, out)
+    folder = source_folder(run, out, base)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{run}: there is no adapter to merge (no {ADAPTER_CONFIG}); is it already a whole model?")
-    merged = merge_adapter(folder, pick_device())
-    with written_whole(out) as temporary:
+    merged = merge_adapter(folder, pick_device(), base)
+    with written_whole(out, new=True) as temporary:
         save_model(merged.model, merged.processor, temporary, carry_from=merged.base)
     say(f"merged model  {escape(str(out))}")
     return out
 
 
-def source_folder(run: str, out: Path) -> Path:
-    """The model folder of a run. Raises InputError if there is none, or if `out` exists."""
+def source_folder(run: str, out: Path, base: str | None) -> Path:
+    """The model folder of a run. Raises InputError if there is none, `out` exists, or `base` is not the run's."""
+    check_base(run, base)
     folder = Path(model_folder(run))
     if not folder.is_dir():
         raise InputError(f"{run}: no such model folder")
@@ -72,15 +74,18 @@ def source_folder(run: str, out: Path) -> Path:
     return folder
 
 
-def merge_adapter(folder: Path, device: torch.device) -> Merged:
-    """Merge the adapter in a folder into its base, on `device`. Raises InputError if that changes the logits."""
+def merge_adapter(folder: Path, device: torch.device, base: str | None = None) -> Merged:
+    """Merge the adapter in a folder into its base, on `device`; `base` is where that is now.
+
+    Raises InputError if the merge changes the logits.
+    """
     from peft.tuners.lora import LoraLayer  # after phi3v.model.quantization, which silences bitsandbytes
 
     quantized = None
     if how := read_quantization(folder):
         say(f"loading the model as it was trained, on its base in {how}, then the unquantized one")
-        quantized = probe(*load_model(folder, device=device), device)
-    model, processor = load_model(folder, as_trained=False)
+        quantized = probe(*load_model(folder, device=device, base=base), device)
+    model, processor = load_model(folder, as_trained=False, base=base)
     own = model.dtype
     before = probe(model, processor, device)
     for layer in model.modules():
@@ -98,7 +103,8 @@ def merge_adapter(folder: Path, device: torch.device) -> Merged:
         gap = distance(after, quantized)
         say(f"the merged model is not quantized: its logits differ by {gap:.1e} (relative) from the trained model's")
     set_precision(merged, own)
-    return Merged(merged, processor, read_adapter_config(folder)["base_model_name_or_path"], before, after)
+    name = base or read_adapter_config(folder)["base_model_name_or_path"]
+    return Merged(merged, processor, name, before, after)
 
 
 def distance(logits: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,7 @@ from phi3v.base.console import say
 from phi3v.base.errors import InputError
 from phi3v.publish.curves import charts, contestants, facts, histograms, metric_table, style_of
 from phi3v.publish.gallery import Options, confusion, gallery
-from phi3v.publish.html.page import render, write_page
+from phi3v.publish.html.page import gallery_in, render, write_page
 from phi3v.publish.results import Results
 
 UNKNOWN = "\N{EN DASH}"
@@ -52,8 +52,9 @@ def write_report(*folders: Path, out: Path | None = None, options: Options = Opt
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = [Results.read(folder, name) for folder, name in zip(folders, names, strict=True)]
-    page = render("report.html.jinja", gallery(runs, options), **_values(runs))
-    return write_page(out or (folders[0] if len(folders) == 1 else Path()) / "report.html", page)
+    target = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    page = render("report.html.jinja", gallery(runs, options, gallery_in(target)), **_values(runs))
+    return write_page(target, page)
 
 
 def _values(runs: Sequence[Results]) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class Results:
     predictions: Sequence[Prediction]
     lengths: Mapping[str, Statistics]
     published: Published | None
+    warnings: Sequence[str]
+    """What was odd in the data."""
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> Results:
@@ -122,6 +124,7 @@ class Results:
             lengths={
                 key: convert(one, Statistics, f"{path / 'lengths.json'}: {key}") for key, one in run.lengths.items()
             },
+            warnings=run.warnings,
             published=convert(run.published, Published, str(path / "published.json")) if run.published else None,
         )
 

@@ -11,7 +11,6 @@ everything else JSON: nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from contextlib import ExitStack, suppress
@@ -26,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from phi3v.base.console import say
 from phi3v.base.errors import InputError
-from phi3v.base.files import begin, disk_errors, finish, flush
+from phi3v.base.files import begin, disk_errors, file_digest, finish, flush
 from phi3v.base.jsonfile import read_object
 from phi3v.base.ranks import ALONE, Ranks
 from phi3v.train.engines.engine import Engine, Slice
@@ -229,5 +228,4 @@ def scores(folder: Path, last: int) -> dict[int, float]:
 
 def checksum(file: Path) -> dict[str, Any]:
     """What a manifest says of a file: its size and its SHA-256."""
-    with open(file, "rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 from phi3v.base.config import Run
 from phi3v.base.console import say
@@ -20,11 +22,10 @@ from phi3v.base.hardware import pick_tokens_per_pack
 from phi3v.base.pool import num_cores
 from phi3v.base.ranks import Ranks
 from phi3v.base.runfolder import RunFolder
-from phi3v.data.check import check
+from phi3v.data.check import changed_images, check, counted, overlap
 from phi3v.data.encode import Encoded, Example, encode, questions
-from phi3v.data.image import read_size
 from phi3v.data.processor import Phi3VProcessor
-from phi3v.data.schema import NAMES_KEPT, iter_jsonl
+from phi3v.data.schema import NAMES_KEPT, image_folder, iter_jsonl
 from phi3v.data.statistics import Statistics
 from phi3v.infer.answering import Scoring, evenly
 from phi3v.infer.metrics import pick_metrics
@@ -67,6 +68,10 @@ class TrainingData:
     total_steps: int
     eval_sets: tuple[EvalSet, ...]
     scoring: Scoring
+    warnings: Sequence[str] = ()
+    """What is odd in the data of a new run."""
+    contents: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Digest and fingerprint of the images of a new run, by path."""
 
     def schedule(self, epoch: int) -> EpochSchedule:
         """The optimizer steps of an epoch."""
@@ -102,11 +107,9 @@ def read_data(
     `check_first`, for a new run, raises InputError for the first problem in either file. A resumed run takes the image
     sizes it began with from its folder instead, so that its schedule is the same whatever has become of the files.
     """
-    if check_first:
-        _check(run, processor, config, ranks)
-    # A run that resumes plans with the image sizes it began with, whatever has become of the files; padded images are
-    # padded no further.
-    known = {} if check_first else RunFolder(run.keeping.out).image_sizes
+    warnings, contents = _check(run, processor, config, ranks) if check_first else ([], {})
+    # A run that resumes plans with the image sizes it began with, whatever has become of the files.
+    known = {} if check_first else _images_before(run, ranks)
     sizes = {image: (w, h) for image, (h, w) in known.items()}  # padded sizes, which are padded no further
     counts = [0] * len(run.data.train_files)
 
@@ -134,6 +137,7 @@ def read_data(
     reading = Reading(
         image_token_id=processor.image_token_id,
         num_crops=processor.num_crops,
+        rules=processor.rules,
         num_workers=_num_workers(run.data.num_workers),
         pin_memory=torch.cuda.is_available(),
         on_bad_example=run.data.on_bad_example,
@@ -164,10 +168,16 @@ def read_data(
         total_steps=run.optim.max_steps or max(1, round(run.optim.epochs * steps_per_epoch)),
         eval_sets=tuple(eval_sets),
         scoring=Scoring.of(run.evaluation.score, run.evaluation.labels, examples),
+        warnings=warnings,
+        contents=contents,
     )
 
 
-def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Ranks) -> None:
+def _check(
+    run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Ranks
+) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """All warnings about the files, which are printed, and `TrainingData.contents`."""
+    checked = []
     for file in (*run.data.train_files, *run.data.eval_files.values()):
         findings = check(
             file,
@@ -178,9 +188,42 @@ def _check(run: Run, processor: Phi3VProcessor, config: Phi3VConfig, ranks: Rank
             ranks=ranks,
         )
         if findings.problems:
-            others = len(findings.problems) - 1
-            more = f" (and {others} more: phi3v check {file})" if others else ""
+            left = len(findings.problems) - 1
+            more = f" (and {left} more: phi3v check {file})" if left else ""
             raise InputError(f"{findings.problems[0]}{more}")
+        checked.append(findings)
+    num_files = len(run.data.train_files)
+    learnt, asked = checked[:num_files], checked[num_files:]
+    shared = [warning for one in asked for other in learnt for warning in overlap(one, other)]
+    warnings = [*(warning for findings in checked for warning in findings.warnings), *shared]
+    for warning in warnings:
+        say(f"[yellow]warning[/]     {escape(warning)}")
+    return warnings, {
+        image: (info.digest, findings.fingerprints[image])
+        for findings in learnt
+        for image, info in findings.files.items()
+    }
+
+
+def _images_before(run: Run, ranks: Ranks) -> dict[str, tuple[int, int]]:
+    """Padded (h, w) of the training images when the run began, by their paths now.
+
+    Raises InputError if the content of an image has changed, or prints it with `--on-bad-example skip`.
+    """
+    root = image_root(run)
+    images = {os.path.join(root, name): entry for name, entry in RunFolder(run.keeping.out).images.items()}
+    if changed := changed_images(images, root, progress=run.keeping.progress, ranks=ranks):
+        what = f"{counted(len(changed), 'image')} changed since the run began, such as {changed[0]}"
+        if run.data.on_bad_example == "stop":
+            raise InputError(f"--resume: {what}; put them back, or start a new run")
+        say(f"[yellow]note[/]        {escape(what)}")
+    return {path: (entry[0], entry[1]) for path, entry in images.items()}
+
+
+def image_root(run: Run) -> str:
+    """The folder that holds all training images, links followed, with a slash at its end."""
+    folders = [os.path.realpath(image_folder(file, run.data.image_root)) for file in run.data.train_files]
+    return os.path.join(os.path.commonpath(folders), "")
 
 
 ENCODED_AT_ONCE = 512
@@ -203,7 +246,7 @@ def encode_all(
 
     @functools.lru_cache(NAMES_KEPT)  # a page has many questions
     def sizes(image: str) -> tuple[int, int]:
-        return known[image] if image in known else read_size(image)
+        return known[image] if image in known else processor.read_size(image)
 
     left = iter(examples)
 

@@ -31,7 +31,7 @@ from phi3v.train.checkpoint import resume
 from phi3v.train.choices import Choices, choose, pick_recompute
 from phi3v.train.describe import describe, list_settings
 from phi3v.train.engines import Engine, EngineSettings, build_engine
-from phi3v.train.feed import TrainingData, read_data
+from phi3v.train.feed import TrainingData, image_root, read_data
 from phi3v.train.flops import Flops, training_flops
 from phi3v.train.optim import build_optimizer, build_schedule
 from phi3v.train.profiling import Profiler, parse_steps
@@ -135,7 +135,8 @@ def _prepare(
 ) -> tuple[Phi3VProcessor, Phi3VConfig, TrainingData, Choices, range]:
     """All that is known of a run without weights. What can be refused before the data is read, is."""
     profiled = parse_steps(run.keeping.profile_steps)
-    processor = Phi3VProcessor.from_pretrained(run.base.model, num_crops=run.base.num_crops)
+    base = run.base
+    processor = Phi3VProcessor.from_pretrained(base.model, base.num_crops, base.exif_orientation, base.image_colors)
     config = load_config(run.base.model)
     choices = choose(run, config, ranks)
     data = read_data(run, processor, config, check_first=not resumes, ranks=ranks)
@@ -152,7 +153,9 @@ def open_folder(run: Run, data: TrainingData, ranks: Ranks, held: ExitStack, pub
     if folder.claim(run) != "new":
         raise InputError(f"--out {folder.path}: another run has begun here meanwhile")
     about = {**environment(ranks.device), "processes": ranks.num, "data": digests(run)}
-    folder.save(environment=about, images=data.image_sizes, lengths=data.statistics())
+    root, contents = image_root(run), data.contents
+    images = {path.removeprefix(root): [*size, *contents.get(path, ())] for path, size in data.image_sizes.items()}
+    folder.save(environment=about, images=images, lengths=data.statistics(), warnings={"data": data.warnings})
     if published:
         folder.save(published=dict(published))
     folder.save(config=run.to_dict())  # last: it makes the folder a run

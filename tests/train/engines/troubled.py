@@ -14,7 +14,7 @@ from phi3v.packing import pack
 if __name__ == "__main__":
     trouble, rank, *words = sys.argv[1:]
 
-    def troubled(path: Any) -> Any:
+    def troubled(path: Any, rules: Any) -> Any:
         if trouble == "hangs":
             time.sleep(600)
         raise InputError(f"{path}: broken for once")

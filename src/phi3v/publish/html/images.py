@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from phi3v.base.errors import InputError
-from phi3v.data.image import load_image
+from phi3v.data.image import ImageRules, load_image
 
 Entry = dict[str, Any]
 
@@ -55,9 +55,9 @@ class Album:
             return None
 
 
-def thumbnail(path: str, pixels: int) -> Entry:
-    """The image in a file, shrunk to fit `pixels` x `pixels`. Raises InputError as `load_image` does."""
-    image = load_image(path)
+def thumbnail(path: str, pixels: int, rules: ImageRules) -> Entry:
+    """The image in a file as the model sees it, shrunk to fit `pixels` x `pixels`. Raises as `load_image` does."""
+    image = load_image(path, rules)
     width, height = image.size
     image.thumbnail((pixels, pixels))
     return {"src": data_uri(image), "width": width, "height": height}

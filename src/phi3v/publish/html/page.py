@@ -11,6 +11,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,14 @@ def without_tags(text: str) -> str:
 def cut(text: str) -> str:
     """A text of at most MAX_TEXT characters, with a note of how many were cut off."""
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [... {len(text) - MAX_TEXT:,} more characters]"
+
+
+def gallery_in(page: Path) -> dict[str, Any]:
+    """What the gallery of a page that was written before holds, by the fields of `Gallery`; {} without one."""
+    with suppress(OSError, msgspec.MsgspecError):
+        _, _, rest = page.read_text(encoding="utf-8").partition('id="gallery">')
+        return msgspec.json.decode(rest.partition("</script>")[0], type=dict[str, Any])
+    return {}
 
 
 def _embedded(gallery: Gallery) -> Markup:
