@@ -26,11 +26,11 @@ def flip(file: Path) -> None:
 
 @pytest.fixture(scope="session")
 def killed(night: Any) -> Path:
-    """The folder of a run that was killed in step 9, with checkpoints of steps 3, 4 and 6. Not to be changed."""
+    """The folder of a run that was killed in step 9, with checkpoints of steps 4, 6 and 8. Not to be changed."""
     run = night.folder / "killed"
     death = ["when", "phi3v.train.engines.replicated:Replicated.step", [9], "die"]
     assert night.run(run, death, keep_checkpoints=3)[0] == -9
-    assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["3", "4", "6"]
+    assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["4", "6", "8"]
     return run
 
 
@@ -49,7 +49,7 @@ def killed(night: Any) -> Path:
 def test_the_damage_is_named(damage: Any, name: str, said: str, night: Any, killed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(killed, run)
-    newest, before = run / "checkpoints/step-000006", run / "checkpoints/step-000004"
+    newest, before = run / "checkpoints/step-000008", run / "checkpoints/step-000006"
     damage(newest / name)
     status, lines = night.run(run, ["when", "phi3v.train.loop:learn", [1], "die"], resume="auto")
     assert status == -9, lines
@@ -60,20 +60,21 @@ def test_the_damage_is_named(damage: Any, name: str, said: str, night: Any, kill
 def test_the_newest_whole_one_is_used_and_the_damaged_ones_make_room(
     night: Any, left_by: LEFT, killed: Path, tmp_path: Path
 ) -> None:
-    """The one checkpoint that is kept is never a damaged one. Bytes that the disk does not give back are damage too."""
+    """The newest checkpoint that is kept is never a damaged one. Bytes that the disk does not give back are damage too."""
     run = tmp_path / "run"
     shutil.copytree(killed, run)
-    flip(run / "checkpoints/step-000004" / WEIGHTS)
+    flip(run / "checkpoints/step-000006" / WEIGHTS)
     broken = ["when", "phi3v.train.checkpoint:checksum", [1], "fail"]
-    death = ["when", "phi3v.train.checkpoint:save_file", [2], "die"]  # step 4 has been saved anew
+    death = ["when", "phi3v.train.checkpoint:save_file", [2], "die"]  # step 6 has been saved anew
     status, said = night.run(run, broken, death, resume="auto", keep_checkpoints=1)
     assert status == -9, said
-    assert f"passed over: {run}/checkpoints/step-000006/{WEIGHTS}: Input/output error" in said
-    assert f"passed over: {run}/checkpoints/step-000004/{WEIGHTS} is damaged" in said
-    assert f"resuming from {run}/checkpoints/step-000003" in said
-    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-000004"]
-    status, said = night.run(run, resume="auto")
+    assert f"passed over: {run}/checkpoints/step-000008/{WEIGHTS}: Input/output error" in said
+    assert f"passed over: {run}/checkpoints/step-000006/{WEIGHTS} is damaged" in said
     assert f"resuming from {run}/checkpoints/step-000004" in said
+    left = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert left == ["step-000004", "step-000006"]  # the best and the newest
+    status, said = night.run(run, resume="auto")
+    assert f"resuming from {run}/checkpoints/step-000006" in said
     assert left_by(run) == left_by(night.undisturbed())
 
 

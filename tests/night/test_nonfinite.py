@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LOSS = "phi3v.packing.loss:weighted_cross_entropy"  # called once a step: every step here is one pack
+LOSS = "phi3v.packing.loss:weighted_cross_entropy"
+"""Called for the evaluations before training and after step 4, and once a step: every step here is one pack."""
 LEFT = Callable[[Path], dict[str, Any]]
 
 
@@ -19,7 +20,7 @@ def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def test_a_run_that_stopped_at_a_nan_names_its_examples_and_resumes(night: Any, left_by: LEFT, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    status, said = night.run(run, ["spoil", LOSS, [5], math.nan])
+    status, said = night.run(run, ["spoil", LOSS, [7], math.nan])
     assert status == 2
     message = "error: step 5: the loss is not finite; its examples are "
     assert said.splitlines()[-1].startswith(message)
@@ -31,7 +32,7 @@ def test_a_run_that_stopped_at_a_nan_names_its_examples_and_resumes(night: Any, 
 
 def test_a_loss_that_leaps_is_reported(night: Any, tmp_path: Path) -> None:
     flags = {"max_steps": 60, "save_every_steps": 1000, "eval_every_steps": 1000}
-    status, said = night.run(tmp_path / "run", ["spoil", LOSS, [57], 30.0], **flags)
+    status, said = night.run(tmp_path / "run", ["spoil", LOSS, [58], 30.0], **flags)
     assert status == 0, said
     (complaint,) = lines_of(tmp_path / "run", "complaint")
     assert complaint["step"] == 57

@@ -108,6 +108,7 @@ def test_what_is_odd_in_the_data_is_printed_and_kept(
     for _ in range(2):  # checked, and found checked
         data = data_of(settings_for(train=train, eval=val), check_first=True)
         assert data.warnings == [
+            f"{train}: 1 of 14 examples without an image",
             f"{train}:1: unknown key 'license' is ignored (and 13 more lines)",
             f"{val}: 3 of 3 examples are also in {train}",
             f"{val}: 1 of 1 image file (such as {train.parent / 'images/red.png'}): {train} shows the same file",

@@ -451,7 +451,7 @@ def test_a_run_goes_on_where_its_data_and_model_have_moved_to_and_knows_their_im
     with pytest.raises(InputError, match=r"--resume: 1 image changed since the run began, such as .*red\.png;"):
         train(settings_for(**moved))
     monkeypatch.setattr(room, "learn", lambda job: None)
-    monkeypatch.setattr(room, "finish", lambda job: {})
+    monkeypatch.setattr(room, "finish", lambda job, last: {})
     assert train(settings_for(**moved, on_bad_example="skip")) == {}
     assert "1 image changed since the run began" in " ".join(capsys.readouterr().out.split())
     monkeypatch.undo()

@@ -175,7 +175,7 @@ class RunFolder:
             for name, value in ours[group].items():
                 free = name in FREE_FLAGS or (group in FREE_GROUPS and name != "seed")
                 known = {flag: digest for flag, digest in before.items() if flag.partition(" ")[0] == name}
-                if known.keys() == {flag for flag in now if flag.partition(" ")[0] == name} != set():
+                if known and known.keys() == {flag for flag in now if flag.partition(" ")[0] == name}:
                     if changed := [number for number, flag in enumerate(known) if known[flag] != now[flag]]:
                         which = value if isinstance(value, str) else value[changed[0]]
                         what = f"{which} has changed since the run began; start a new run with it"
@@ -230,7 +230,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def digests(run: Run) -> dict[str, str]:
-    """SHA-256 of what a run reads, by flag: "train", "train 2" and so on, "eval", ..., and "model" if that is a folder."""
+    """SHA-256 of what a run reads, by flag: "train", "train 2" and so on, "eval", and "model" if that is a folder."""
     found = {}
     for flag, files in (("train", run.data.train_files), ("eval", run.data.eval_files.values())):
         for number, file in enumerate(files, start=1):
