@@ -60,7 +60,7 @@ def test_the_damage_is_named(damage: Any, name: str, said: str, night: Any, kill
 def test_the_newest_whole_one_is_used_and_the_damaged_ones_make_room(
     night: Any, left_by: LEFT, killed: Path, tmp_path: Path
 ) -> None:
-    """The newest checkpoint that is kept is never a damaged one. Bytes that the disk does not give back are damage too."""
+    """No damaged checkpoint is kept. Bytes that the disk does not give back are damage, too."""
     run = tmp_path / "run"
     shutil.copytree(killed, run)
     flip(run / "checkpoints/step-000006" / WEIGHTS)
