@@ -32,6 +32,7 @@ from phi3v.data.processor import Phi3VProcessor
 from phi3v.data.writer import writing
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.vision import SIDE
+from phi3v.recipes.conversion import alone
 
 FOLDER = Path("data/easy-vqa")
 TRAIN, TEST, MODEL = FOLDER / "train.jsonl", FOLDER / "test.jsonl", FOLDER / "model"
@@ -82,7 +83,11 @@ def convert(folder: Path) -> None:
     The folder appears whole or not at all. Raises InputError if the package is not installed, the disk is full, or the
     folder holds something else.
     """
-    if (folder / "train.jsonl").exists() and (folder / "test.jsonl").exists():
+
+    def is_there() -> bool:
+        return (folder / "train.jsonl").exists() and (folder / "test.jsonl").exists()
+
+    if is_there():
         return
     try:
         import easy_vqa
@@ -93,14 +98,22 @@ def convert(folder: Path) -> None:
         "test": (easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     }
     num_images = sum(len(paths) for _, paths in splits.values())
-    with writing(folder, "easy_vqa") as writer, progress_bar("converting easy-VQA", num_images, "images") as advance:
-        for split, (questions, paths) in splits.items():
-            for number, path in paths.items():
-                writer.put_image(f"{split}/{number}.png", Path(path))
-                advance(1)
-            for number, (question, answer, image) in enumerate(zip(*questions, strict=True)):
-                turn = {"images": [f"{split}/{image}.png"], "user": question, "assistant": answer}
-                writer.add(split, {"id": f"{split}-{number}", "conversations": [turn]}, f"easy-VQA, {split} {number}")
+    with alone(folder):
+        if is_there():  # another process has made it
+            return
+        with (
+            writing(folder, "easy_vqa") as writer,
+            progress_bar("converting easy-VQA", num_images, "images") as advance,
+        ):
+            for split, (questions, paths) in splits.items():
+                for number, path in paths.items():
+                    writer.put_image(f"{split}/{number}.png", Path(path))
+                    advance(1)
+                for number, (question, answer, image) in enumerate(zip(*questions, strict=True)):
+                    turn = {"images": [f"{split}/{image}.png"], "user": question, "assistant": answer}
+                    writer.add(
+                        split, {"id": f"{split}-{number}", "conversations": [turn]}, f"easy-VQA, {split} {number}"
+                    )
 
 
 # -- the checkpoint --------------------------------------------------------------------------------------------------
@@ -124,10 +137,13 @@ def build_checkpoint(folder: Path, *train_jsonl: Path) -> None:
         torch.manual_seed(SEED)
         model = Phi3VForCausalLM(config)
         _open_eyes(model)
-    with written_whole(folder) as unfinished:
-        processor.save_pretrained(unfinished)
-        _name_tokenizer_class(unfinished / "tokenizer_config.json")
-        model.save_pretrained(unfinished)
+    with alone(folder):
+        if folder.exists():  # another process has made it, and it is the same
+            return
+        with written_whole(folder) as unfinished:
+            processor.save_pretrained(unfinished)
+            _name_tokenizer_class(unfinished / "tokenizer_config.json")
+            model.save_pretrained(unfinished)
 
 
 @torch.no_grad()
